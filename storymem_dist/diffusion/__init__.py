@@ -1,0 +1,1 @@
+"""Flow-matching sampling: latent sizes, conditioning, solvers, experts, guidance, the denoise loop."""

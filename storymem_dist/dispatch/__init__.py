@@ -1,0 +1,1 @@
+"""Which shot is rendered next, by whom: shot graph, queue of leases, planner."""

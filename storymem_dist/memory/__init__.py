@@ -1,0 +1,1 @@
+"""The memory bank: keyframe selection, dedupe, recall, and the scorers behind them."""

@@ -1,0 +1,1 @@
+"""Single-device models. Nothing in here imports torch.distributed."""

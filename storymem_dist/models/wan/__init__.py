@@ -1,0 +1,1 @@
+"""Wan2.2: diffusion transformer, text encoder, VAE, checkpoints, LoRAs."""

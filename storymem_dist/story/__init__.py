@@ -1,0 +1,1 @@
+"""Storyboards: typed values and loading. Knows nothing about models or rendering."""
