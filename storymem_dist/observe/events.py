@@ -1,0 +1,486 @@
+"""What happens during a render, as typed values: the one vocabulary between the code that renders and all that watches.
+
+Rendering code makes an event and hands it to an ``Observer``. It fills in what it knows and nothing else: wall time,
+writer, replica and sequence number are stamped by the fan-out (``observe/observers.py``) into a ``StampedEvent``.
+
+**The JSON schema** (``events/<writer>.jsonl`` in a run folder; one object per line, UTF-8, schema version 1) is flat:
+
+    {"schema": 1, "event": "StepFinished", "wall_time": 1764000000.123, "writer": "...", "replica": 0, "sequence": 17,
+     "story_id": "ocean", "shot_id": "shot_01", "step": 3, "num_steps": 40, ...}
+
+``event`` is the class name and every key after ``sequence`` is a field of that class, with the meaning written in its
+docstring. ``wall_time`` is seconds since the Unix epoch, ``sequence`` counts from 0 without gaps within a writer.
+A number that is not finite is written as null (JSON has no NaN) and null in a plain ``float`` field reads as NaN.
+Paths are relative to the run folder, with forward slashes.
+
+This module knows nothing of files, threads, torch or who listens.
+"""
+
+import dataclasses
+import json
+import math
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+SCHEMA_VERSION = 1
+
+STAGES = ("text", "load", "recall", "condition", "denoise", "decode", "keyframes", "save", "join")
+"""Names a stage may have, in the order in which a shot goes through them."""
+
+MEMORY_VERDICTS = ("recalled", "evicted", "kept", "kept_as_last_resort", "duplicate", "low_quality")
+"""What a ``MemoryDecided`` may say. ``recalled`` and ``evicted`` are about keyframes in the bank, the rest about frames
+of the new clip."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Event:
+    """Base of all events."""
+
+
+class Observer(Protocol):
+    """Whoever is told about events. ``notify`` returns at once and never raises."""
+
+    def notify(self, event: Event) -> None:
+        """Take note of ``event``."""
+
+
+class NullObserver:
+    """Listens to nothing: for library use, tests, and ranks whose leader speaks for them."""
+
+    def notify(self, event: Event) -> None:
+        """Ignore ``event``."""
+
+
+# -- the job -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JobStarted(Event):
+    """A replica of a job starts (or starts again). Every replica leader sends its own.
+
+    ``num_stories`` and ``num_shots`` count the whole batch, ``num_devices`` the ranks of *this* replica.
+    ``peak_tflops`` is the dense bf16 peak of one device, None where unknown (then there is no FLOP utilisation).
+    ``versions`` maps package names to versions.
+    """
+
+    run_id: str = ""
+    config_hash: str = ""
+    num_stories: int = 0
+    num_shots: int = 0
+    num_replicas: int = 1
+    num_devices: int = 1
+    device: str = "cpu"
+    layout: str = ""
+    host: str = ""
+    process_id: int = 0
+    peak_tflops: float | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JobFinished(Event):
+    """A replica has nothing left to do. ``outcome``: ``finished``, ``stopped`` (on request, resumable) or ``failed``.
+
+    The counts are those of this replica in this start: what it rendered, continued inside a shot, found committed, and
+    saw fail.
+    """
+
+    outcome: str
+    num_rendered: int = 0
+    num_resumed: int = 0
+    num_skipped: int = 0
+    num_failed: int = 0
+    elapsed_seconds: float = 0.0
+    message: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoryboardRejected(Event):
+    """A storyboard that cannot be read; the batch goes on without it."""
+
+    source: str
+    message: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StopRequested(Event):
+    """Someone asked for a stop: ``reason`` is ``SIGTERM``, ``SIGINT``, ``STOP file`` or the like."""
+
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WarningIssued(Event):
+    """Something a person should know that stops nothing. ``source`` says which part noticed."""
+
+    message: str
+    source: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReplicaWaited(Event):
+    """A replica had no shot to render for ``elapsed_seconds`` (sent when the wait ends). ``reason`` says for what."""
+
+    elapsed_seconds: float
+    reason: str = "no shot is ready"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WeightsProgress(Event):
+    """Bytes of weights read so far. ``what`` names them (``t2v high_noise``), ``action`` is ``load`` or ``download``.
+
+    ``bytes_done == bytes_total`` ends it; ``elapsed_seconds`` counts from its first byte.
+    """
+
+    what: str
+    bytes_done: int
+    bytes_total: int
+    elapsed_seconds: float = 0.0
+    action: str = "load"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ThroughputSampled(Event):
+    """Numbers that only the running process can know, sampled now and then. None: not known on this machine.
+
+    ``collective_seconds`` and ``bytes_read`` count since the sample before; memory is that of the rank that samples.
+    Rates that follow from other events (seconds per step, clips per GPU-hour, tokens per second, FLOP utilisation,
+    idle seconds) are computed from those events by whoever reads them, not sent.
+    """
+
+    collective_seconds: float | None = None
+    bytes_read: int | None = None
+    gpu_memory_gib: float | None = None
+    peak_gpu_memory_gib: float | None = None
+    queue_depth: int | None = None
+    num_running: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SystemSampled(Event):
+    """How one rank's process and device are doing. Every rank sends these, not only leaders. None: not known."""
+
+    rank: int
+    host: str
+    host_memory_gib: float | None = None
+    cpu_ratio: float | None = None
+    gpu_memory_gib: float | None = None
+    gpu_busy_ratio: float | None = None
+
+
+# -- stories and shots -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoryStarted(Event):
+    """A story belongs to the batch; sent once per story and start, before its first shot."""
+
+    story_id: str
+    name: str = ""
+    num_shots: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoryFinished(Event):
+    """The chain of a story has ended. ``outcome``: ``finished`` or ``failed``; ``video``: path of the joined MP4."""
+
+    story_id: str
+    outcome: str = "finished"
+    video: str | None = None
+    num_shots: int = 0
+    elapsed_seconds: float = 0.0
+    message: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShotStarted(Event):
+    """A replica starts an attempt at a shot.
+
+    ``shot_index`` is the position in the chain, from 0; ``why`` says why the shot is rendered when a record of it was
+    already there (an edited prompt, a forced re-render), else it is empty. ``num_tokens`` and ``tflop_per_step`` (all
+    passes of one denoising step, all devices of the replica together) let readers compute rates; None: not known.
+    """
+
+    story_id: str
+    shot_id: str
+    shot_index: int = 0
+    mode: str = ""
+    seed: int = 0
+    attempt_id: str = ""
+    prompt: str = ""
+    num_memory: int = 0
+    num_steps: int = 0
+    num_frames: int = 0
+    height: int = 0
+    width: int = 0
+    num_tokens: int | None = None
+    tflop_per_step: float | None = None
+    why: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageStarted(Event):
+    """A stage (one of ``STAGES``) begins. Story and shot are None for stages of the job (text, load)."""
+
+    stage: str
+    story_id: str | None = None
+    shot_id: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageFinished(Event):
+    """The stage is over; it took ``elapsed_seconds`` up to this event's wall time."""
+
+    stage: str
+    elapsed_seconds: float
+    story_id: str | None = None
+    shot_id: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepFinished(Event):
+    """One denoising step is done. ``step`` counts finished steps: 1 after the first, ``num_steps`` at the end."""
+
+    story_id: str
+    shot_id: str
+    step: int
+    num_steps: int
+    expert: str
+    elapsed_seconds: float
+    timestep: int | None = None
+    gpu_memory_gib: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShotFinished(Event):
+    """A shot is committed: its record and files are in the run folder.
+
+    ``clip`` and ``keyframes`` are paths; ``stage_seconds`` maps stages to seconds; ``elapsed_seconds`` is the whole
+    attempt. ``already_committed`` is True when another attempt's record won, so that nothing new counts.
+    """
+
+    story_id: str
+    shot_id: str
+    attempt_id: str = ""
+    fingerprint: str = ""
+    clip: str = ""
+    keyframes: tuple[str, ...] = ()
+    num_frames: int = 0
+    fps: float = 16.0
+    elapsed_seconds: float = 0.0
+    stage_seconds: Mapping[str, float] = field(default_factory=dict)
+    already_committed: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShotFailed(Event):
+    """An attempt at a shot ended in an error. ``will_retry``: the shot is tried again by itself."""
+
+    story_id: str
+    shot_id: str
+    reason: str
+    error_type: str = ""
+    stage: str | None = None
+    attempt_id: str = ""
+    will_retry: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShotResumed(Event):
+    """A shot goes on inside its denoising loop: the first ``step`` of ``num_steps`` steps come from a checkpoint."""
+
+    story_id: str
+    shot_id: str
+    step: int
+    num_steps: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShotSkipped(Event):
+    """A shot needs no rendering (``committed``) or cannot have any (``predecessor failed``, ``failed before``)."""
+
+    story_id: str
+    shot_id: str
+    reason: str = "committed"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryDecided(Event):
+    """One decision about one frame or keyframe, and why.
+
+    ``story_id``/``shot_id`` is the shot for which it was decided. ``verdict`` is one of ``MEMORY_VERDICTS``.
+    ``source_shot_index`` is the chain position of the shot the frame comes from (-1: a reference image of the story),
+    ``source_frame_index`` its frame in that shot's clip (in the list of images for references), ``slot`` its number
+    among that shot's keyframes (None: it became none). ``similarity`` is to ``against_*``, the keyframe it was compared
+    with, where there is one; ``quality`` is the quality score. None: not computed.
+    """
+
+    story_id: str
+    shot_id: str
+    verdict: str
+    source_shot_index: int
+    source_frame_index: int
+    slot: int | None = None
+    similarity: float | None = None
+    quality: float | None = None
+    against_shot_index: int | None = None
+    against_slot: int | None = None
+    why: str = ""
+
+
+EVENT_TYPES: Mapping[str, type[Event]] = {
+    cls.__name__: cls
+    for cls in (
+        JobStarted,
+        JobFinished,
+        StoryboardRejected,
+        StopRequested,
+        WarningIssued,
+        ReplicaWaited,
+        WeightsProgress,
+        ThroughputSampled,
+        SystemSampled,
+        StoryStarted,
+        StoryFinished,
+        ShotStarted,
+        StageStarted,
+        StageFinished,
+        StepFinished,
+        ShotFinished,
+        ShotFailed,
+        ShotResumed,
+        ShotSkipped,
+        MemoryDecided,
+    )
+}
+"""Every event class by its name in JSON."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StampedEvent:
+    """An event, when and where: ``wall_time`` in seconds since the epoch, ``sequence`` gapless within ``writer``."""
+
+    event: Event
+    wall_time: float
+    writer: str
+    replica: int
+    sequence: int
+
+
+# -- to and from JSON --------------------------------------------------------------------------------------------------
+
+
+def event_to_dict(event: Event) -> dict[str, Any]:
+    """Return ``{"event": class name, **fields}`` of JSON types only; numbers that are not finite become None."""
+    values: dict[str, Any] = {"event": type(event).__name__}
+    for name in type(event).__dataclass_fields__:
+        values[name] = _plain(getattr(event, name))
+    return values
+
+
+def event_from_dict(values: Mapping[str, Any]) -> Event:
+    """Rebuild the event that ``event_to_dict`` wrote.
+
+    Keys that the class does not have are ignored (a newer writer, or the stamp). Raises ``ValueError`` when the event's
+    name is unknown, a required field is missing, or a value has the wrong type.
+    """
+    name = values.get("event")
+    cls = EVENT_TYPES.get(name) if isinstance(name, str) else None
+    if cls is None:
+        raise ValueError(f"event={name!r} is not an event; known are: {', '.join(EVENT_TYPES)}")
+    fields = {}
+    for field_name, hint in _hints(cls).items():
+        if field_name in values:
+            fields[field_name] = _typed(f"{name}.{field_name}", values[field_name], hint)
+    try:
+        return cls(**fields)
+    except TypeError as error:
+        raise ValueError(f"{name} is incomplete: {error}") from None
+
+
+def stamped_to_json(stamped: StampedEvent) -> str:
+    """Return the one line of JSON (no newline) that stands for ``stamped`` in ``events/<writer>.jsonl``."""
+    values = {
+        "schema": SCHEMA_VERSION,
+        "event": "",
+        "wall_time": round(stamped.wall_time, 6),
+        "writer": stamped.writer,
+        "replica": stamped.replica,
+        "sequence": stamped.sequence,
+        **event_to_dict(stamped.event),
+    }
+    return json.dumps(values, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+
+
+def stamped_from_json(line: str | bytes) -> StampedEvent:
+    """Read one line back. Raises ``ValueError`` when it is torn, not of this schema, or not an event."""
+    values = json.loads(line)
+    if not isinstance(values, dict):
+        raise ValueError(f"a line of an event file must be an object, not {type(values).__name__}")
+    if values.get("schema") != SCHEMA_VERSION:
+        raise ValueError(f"schema={values.get('schema')!r} is not known; this version reads {SCHEMA_VERSION}")
+    try:
+        return StampedEvent(
+            event=event_from_dict(values),
+            wall_time=float(values["wall_time"]),
+            writer=str(values["writer"]),
+            replica=int(values["replica"]),
+            sequence=int(values["sequence"]),
+        )
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"the stamp of an event is incomplete: {error}") from None
+
+
+def _plain(value: Any) -> Any:
+    """Turn a field's value into JSON types, containers included."""
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    return str(value)
+
+
+_HINTS: dict[type[Event], dict[str, Any]] = {}
+
+
+def _hints(cls: type[Event]) -> dict[str, Any]:
+    if cls not in _HINTS:
+        _HINTS[cls] = {f.name: hint for f, hint in zip(dataclasses.fields(cls), _resolved(cls), strict=True)}
+    return _HINTS[cls]
+
+
+def _resolved(cls: type[Event]) -> list[Any]:
+    hints = typing.get_type_hints(cls)
+    return [hints[f.name] for f in dataclasses.fields(cls)]
+
+
+def _typed(where: str, value: Any, hint: Any) -> Any:
+    """Check ``value`` against the field's annotation and convert lists to tuples and ints to floats."""
+    origin = typing.get_origin(hint)
+    if origin in (types.UnionType, typing.Union):
+        options = typing.get_args(hint)
+        if value is None:
+            return None
+        return _typed(where, value, next(option for option in options if option is not types.NoneType))
+    if hint is float:
+        if value is None:
+            return math.nan
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+    elif hint in (int, str, bool):
+        if isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+            return value
+    elif origin is tuple:
+        if isinstance(value, list):
+            return tuple(_typed(where, item, typing.get_args(hint)[0]) for item in value)
+    elif isinstance(value, Mapping):
+        item_hint = typing.get_args(hint)[1]
+        return {str(key): _typed(where, item, item_hint) for key, item in value.items()}
+    raise ValueError(f"{where}={value!r} has the wrong type; it must be {hint}")

@@ -1,0 +1,135 @@
+"""The event files of a run folder: one writer appends, any number of readers follow.
+
+``JournalWriter`` is the guaranteed path: one line per event, written with one ``write`` call to a file of its own, so
+that a killed process loses nothing that was notified and shared file systems tear nothing. ``read_journal`` reads all
+files at once; ``JournalTail`` returns what is new since it was last asked.
+
+Knows files and the JSON schema of ``events.py``; nothing of threads, terminals or services.
+"""
+
+import contextlib
+import os
+import secrets
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from storymem_dist.observe.events import StampedEvent, stamped_from_json, stamped_to_json
+
+MAX_PENDING_BYTES = 64 * 2**20
+"""How much is kept in memory while the disk refuses writes (about 300,000 events)."""
+
+
+def new_writer_id(replica: int, rank: int = 0) -> str:
+    """Return a name for an event file that no other process uses, now or after a restart; safe as a file name.
+
+    It sorts by start time: ``20260101T120000-node7-r3-4711-9f2c`` (UTC, host, replica, process, four random digits).
+    """
+    host = "".join(c if c.isalnum() else "_" for c in socket.gethostname().split(".")[0])[:32]
+    started = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
+    return f"{started}-{host}-r{replica}-{rank}-{os.getpid()}-{secrets.token_hex(2)}"
+
+
+class JournalWriter:
+    """Appends events to ``folder/<writer>.jsonl``.
+
+    A disk that is full or away does not raise: lines wait in memory and go out with the next event, in order. Not
+    thread-safe: the fan-out holds its lock around ``write``.
+    """
+
+    def __init__(self, folder: Path, writer: str) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / f"{writer}.jsonl"
+        self.num_lost = 0
+        self.last_error: OSError | None = None
+        self._pending = bytearray()
+        self._descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+
+    def write(self, stamped: StampedEvent) -> None:
+        """Append one line. Never raises because of the file system; ``last_error`` tells whether it went through."""
+        line = stamped_to_json(stamped).encode() + b"\n"
+        if len(self._pending) + len(line) > MAX_PENDING_BYTES:
+            self.num_lost += 1
+            return
+        self._pending += line
+        self.flush()
+
+    def flush(self) -> None:
+        """Hand everything that waits to the operating system, as far as it takes it."""
+        try:
+            while self._pending:
+                written = os.write(self._descriptor, self._pending)
+                del self._pending[:written]
+            self.last_error = None
+        except OSError as error:
+            self.last_error = error
+
+    def close(self) -> None:
+        """Write what waits, make it durable, close the file. Calling it again does nothing."""
+        if self._descriptor < 0:
+            return
+        self.flush()
+        with contextlib.suppress(OSError):
+            os.fsync(self._descriptor)
+        os.close(self._descriptor)
+        self._descriptor = -1
+
+
+class JournalTail:
+    """Follows all event files of a folder.
+
+    ``offsets`` maps file names to the bytes already returned: save them and pass them in again to go on after a
+    restart. ``skip`` names writers whose files are not read. A last line without its newline is left for later (its
+    writer is still at it, or was killed in it); a complete line that is no event is counted in ``num_unreadable``.
+    """
+
+    def __init__(self, folder: Path, *, offsets: Mapping[str, int] | None = None, skip: tuple[str, ...] = ()) -> None:
+        self.folder = folder
+        self.offsets: dict[str, int] = dict(offsets or {})
+        self.num_unreadable = 0
+        self._skip = {f"{writer}.jsonl" for writer in skip}
+
+    def poll(self, max_bytes: int = 16 * 2**20) -> list[StampedEvent]:
+        """Return events that are new since the last call, ordered by wall time within the call.
+
+        At most about ``max_bytes`` are read at once per file, so that catching up with a long run stays responsive;
+        call again until the list is empty. Files that cannot be read now are tried again next time.
+        """
+        events: list[StampedEvent] = []
+        for path in self._files():
+            events.extend(self._read_new(path, max_bytes))
+        events.sort(key=lambda stamped: (stamped.wall_time, stamped.writer, stamped.sequence))
+        return events
+
+    def _files(self) -> list[Path]:
+        try:
+            return sorted(path for path in self.folder.glob("*.jsonl") if path.name not in self._skip)
+        except OSError:
+            return []
+
+    def _read_new(self, path: Path, max_bytes: int) -> Iterator[StampedEvent]:
+        offset = self.offsets.get(path.name, 0)
+        try:
+            with path.open("rb") as file:
+                file.seek(offset)
+                data = file.read(max_bytes)
+        except OSError:
+            return
+        complete = data[: data.rfind(b"\n") + 1]
+        self.offsets[path.name] = offset + len(complete)
+        for line in complete.split(b"\n")[:-1]:
+            try:
+                yield stamped_from_json(line)
+            except ValueError:
+                self.num_unreadable += 1
+
+
+def read_journal(folder: Path) -> list[StampedEvent]:
+    """Return all events of all writers in ``folder``, ordered by wall time (within a writer: as written)."""
+    tail = JournalTail(folder)
+    events: list[StampedEvent] = []
+    while new := tail.poll():
+        events.extend(new)
+    events.sort(key=lambda stamped: stamped.wall_time)
+    return events

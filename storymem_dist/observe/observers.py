@@ -1,0 +1,158 @@
+"""The fan-out: takes events from the render and passes them on without ever making it wait.
+
+``notify`` stamps the event, appends it to the journal (the one thing done in the caller's thread: one small write) and
+puts it in the bounded queue of each back end. Every back end has a thread of its own. One that raises is dropped with
+one warning; one that hangs or is too slow loses events of its own (never of the journal) and is warned about once.
+
+Knows threads and queues; nothing of what back ends do with events.
+"""
+
+import queue
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from storymem_dist.observe.events import Event, StampedEvent, WarningIssued
+from storymem_dist.observe.journal import JournalWriter
+
+QUEUE_SIZE = 4096
+"""Events that may wait for one back end; about ten minutes of a busy replica."""
+
+
+class BackEnd(Protocol):
+    """Something that observes. Both methods are called from one thread that belongs to the back end alone."""
+
+    name: str
+
+    def handle(self, stamped: StampedEvent) -> None:
+        """Take one event. May be slow; may raise (then it gets no more events)."""
+
+    def close(self) -> None:
+        """Finish. Called once, after the last event, unless ``handle`` raised."""
+
+
+class Observers:
+    """Passes every event to the journal and to all back ends.
+
+    ``writer`` and ``replica`` go into each event's stamp. ``journal`` may be None (library use without a run folder).
+    ``report_line`` gets the one line about a back end that failed; by default it goes to standard error.
+    Use it as a context manager or call ``close``.
+    """
+
+    def __init__(
+        self,
+        back_ends: Sequence[BackEnd] = (),
+        *,
+        journal: JournalWriter | None = None,
+        writer: str = "",
+        replica: int = 0,
+        queue_size: int = QUEUE_SIZE,
+        report_line: Callable[[str], None] | None = None,
+    ) -> None:
+        self.writer = writer
+        self.replica = replica
+        self._journal = journal
+        self._journal_warned = False
+        self._lock = threading.RLock()
+        self._sequence = 0
+        self._closed = False
+        self._report_line = report_line or _print_to_stderr
+        self._lanes = [_Lane(back_end, queue_size, self._warn) for back_end in back_ends]
+
+    def notify(self, event: Event) -> None:
+        """Pass ``event`` on. Returns at once, never raises, may be called from any thread."""
+        with self._lock:
+            if self._closed:
+                return
+            stamped = StampedEvent(
+                event=event, wall_time=time.time(), writer=self.writer, replica=self.replica, sequence=self._sequence
+            )
+            self._sequence += 1
+            if self._journal is not None:
+                self._journal.write(stamped)
+            for lane in self._lanes:
+                lane.put(stamped)
+        if self._journal is not None and self._journal.last_error is not None and not self._journal_warned:
+            self._journal_warned = True
+            self._report_line(f"events cannot be written to {self._journal.path} now: {self._journal.last_error}")
+
+    def close(self, timeout_seconds: float = 30.0) -> None:
+        """Let the back ends finish, for at most ``timeout_seconds`` together, then close the journal."""
+        deadline = time.monotonic() + timeout_seconds
+        with self._lock:
+            if self._closed:
+                return
+            for lane in self._lanes:
+                lane.finish()
+        for lane in self._lanes:
+            if not lane.join(max(0.0, deadline - time.monotonic())):
+                self._warn(lane.name, f"{lane.name} did not finish within {timeout_seconds:g} s; going on without it")
+        with self._lock:
+            self._closed = True
+            if self._journal is not None:
+                self._journal.close()
+
+    def __enter__(self) -> "Observers":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _warn(self, name: str, message: str) -> None:
+        self._report_line(message)
+        self.notify(WarningIssued(message=message, source=f"observe.{name}"))
+
+
+class _Lane:
+    """One back end, its queue and its thread."""
+
+    def __init__(self, back_end: BackEnd, queue_size: int, warn: Callable[[str, str], None]) -> None:
+        self.name = back_end.name
+        self._back_end = back_end
+        self._warn = warn
+        self._queue: queue.Queue[StampedEvent | None] = queue.Queue(maxsize=queue_size)
+        self._dropped = False
+        self._overflowed = False
+        self._finishing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name=f"observe-{self.name}", daemon=True)
+        self._thread.start()
+
+    def put(self, stamped: StampedEvent) -> None:
+        if self._dropped or self._finishing.is_set():
+            return
+        try:
+            self._queue.put_nowait(stamped)
+        except queue.Full:
+            if not self._overflowed:
+                self._overflowed = True
+                self._warn(self.name, f"{self.name} cannot keep up and misses events; the event files have them all")
+
+    def finish(self) -> None:
+        self._finishing.set()
+
+    def join(self, timeout_seconds: float) -> bool:
+        self._thread.join(timeout_seconds)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        try:
+            while (stamped := self._next()) is not None:
+                self._back_end.handle(stamped)
+            self._back_end.close()
+        except Exception as error:
+            self._dropped = True
+            self._warn(self.name, f"{self.name} failed and is switched off: {type(error).__name__}: {error}")
+
+    def _next(self) -> StampedEvent | None:
+        while True:
+            try:
+                return self._queue.get(timeout=0.2)
+            except queue.Empty:
+                if self._finishing.is_set():
+                    return None
+
+
+def _print_to_stderr(line: str) -> None:
+    sys.stderr.write(f"storymem: {line}\n")
