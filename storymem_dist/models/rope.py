@@ -1,0 +1,58 @@
+"""Rotary position tables over (time, height, width), and their application to queries and keys.
+
+Knows nothing about memory, frames or ranks: temporal positions are given by the caller (they may be negative and need
+not be contiguous), and a table is as long as the tokens it is applied to.
+
+Legend: B batch, T latent frames, L tokens (t, h, w order, w fastest), N heads, H head width, P = H/2 pairs.
+"""
+
+import torch
+from torch import Tensor
+
+ROPE_THETA = 10000.0
+"""Base of the rotary frequencies (Wan2.2 model code)."""
+
+
+def rope_split(head_dim: int) -> tuple[int, int, int]:
+    """Channels of one head for (time, height, width), e.g. (44, 42, 42) of 128. All even when ``head_dim`` is even."""
+    spatial = 2 * (head_dim // 6)
+    return head_dim - 2 * spatial, spatial, spatial
+
+
+def rope_tables(
+    temporal_positions_T: Tensor, height: int, width: int, head_dim: int, *, device: torch.device | str
+) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of every token's rotation angles, each fp32 ``[T * height * width, head_dim / 2]``.
+
+    ``temporal_positions_T`` is int64 ``[T]``, one position per latent frame; ``height`` and ``width`` count tokens
+    (latent size / patch size) and are numbered from 0. Angles are computed in fp64. Positions on another device than
+    ``device`` are copied, which on CUDA waits for the host.
+    """
+    axes_positions = (
+        temporal_positions_T.to(device=device, dtype=torch.float64),
+        torch.arange(height, dtype=torch.float64, device=device),
+        torch.arange(width, dtype=torch.float64, device=device),
+    )
+    shape = [len(positions) for positions in axes_positions]
+    angles = []
+    for axis, (positions, channels) in enumerate(zip(axes_positions, rope_split(head_dim), strict=True)):
+        exponents = torch.arange(0, channels, 2, dtype=torch.float64, device=device) / channels
+        axis_angles = positions[:, None] * ROPE_THETA**-exponents
+        view = [1, 1, 1, channels // 2]
+        view[axis] = len(positions)
+        angles.append(axis_angles.view(view))
+    # Trigonometry on the three short axes (in fp64), then fp32 copies spread over the tokens.
+    cos = torch.cat([a.cos().float().expand(*shape, -1) for a in angles], dim=-1)
+    sin = torch.cat([a.sin().float().expand(*shape, -1) for a in angles], dim=-1)
+    return cos.flatten(0, 2), sin.flatten(0, 2)
+
+
+def apply_rope(x_BLNH: Tensor, cos_LP: Tensor, sin_LP: Tensor) -> Tensor:
+    """Rotate adjacent channel pairs ``(2k, 2k+1)`` of every head, in fp32; returns fp32 ``[B, L, N, H]``."""
+    even_BLNP, odd_BLNP = x_BLNH.float().unflatten(-1, (-1, 2)).unbind(-1)
+    cos_L1P, sin_L1P = cos_LP[:, None], sin_LP[:, None]
+    rotated = torch.stack(
+        [even_BLNP * cos_L1P - odd_BLNP * sin_L1P, even_BLNP * sin_L1P + odd_BLNP * cos_L1P],
+        dim=-1,
+    )
+    return rotated.flatten(-2)
