@@ -61,12 +61,14 @@ class NullObserver:
 class JobStarted(Event):
     """A replica of a job starts (or starts again). Every replica leader sends its own.
 
+    ``job`` names the job among those that share the run folder; its replicas use the same name, also after a restart.
     ``num_stories`` and ``num_shots`` count the whole batch, ``num_devices`` the ranks of *this* replica.
     ``peak_tflops`` is the dense bf16 peak of one device, None where unknown (then there is no FLOP utilisation).
     ``versions`` maps package names to versions.
     """
 
     run_id: str = ""
+    job: str = ""
     config_hash: str = ""
     num_stories: int = 0
     num_shots: int = 0

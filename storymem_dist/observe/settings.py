@@ -1,0 +1,91 @@
+"""Settings of everything that watches a render: the ``tracking`` group.
+
+None of them changes a pixel. Knows only the plain values; ``observe/start.py`` turns them into observers.
+"""
+
+import re
+from dataclasses import dataclass, field
+
+from storymem_dist.errors import ConfigError, require_at_least, require_one_of
+
+CONSOLE_MODES = ("auto", "live", "plain", "off")
+CONSOLE_LEVELS = ("quiet", "normal", "verbose")
+WANDB_MODES = ("auto", "online", "offline", "off")
+
+
+@dataclass(kw_only=True, slots=True)
+class ConsoleSettings:
+    """What the terminal or the log shows.
+
+    ``mode``: ``live`` is a view that redraws itself, ``plain`` writes lines, ``off`` shows nothing; ``auto`` is live on
+    a terminal and plain elsewhere. ``level``: ``quiet`` shows shots, failures and warnings, ``normal`` also steps and
+    loading, ``verbose`` also every stage and memory decision. ``line_interval_seconds`` is the least time between two
+    progress lines of one replica in plain mode.
+    """
+
+    mode: str = "auto"
+    level: str = "normal"
+    line_interval_seconds: float = 10.0
+
+    def __post_init__(self) -> None:
+        require_one_of("tracking.console.mode", self.mode, CONSOLE_MODES)
+        require_one_of("tracking.console.level", self.level, CONSOLE_LEVELS)
+        require_at_least("tracking.console.line_interval_seconds", self.line_interval_seconds, 0.0)
+
+
+@dataclass(kw_only=True, slots=True)
+class WandbSettings:
+    """What goes to Weights & Biases. One W&B run stands for one run folder, over restarts and joined jobs.
+
+    ``mode``: ``auto`` is online when an API key is at hand (``WANDB_API_KEY`` or ``wandb login``), else offline; an
+    environment variable ``WANDB_MODE`` decides before that. ``name`` defaults to the run folder's name, ``group`` to
+    the sweep (if it is one). ``num_shot_videos`` and ``num_story_videos`` bound how many videos are uploaded (-1: all)
+    and ``max_video_mib`` how large one may be. ``num_memory_images`` bounds the thumbnails of the ``memory_frames``
+    table (its rows are always complete), ``thumbnail_height`` is their height in pixels. ``finish_timeout_seconds`` is
+    how long the end of a job may wait for uploads; what is not uploaded by then stays on disk for ``wandb sync``.
+    """
+
+    mode: str = "auto"
+    project: str = "storymem"
+    entity: str | None = None
+    group: str | None = None
+    name: str | None = None
+    notes: str | None = None
+    tags: list[str] = field(default_factory=list)
+    num_shot_videos: int = 100
+    num_story_videos: int = 100
+    max_video_mib: float = 64.0
+    num_memory_images: int = 2000
+    thumbnail_height: int = 96
+    poll_interval_seconds: float = 1.0
+    finish_timeout_seconds: float = 60.0
+
+    def __post_init__(self) -> None:
+        require_one_of("tracking.wandb.mode", self.mode, WANDB_MODES)
+        if not self.project or re.search(r"[/\\#?%:]", self.project):
+            raise ConfigError(
+                f"tracking.wandb.project={self.project!r} is not allowed; it must be a name without / \\ # ? % :"
+            )
+        for key in ("num_shot_videos", "num_story_videos", "num_memory_images"):
+            require_at_least(f"tracking.wandb.{key}", getattr(self, key), -1)
+        require_at_least("tracking.wandb.max_video_mib", self.max_video_mib, 0.0)
+        require_at_least("tracking.wandb.thumbnail_height", self.thumbnail_height, 16)
+        require_at_least("tracking.wandb.poll_interval_seconds", self.poll_interval_seconds, 0.05)
+        require_at_least("tracking.wandb.finish_timeout_seconds", self.finish_timeout_seconds, 0.0)
+
+
+@dataclass(kw_only=True, slots=True)
+class TrackingSettings:
+    """The ``tracking`` group.
+
+    ``report`` writes ``report.html`` into the run folder when the job ends. ``system_interval_seconds`` is how often
+    every rank samples its memory and device (0: never). Event files are always written.
+    """
+
+    console: ConsoleSettings = field(default_factory=ConsoleSettings)
+    wandb: WandbSettings = field(default_factory=WandbSettings)
+    report: bool = True
+    system_interval_seconds: float = 15.0
+
+    def __post_init__(self) -> None:
+        require_at_least("tracking.system_interval_seconds", self.system_interval_seconds, 0.0)
