@@ -1,0 +1,151 @@
+"""What a memory-to-video shot is told besides its prompt: memory keyframes, given frames, and the mask that marks them.
+
+Turns 8-bit images into the 20 extra input channels of the DiT (mask 4, latents 16) through a VAE that it is given. It
+does not know where images come from, nor which frames are memory-worthy.
+
+Legend: C channels, F frames, H/W pixels, K memory keyframes, T latent times of the clip, h/w latent size.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from storymem_dist.diffusion.latent_grid import LATENT_CHANNELS, VAE_TIME_STRIDE, LatentGrid
+from storymem_dist.diffusion.settings import NUM_GIVEN_FRAMES
+from storymem_dist.errors import ConfigError, require_one_of
+
+MASK_CHANNELS = 4
+CONDITION_CHANNELS = MASK_CHANNELS + LATENT_CHANNELS
+CONDITIONED_MODES = ("m2v", "mi2v", "mm2v")
+
+
+class LatentEncoder(Protocol):
+    """The half of a VAE that conditioning needs; pixels in [-1, 1], latents normalized, both float32."""
+
+    def encode(self, pixels_CFHW: Tensor) -> Tensor:
+        """Encode one clip ``[3, F, H, W]`` to ``[16, T, h, w]``."""
+        ...
+
+    def encode_image(self, pixels_CHW: Tensor) -> Tensor:
+        """Encode one image ``[3, H, W]``, as a one-frame clip, to ``[16, 1, h, w]``."""
+        ...
+
+
+class ConditionBuilder:
+    """Builds the condition of every shot; keeps the latents of the empty clip, which depend on the size alone."""
+
+    def __init__(self, vae: LatentEncoder, device: torch.device | str) -> None:
+        self._vae = vae
+        self._device = torch.device(device)
+        self._blank_clips: dict[tuple[int, int, int], Tensor] = {}
+
+    @torch.no_grad()
+    def build(
+        self,
+        mode: str,
+        grid: LatentGrid,
+        memory_images: Sequence[Tensor],
+        *,
+        first_frame: Tensor | None = None,
+        motion_frames: Tensor | None = None,
+        num_fixed: int | None = None,
+    ) -> Tensor:
+        """The condition of one shot, float32 ``[20, K+T, h, w]`` on the builder's device: mask first, latents after.
+
+        ``mode`` is "m2v" (nothing given), "mi2v" (``first_frame`` uint8 ``[3, H, W]``) or "mm2v" (``motion_frames``
+        uint8 ``[5, 3, H, W]``). ``memory_images`` are K = ``grid.num_memory`` uint8 images ``[3, H, W]`` of any size.
+        The mask is 1 on memory and on given latents, else 0; ``num_fixed`` marks memory from that index on with 2
+        (the original program's ``fix_mem``, which its pipeline never sets).
+
+        Raises ``ConfigError`` when the mode and what is given do not go together.
+        """
+        require_one_of("mode", mode, CONDITIONED_MODES)
+        if len(memory_images) != grid.num_memory:
+            raise ConfigError(f"{len(memory_images)} memory images for a grid of num_memory={grid.num_memory}")
+        given = _given_frames(mode, grid, first_frame, motion_frames)
+        clip_latents = self._blank_clip(grid) if given is None else self._encode_given(given, grid)
+        memory_latents = [
+            self._vae.encode_image(prepare_image(image.to(self._device), grid.height, grid.width))
+            for image in memory_images
+        ]
+        mask = _mask(NUM_GIVEN_FRAMES[mode], grid, num_fixed).to(self._device)
+        return torch.cat([mask, torch.cat([*memory_latents, clip_latents], dim=1).float()])
+
+    def _encode_given(self, given_F3HW: Tensor, grid: LatentGrid) -> Tensor:
+        """Latents of a clip that begins with the given frames and is mid grey after them."""
+        pixels = torch.zeros(3, grid.num_frames, grid.height, grid.width, device=self._device)
+        for index, frame in enumerate(given_F3HW):
+            pixels[:, index] = prepare_image(frame.to(self._device), grid.height, grid.width)
+        return self._vae.encode(pixels)
+
+    def _blank_clip(self, grid: LatentGrid) -> Tensor:
+        size = (grid.num_frames, grid.height, grid.width)
+        if size not in self._blank_clips:
+            self._blank_clips[size] = self._vae.encode(torch.zeros(3, *size, device=self._device))
+        return self._blank_clips[size]
+
+
+def prepare_image(image_CHW: Tensor, height: int, width: int) -> Tensor:
+    """Resize a uint8 image ``[3, H, W]`` to the clip's size: float32 ``[3, height, width]``, about [-1, 1].
+
+    Bicubic without antialiasing and not clamped, as the model was trained: values overshoot at edges.
+    """
+    _check_image(image_CHW)
+    pixels = image_CHW.float() / 255.0 * 2.0 - 1.0
+    return F.interpolate(pixels[None], size=(height, width), mode="bicubic", align_corners=False)[0]
+
+
+def cover_crop(image_CHW: Tensor, height: int, width: int) -> Tensor:
+    """Scale a uint8 image ``[3, H, W]`` until it covers ``height`` x ``width`` and cut out the middle: uint8.
+
+    For a user's reference images (MR2V), whose shape need not be the clip's. Bicubic with antialiasing.
+    """
+    _check_image(image_CHW)
+    scale = max(height / image_CHW.shape[1], width / image_CHW.shape[2])
+    size = (max(height, round(image_CHW.shape[1] * scale)), max(width, round(image_CHW.shape[2] * scale)))
+    scaled = F.interpolate(image_CHW[None].float(), size=size, mode="bicubic", align_corners=False, antialias=True)[0]
+    top, left = (size[0] - height) // 2, (size[1] - width) // 2
+    return scaled[:, top : top + height, left : left + width].round().clamp(0, 255).to(torch.uint8)
+
+
+def _mask(num_given_frames: int, grid: LatentGrid, num_fixed: int | None) -> Tensor:
+    """``[4, K+T, h, w]``; the channels stand for the four frames that one latent packs and are always equal here."""
+    num_given = -(-(num_given_frames - 1) // VAE_TIME_STRIDE) + 1 if num_given_frames else 0
+    mask = torch.zeros(MASK_CHANNELS, grid.num_latents, grid.latent_height, grid.latent_width)
+    mask[:, : grid.num_memory + num_given] = 1.0
+    if num_fixed is not None:
+        mask[:, num_fixed : grid.num_memory] = 2.0
+    return mask
+
+
+def _given_frames(
+    mode: str, grid: LatentGrid, first_frame: Tensor | None, motion_frames: Tensor | None
+) -> Tensor | None:
+    """The frames that the mode puts at the start of the clip, uint8 ``[n, 3, H, W]``, or None for a cut."""
+    if (first_frame is not None) != (mode == "mi2v"):
+        raise ConfigError(
+            f"mode {mode} with first_frame={'given' if first_frame is not None else None}: mi2v takes one"
+        )
+    if (motion_frames is not None) != (mode == "mm2v"):
+        raise ConfigError(
+            f"mode {mode} with motion_frames={'given' if motion_frames is not None else None}: mm2v takes them"
+        )
+    given = first_frame[None] if first_frame is not None else motion_frames
+    if given is None:
+        return None
+    expected = NUM_GIVEN_FRAMES[mode]
+    if len(given) != expected:
+        raise ConfigError(f"mode {mode} takes {expected} frames of the shot before it; given: {len(given)}")
+    if grid.num_frames <= expected:
+        raise ConfigError(f"num_frames={grid.num_frames} leaves nothing new in mode {mode}, which repeats {expected}")
+    return given
+
+
+def _check_image(image_CHW: Tensor) -> None:
+    if image_CHW.dtype != torch.uint8 or image_CHW.ndim != 3 or image_CHW.shape[0] != 3:
+        raise ConfigError(
+            f"an image of {image_CHW.dtype} and shape {list(image_CHW.shape)} was given; images are uint8 [3, H, W]"
+        )

@@ -1,0 +1,270 @@
+"""The denoise loop of one shot: from noise to latents, with a way to stop between steps and to go on later.
+
+Knows solver, experts and guidance by their interfaces only; nothing of ranks, files it was not told of, or what the
+latents show. Every rank of a replica runs the same loop on the same full latents.
+
+Nothing inside a step waits for the device: finiteness is noted on the device and read every few steps.
+
+Legend: C channels, K+T latent times of memory and clip, h/w latent size, L text tokens, E text width.
+"""
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from storymem_dist.diffusion.experts import ExpertPair
+from storymem_dist.diffusion.guidance import Guidance
+from storymem_dist.diffusion.latent_grid import LATENT_CHANNELS, LatentGrid
+from storymem_dist.diffusion.solver import Solver
+from storymem_dist.errors import RunFolderError, ShotFailed
+
+_STATE_FORMAT = "storymem-denoise-state-1"
+_CHECK_FINITE_EVERY = 8
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PromptEmbeds:
+    """Text encoder outputs cut to their length: ``prompt_LE``, and ``negative_LE`` unless guidance is off (scale 1)."""
+
+    prompt_LE: Tensor
+    negative_LE: Tensor | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepInfo:
+    """One finished step. ``step`` counts from 1.
+
+    ``elapsed_seconds`` is the time between this step's end and the one before it, as the host sees it: a device that
+    works asynchronously may lag behind by less than a step.
+    """
+
+    step: int
+    num_steps: int
+    timestep: int
+    expert: str
+    elapsed_seconds: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DenoiseState:
+    """A shot between two steps: everything needed to go on, bit for bit, in this process or another.
+
+    The solvers are deterministic, so there is no random state beyond the noise that the latents came from.
+    ``fingerprint`` names the shot and all settings that change its pixels.
+    """
+
+    latents: Tensor
+    solver_state: dict[str, Tensor]
+    solver_name: str
+    num_steps: int
+    fingerprint: str
+
+    @property
+    def step(self) -> int:
+        """Number of finished steps, which is the index of the next one."""
+        return int(self.solver_state["step_index"])
+
+    def save(self, path: Path) -> None:
+        """Write one safetensors file beside ``path``, flush it to the disk, rename. Raises ``RunFolderError``."""
+        tensors = {"latents": self.latents} | {f"solver.{key}": value for key, value in self.solver_state.items()}
+        metadata = {
+            "format": _STATE_FORMAT,
+            "fingerprint": self.fingerprint,
+            "solver_name": self.solver_name,
+            "num_steps": str(self.num_steps),
+        }
+        data = save({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, metadata)
+        beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            with beside.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            beside.replace(path)
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+        except OSError as error:
+            beside.unlink(missing_ok=True)
+            raise RunFolderError(f"the step checkpoint {path} cannot be written: {error}") from error
+
+    @classmethod
+    def load(cls, path: Path, *, fingerprint: str) -> "DenoiseState":
+        """Read a state back (tensors on the CPU).
+
+        Raises ``RunFolderError`` when the file is missing, damaged, or of another shot or other settings.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise RunFolderError(f"the step checkpoint {path} cannot be read: {error}") from error
+        if metadata.get("format") != _STATE_FORMAT:
+            raise RunFolderError(f"{path} is not a step checkpoint (format {metadata.get('format')!r})")
+        if metadata["fingerprint"] != fingerprint:
+            raise RunFolderError(
+                f"the step checkpoint {path} is of another shot or other settings (fingerprint "
+                f"{metadata['fingerprint']!r}, expected {fingerprint!r}); remove it to start the shot again"
+            )
+        return cls(
+            latents=tensors.pop("latents"),
+            solver_state={key.removeprefix("solver."): value for key, value in tensors.items()},
+            solver_name=metadata["solver_name"],
+            num_steps=int(metadata["num_steps"]),
+            fingerprint=fingerprint,
+        )
+
+
+class DenoiseStopped(Exception):
+    """Not an error: the loop was asked to stop between two steps; ``state`` continues it."""
+
+    def __init__(self, state: DenoiseState) -> None:
+        super().__init__(f"stopped after {state.step} of {state.num_steps} steps")
+        self.state = state
+
+
+@torch.no_grad()
+def denoise(
+    experts: ExpertPair,
+    guidance: Guidance,
+    solver: Solver,
+    noise: Tensor,
+    condition: Tensor | None,
+    prompt: PromptEmbeds,
+    grid: LatentGrid,
+    *,
+    device: torch.device | str,
+    fingerprint: str = "",
+    resume: DenoiseState | None = None,
+    on_step: Callable[[StepInfo], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
+    checkpoint_every_steps: int = 0,
+    on_checkpoint: Callable[[DenoiseState], None] | None = None,
+) -> Tensor:
+    """Denoised latents of memory and clip, float32 ``[16, K+T, h, w]`` on ``device``.
+
+    ``noise`` is ``[16, K+T, h, w]``; ``condition`` is ``[20, K+T, h, w]`` (mask, then latents), or None for T2V. Memory
+    positions are denoised like the rest (``grid.clip_latents`` drops them). The solver is put at its first step, or
+    where ``resume`` was.
+
+    ``should_stop`` is asked before every step. ``on_checkpoint`` gets the state after every ``checkpoint_every_steps``
+    steps (0: never), except after the last. A state that is handed out never holds NaN or infinity.
+
+    Raises ``DenoiseStopped`` with the state when asked to stop, ``ShotFailed`` naming step and expert when latents are
+    not finite, ``RunFolderError`` when ``resume`` does not belong to this shot.
+    """
+    device = torch.device(device)
+    latents = _start(solver, noise, grid, device, resume, fingerprint)
+    x_BCTHW = _model_input(condition, grid, device)
+    cond_BSE = prompt.prompt_LE.to(device)[None]
+    uncond_BSE = None if prompt.negative_LE is None else prompt.negative_LE.to(device)[None]
+    positions_T = grid.temporal_positions().to(device)
+    timesteps: list[int] = solver.timesteps.tolist()
+    finite = _FiniteWatch(experts, timesteps, device)
+
+    def state() -> DenoiseState:
+        finite.check()
+        return DenoiseState(
+            latents=latents,
+            solver_state=solver.state_dict(),
+            solver_name=solver.name,
+            num_steps=solver.num_steps,
+            fingerprint=fingerprint,
+        )
+
+    clock = time.perf_counter()
+    for index in range(solver.step_index, solver.num_steps):
+        if should_stop is not None and should_stop():
+            raise DenoiseStopped(state())
+        expert = experts.select(timesteps[index])
+        x_BCTHW[0, :LATENT_CHANNELS] = latents
+        timestep_B = torch.full((1,), timesteps[index], dtype=torch.int64, device=device)
+        velocity = guidance.velocity(expert, x_BCTHW, timestep_B, cond_BSE, uncond_BSE, positions_T)
+        latents = solver.step(velocity[0], latents)
+        finite.note(index, latents)
+        done = index + 1
+        if on_checkpoint and checkpoint_every_steps and done % checkpoint_every_steps == 0 and done < solver.num_steps:
+            on_checkpoint(state())
+        now = time.perf_counter()
+        info = StepInfo(
+            step=done,
+            num_steps=solver.num_steps,
+            timestep=timesteps[index],
+            expert=expert.name,
+            elapsed_seconds=now - clock,
+        )
+        clock = now
+        if on_step is not None:
+            on_step(info)
+    finite.check()
+    return latents
+
+
+class _FiniteWatch:
+    """Notes on the device, after every step, whether latents are finite; reads the notes now and then."""
+
+    def __init__(self, experts: ExpertPair, timesteps: list[int], device: torch.device) -> None:
+        self._experts = experts
+        self._timesteps = timesteps
+        self._finite = torch.ones(len(timesteps), dtype=torch.bool, device=device)
+
+    def note(self, index: int, latents: Tensor) -> None:
+        self._finite[index] = torch.isfinite(latents).all()
+        if index % _CHECK_FINITE_EVERY == _CHECK_FINITE_EVERY - 1:
+            self.check()
+
+    def check(self) -> None:
+        finite = self._finite.tolist()
+        if not all(finite):
+            index = finite.index(False)
+            raise ShotFailed(
+                f"latents are not finite (NaN or infinity) after step {index + 1} of {len(finite)}, timestep "
+                f"{self._timesteps[index]}, {self._experts.name_at(self._timesteps[index])} expert"
+            )
+
+
+def _start(
+    solver: Solver,
+    noise: Tensor,
+    grid: LatentGrid,
+    device: torch.device,
+    resume: DenoiseState | None,
+    fingerprint: str,
+) -> Tensor:
+    """Put the solver at its place and return the latents to go on from."""
+    if tuple(noise.shape) != grid.latent_shape:
+        raise ValueError(f"noise has shape {list(noise.shape)}; expected {list(grid.latent_shape)}")
+    if resume is None:
+        solver.reset()
+        return noise.to(device=device, dtype=torch.float32)
+    found = (resume.fingerprint, resume.solver_name, resume.num_steps, tuple(resume.latents.shape))
+    expected = (fingerprint, solver.name, solver.num_steps, grid.latent_shape)
+    if found != expected:
+        raise RunFolderError(
+            "the step checkpoint does not belong to this shot: (fingerprint, solver, steps, latent shape) is "
+            f"{found}, expected {expected}"
+        )
+    solver.load_state_dict(resume.solver_state, device)
+    return resume.latents.to(device)
+
+
+def _model_input(condition: Tensor | None, grid: LatentGrid, device: torch.device) -> Tensor:
+    """The DiT's input ``[1, 16 or 36, K+T, h, w]``, noise part not yet filled."""
+    if condition is None:
+        return torch.empty((1, *grid.latent_shape), device=device)
+    if condition.shape[1:] != grid.latent_shape[1:]:
+        raise ValueError(
+            f"condition has shape {list(condition.shape)}; expected [20, {', '.join(map(str, grid.latent_shape[1:]))}]"
+        )
+    noise_part = torch.empty(grid.latent_shape, device=device)
+    return torch.cat([noise_part, condition.to(device=device, dtype=torch.float32)])[None]

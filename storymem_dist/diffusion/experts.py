@@ -1,0 +1,178 @@
+"""The two experts of Wan2.2, which of them works at a timestep, and where their weights are while they do not.
+
+An ``ExpertPair`` chooses; a ``Residency`` makes the chosen expert ready. Everything placed on one device has
+``AllResident``; ``HostSwap`` keeps one expert on the device and both in host memory. Sharded or lazily loaded experts
+bring a residency of their own. Knows nothing of prompts, latents or ranks.
+"""
+
+import gc
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import chain
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from storymem_dist.diffusion.solver import NUM_TRAIN_TIMESTEPS
+
+HIGH_NOISE = "high_noise"
+LOW_NOISE = "low_noise"
+EXPERTS = (HIGH_NOISE, LOW_NOISE)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Expert:
+    """One expert, ready to run: a ``WanDiT`` (or what stands for it) and the guidance scale that it is used with."""
+
+    name: str
+    module: nn.Module
+    guidance_scale: float
+
+
+class Residency(Protocol):
+    """Decides where the experts' weights are."""
+
+    def activate(self, name: str) -> None:
+        """Make expert ``name`` ready for forwards on the device; called before every step, so it must be cheap then."""
+        ...
+
+    def release(self) -> None:
+        """Let go of all weights, on the device and in host memory."""
+        ...
+
+
+class AllResident:
+    """Both experts already are where they run."""
+
+    def activate(self, name: str) -> None:
+        """Nothing to do."""
+
+    def release(self) -> None:
+        """Nothing is held here."""
+
+
+class ExpertPair:
+    """High-noise and low-noise expert of one base model.
+
+    The high-noise expert works at timesteps >= ``boundary_ratio * 1000``, the other below.
+    """
+
+    def __init__(
+        self,
+        *,
+        high_noise: nn.Module,
+        low_noise: nn.Module,
+        boundary_ratio: float,
+        guidance_scale_high: float,
+        guidance_scale_low: float,
+        residency: Residency | None = None,
+    ) -> None:
+        self._boundary = boundary_ratio * NUM_TRAIN_TIMESTEPS
+        self._residency = residency or AllResident()
+        self._experts = {
+            HIGH_NOISE: Expert(name=HIGH_NOISE, module=high_noise, guidance_scale=guidance_scale_high),
+            LOW_NOISE: Expert(name=LOW_NOISE, module=low_noise, guidance_scale=guidance_scale_low),
+        }
+
+    def name_at(self, timestep: int) -> str:
+        """Name of the expert that works at ``timestep`` (0..1000)."""
+        return HIGH_NOISE if timestep >= self._boundary else LOW_NOISE
+
+    def select(self, timestep: int) -> Expert:
+        """The expert for ``timestep``, made ready to run."""
+        name = self.name_at(timestep)
+        if name not in self._experts:
+            raise RuntimeError(f"the {name} expert was released")
+        self._residency.activate(name)
+        return self._experts[name]
+
+    def release(self) -> None:
+        """Drop the experts and free what they held; the pair cannot be used afterwards."""
+        self._experts.clear()
+        self._residency.release()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+class HostSwap:
+    """One expert on ``device`` at a time; both stay in host memory, page-locked when the device is a CUDA one.
+
+    Weights never change, so an expert that leaves the device is not copied back: its parameters point at the host copy
+    again. Copies in are queued on the current stream and need no synchronisation. Not for sharded parameters.
+    """
+
+    def __init__(self, experts: Mapping[str, nn.Module], device: torch.device | str) -> None:
+        self._device = torch.device(device)
+        self._active: str | None = None
+        memory = _HostMemory(pinned=self._device.type == "cuda")
+        self._weights = {name: _HostWeights(module, memory) for name, module in experts.items()}
+
+    def activate(self, name: str) -> None:
+        """Bring ``name`` onto the device, after sending the other one away."""
+        if name == self._active:
+            return
+        if self._active is not None:
+            self._weights[self._active].leave_device()
+        self._weights[name].enter_device(self._device)
+        self._active = name
+
+    def release(self) -> None:
+        """Free the device and host copies; the modules are left without storage."""
+        for weights in self._weights.values():
+            weights.drop()
+        self._weights.clear()
+        self._active = None
+
+
+class _HostWeights:
+    """The host copies of one module's parameters and buffers, and the switch between host and device."""
+
+    def __init__(self, module: nn.Module, memory: "_HostMemory") -> None:
+        self._host: list[tuple[Tensor, Tensor]] = []
+        for tensor in chain(module.parameters(), module.buffers()):
+            host = memory.keep(tensor.detach())
+            tensor.data = host  # at once, so that never more than one tensor exists twice
+            self._host.append((tensor, host))
+
+    def enter_device(self, device: torch.device) -> None:
+        for tensor, host in self._host:
+            tensor.data = torch.empty_like(host, device=device).copy_(host, non_blocking=True)
+
+    def leave_device(self) -> None:
+        for tensor, host in self._host:
+            tensor.data = host
+
+    def drop(self) -> None:
+        for tensor, host in self._host:
+            tensor.data = torch.empty(0, dtype=host.dtype)
+        self._host.clear()
+
+
+class _HostMemory:
+    """Hands out host tensors cut from large slabs.
+
+    CUDA's page-locked allocator rounds every allocation up to a power of two, which nearly doubles matrices of 135 MiB;
+    slabs of a power of two waste only their last part.
+    """
+
+    _SLAB_BYTES = 2**30
+    _ALIGNMENT = 256
+
+    def __init__(self, *, pinned: bool) -> None:
+        self._pinned = pinned
+        self._slab = torch.empty(0, dtype=torch.uint8)
+        self._used = 0
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        """A host copy of ``tensor``, contiguous."""
+        num_bytes = tensor.numel() * tensor.element_size()
+        if not self._pinned:
+            return tensor.contiguous().to("cpu", copy=True)
+        if self._used + num_bytes > self._slab.numel():
+            size = max(self._SLAB_BYTES, num_bytes)
+            self._slab, self._used = torch.empty(size, dtype=torch.uint8, pin_memory=True), 0
+        part = self._slab[self._used : self._used + num_bytes].view(tensor.dtype).view(tensor.shape)
+        self._used += -(-num_bytes // self._ALIGNMENT) * self._ALIGNMENT
+        return part.copy_(tensor)

@@ -1,0 +1,67 @@
+"""Classifier-free guidance: one velocity out of the conditional and the unconditional one.
+
+``LocalGuidance`` runs both passes one after the other on this device. A layout that runs them side by side implements
+the same protocol elsewhere and shares ``guide``, so that both give the same numbers.
+"""
+
+from typing import Protocol
+
+from torch import Tensor
+
+from storymem_dist.diffusion.experts import Expert
+from storymem_dist.errors import ConfigError
+
+
+class Guidance(Protocol):
+    """How an expert is asked for a velocity."""
+
+    def velocity(
+        self,
+        expert: Expert,
+        x_BCTHW: Tensor,
+        timestep_B: Tensor,
+        cond_BSE: Tensor,
+        uncond_BSE: Tensor | None,
+        temporal_positions_T: Tensor,
+    ) -> Tensor:
+        """The guided velocity, float32 ``[B, 16, T, h, w]``.
+
+        ``x_BCTHW`` is the DiT's input (noise, and for M2V mask and condition), ``cond_BSE`` and ``uncond_BSE`` the
+        embeddings of prompt and negative prompt; ``uncond_BSE`` may be None for experts of guidance scale 1.
+        """
+        ...
+
+
+class LocalGuidance:
+    """Both passes on this device, the conditional one first; scale 1 leaves the unconditional one out."""
+
+    def velocity(
+        self,
+        expert: Expert,
+        x_BCTHW: Tensor,
+        timestep_B: Tensor,
+        cond_BSE: Tensor,
+        uncond_BSE: Tensor | None,
+        temporal_positions_T: Tensor,
+    ) -> Tensor:
+        """See ``Guidance.velocity``."""
+        cond: Tensor = expert.module(x_BCTHW, timestep_B, cond_BSE, temporal_positions_T)
+        if expert.guidance_scale == 1.0:
+            return cond
+        uncond = expert.module(x_BCTHW, timestep_B, require_uncond(uncond_BSE, expert), temporal_positions_T)
+        return guide(cond, uncond, expert.guidance_scale)
+
+
+def guide(cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
+    """``uncond + scale * (cond - uncond)`` (classifier-free guidance, Ho and Salimans 2022, in Wan's form)."""
+    return uncond.add(cond - uncond, alpha=scale)
+
+
+def require_uncond(uncond_BSE: Tensor | None, expert: Expert) -> Tensor:
+    """The unconditional embedding, or ``ConfigError`` when guidance needs one that was not encoded."""
+    if uncond_BSE is None:
+        raise ConfigError(
+            f"guidance_scale={expert.guidance_scale} of the {expert.name} expert needs the embedding of the negative "
+            "prompt, and there is none; encode it, or use guidance_scale=1"
+        )
+    return uncond_BSE

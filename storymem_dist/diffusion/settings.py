@@ -1,0 +1,151 @@
+"""How clips are sampled: sizes, solver, schedule, guidance, seeds.
+
+Plain values, checked when they are made; every message begins with the dotted path of the setting. This module knows
+nothing of models, devices or Hydra.
+"""
+
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+from storymem_dist.errors import ConfigError, require_at_least, require_one_of
+
+SOLVERS = ("unipc", "dpmpp", "euler")
+CONTINUATIONS = ("none", "mi2v", "mm2v")
+KINDS = ("t2v", "m2v")
+SEED_RULES = ("index_in_scene", "per_shot")
+NOISE_DEVICES = ("cpu", "cuda")
+
+# Frames of the shot before it that a continuation repeats at its start (StoryMem: MI2V one, MM2V five).
+NUM_GIVEN_FRAMES = {"t2v": 0, "m2v": 0, "mi2v": 1, "mm2v": 5}
+
+# The negative prompt that Wan publishes as its default for all Wan2.x models.
+WAN_NEGATIVE_PROMPT = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，"
+    "多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，"
+    "背景人很多，倒着走"
+)
+
+_MAX_SEED = 2**62  # torch generators take 64 bits; the shot's index is added on top
+_MAX_FLOW_SHIFT = 1000.0  # beyond it the first UniPC sigma comes so near 1 that log(1 - sigma) loses its digits
+_MAX_STEPS = 1000  # the models know 1000 training timesteps
+
+
+@dataclass(kw_only=True, slots=True)
+class SamplerSettings:
+    """Everything about sampling that changes pixels, apart from weights and prompts.
+
+    Defaults are the model card's and the StoryMem release's: 81 frames of 832x480 at 16 frames per second, 40 UniPC
+    steps, flow shift 12 (T2V) and 4 (M2V), boundary 0.875 and 0.9, guidance 3.5 for both experts.
+
+    ``sigmas`` gives the noise levels of ``solver="euler"`` outright (each in (0, 1], falling, one per step, the final
+    zero left out; not shifted again), for models distilled to a few fixed levels. Empty means evenly spaced levels
+    under the flow shift. ``step_cache_threshold`` above zero lets steps reuse the work of earlier ones
+    (``diffusion.step_cache``): faster, no longer exact.
+    """
+
+    num_inference_steps: int = 40
+    solver: str = "unipc"
+    sigmas: list[float] = field(default_factory=list)
+    num_frames: int = 81
+    height: int = 480
+    width: int = 832
+    fps: int = 16
+    flow_shift_t2v: float = 12.0
+    flow_shift_m2v: float = 4.0
+    boundary_ratio_t2v: float = 0.875
+    boundary_ratio_m2v: float = 0.9
+    guidance_scale_high: float = 3.5
+    guidance_scale_low: float = 3.5
+    negative_prompt: str = WAN_NEGATIVE_PROMPT
+    continuation: str = "mi2v"
+    first_shot: str = "t2v"
+    seed: int = 0
+    seed_rule: str = "index_in_scene"
+    noise_device: str = "cpu"
+    step_cache_threshold: float = 0.0
+
+    def __post_init__(self) -> None:
+        require_one_of("sampler.solver", self.solver, SOLVERS)
+        require_one_of("sampler.continuation", self.continuation, CONTINUATIONS)
+        require_one_of("sampler.first_shot", self.first_shot, KINDS)
+        require_one_of("sampler.seed_rule", self.seed_rule, SEED_RULES)
+        require_one_of("sampler.noise_device", self.noise_device, NOISE_DEVICES)
+        check_frame_sizes(self.num_frames, self.height, self.width, where="sampler.")
+        require_at_least("sampler.fps", self.fps, 1)
+        _require_between("sampler.num_inference_steps", self.num_inference_steps, 1, _MAX_STEPS)
+        _require_between("sampler.seed", self.seed, -_MAX_SEED, _MAX_SEED)
+        for name in ("flow_shift_t2v", "flow_shift_m2v"):
+            _require_between(f"sampler.{name}", getattr(self, name), 0.01, _MAX_FLOW_SHIFT)
+        for name in ("boundary_ratio_t2v", "boundary_ratio_m2v"):
+            _require_between(f"sampler.{name}", getattr(self, name), 0.0, 1.0)
+        for name in ("guidance_scale_high", "guidance_scale_low"):
+            _require_between(f"sampler.{name}", getattr(self, name), 0.0, 100.0)
+        _require_between("sampler.step_cache_threshold", self.step_cache_threshold, 0.0, 1.0)
+        self._check_sigmas()
+        given = NUM_GIVEN_FRAMES.get(self.continuation, 0)
+        if self.num_frames <= given:
+            raise ConfigError(
+                f"sampler.num_frames={self.num_frames} leaves nothing new to render: "
+                f"sampler.continuation={self.continuation} repeats {given} frames of the shot before it; "
+                f"use at least {4 * -(-given // 4) + 1}"
+            )
+
+    def _check_sigmas(self) -> None:
+        if not self.sigmas:
+            return
+        if self.solver != "euler":
+            raise ConfigError(
+                f"sampler.sigmas is given with sampler.solver={self.solver}; only solver=euler takes its own sigmas"
+            )
+        if len(self.sigmas) != self.num_inference_steps:
+            raise ConfigError(
+                f"sampler.sigmas has {len(self.sigmas)} values but sampler.num_inference_steps="
+                f"{self.num_inference_steps}; give one value per step (the final 0 is added)"
+            )
+        check_sigmas(self.sigmas, where="sampler.")
+
+    def flow_shift(self, kind: str) -> float:
+        """Shift of the noise schedule for the base model ``kind`` ("t2v" or "m2v")."""
+        require_one_of("kind", kind, KINDS)
+        return self.flow_shift_t2v if kind == "t2v" else self.flow_shift_m2v
+
+    def boundary_ratio(self, kind: str) -> float:
+        """Share of the 1000 timesteps at and above which the high-noise expert of ``kind`` works."""
+        require_one_of("kind", kind, KINDS)
+        return self.boundary_ratio_t2v if kind == "t2v" else self.boundary_ratio_m2v
+
+    @property
+    def needs_negative_prompt(self) -> bool:
+        """Whether any step runs the unconditional pass."""
+        return self.guidance_scale_high != 1.0 or self.guidance_scale_low != 1.0
+
+
+def check_frame_sizes(num_frames: int, height: int, width: int, *, where: str = "") -> None:
+    """Raise ``ConfigError`` unless the VAE and the DiT can cut such a clip into whole tokens.
+
+    The VAE packs 4 frames into one latent after the first (so 4n+1 frames) and 8x8 pixels into one latent cell; the
+    DiT takes 2x2 latent cells per token (so multiples of 16 pixels, in either orientation).
+    """
+    if num_frames < 1 or num_frames % 4 != 1:
+        below = max(1, (num_frames - 1) // 4 * 4 + 1)
+        raise ConfigError(
+            f"{where}num_frames={num_frames!r} is not allowed; it must be 4n+1, such as {below} or {below + 4}"
+        )
+    for name, size in (("height", height), ("width", width)):
+        if size < 16 or size % 16:
+            near = max(16, round(size / 16) * 16)
+            raise ConfigError(f"{where}{name}={size!r} is not allowed; it must be a multiple of 16, such as {near}")
+
+
+def check_sigmas(sigmas: list[float], *, where: str = "") -> None:
+    """Raise ``ConfigError`` unless ``sigmas`` fall strictly and lie in (0, 1]."""
+    falling = all(a > b for a, b in pairwise(sigmas))
+    if not sigmas or not falling or not sigmas[0] <= 1.0 or not sigmas[-1] > 0.0:
+        raise ConfigError(
+            f"{where}sigmas={sigmas!r} is not allowed; give falling values in (0, 1], without the final 0"
+        )
+
+
+def _require_between(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise ConfigError(f"{name}={value!r} is not allowed; it must be between {low} and {high}")
