@@ -1,8 +1,9 @@
 """The fan-out: takes events from the render and passes them on without ever making it wait.
 
 ``notify`` stamps the event, appends it to the journal (the one thing done in the caller's thread: one small write) and
-puts it in the bounded queue of each back end. Every back end has a thread of its own. One that raises is dropped with
-one warning; one that hangs or is too slow loses events of its own (never of the journal) and is warned about once.
+puts it in the bounded queue of each back end. Every back end has a thread of its own, which may be busy only a small
+part of the time, so that it does not take the interpreter from the render. One that raises is dropped with one warning;
+one that hangs or is too slow misses events (the journal has them all) and is warned about once.
 
 Knows threads and queues; nothing of what back ends do with events.
 """
@@ -20,17 +21,30 @@ from storymem_dist.observe.journal import JournalWriter
 QUEUE_SIZE = 4096
 """Events that may wait for one back end; about ten minutes of a busy replica."""
 
+MAX_BUSY_RATIO = 0.05
+"""Largest part of the time for which a back end's thread may compute while the render goes on."""
+
+LONGEST_PAUSE_SECONDS = 2.0
+"""Bound on one pause that keeps a back end below ``MAX_BUSY_RATIO``."""
+
 
 class BackEnd(Protocol):
-    """Something that observes. Both methods are called from one thread that belongs to the back end alone."""
+    """Something that observes. All methods are called from one thread that belongs to the back end alone.
+
+    Whatever they do, the render goes on. Events that a back end itself sends to its ``Observers`` are ignored.
+    """
 
     name: str
+    tick_seconds: float
 
     def handle(self, stamped: StampedEvent) -> None:
-        """Take one event. May be slow; may raise (then it gets no more events)."""
+        """Take one event. May be slow; may raise (then nothing of this back end is called again)."""
+
+    def tick(self) -> None:
+        """Called about every ``tick_seconds``, also while there are no events."""
 
     def close(self) -> None:
-        """Finish. Called once, after the last event, unless ``handle`` raised."""
+        """Finish. Called once, after the last event."""
 
 
 class Observers:
@@ -63,29 +77,16 @@ class Observers:
 
     def notify(self, event: Event) -> None:
         """Pass ``event`` on. Returns at once, never raises, may be called from any thread."""
-        with self._lock:
-            if self._closed:
-                return
-            stamped = StampedEvent(
-                event=event, wall_time=time.time(), writer=self.writer, replica=self.replica, sequence=self._sequence
-            )
-            self._sequence += 1
-            if self._journal is not None:
-                self._journal.write(stamped)
-            for lane in self._lanes:
-                lane.put(stamped)
-        if self._journal is not None and self._journal.last_error is not None and not self._journal_warned:
-            self._journal_warned = True
-            self._report_line(f"events cannot be written to {self._journal.path} now: {self._journal.last_error}")
+        current = threading.current_thread()
+        if any(lane.thread is current for lane in self._lanes):
+            return
+        self._notify(event)
 
     def close(self, timeout_seconds: float = 30.0) -> None:
         """Let the back ends finish, for at most ``timeout_seconds`` together, then close the journal."""
         deadline = time.monotonic() + timeout_seconds
-        with self._lock:
-            if self._closed:
-                return
-            for lane in self._lanes:
-                lane.finish()
+        for lane in self._lanes:
+            lane.finish()
         for lane in self._lanes:
             if not lane.join(max(0.0, deadline - time.monotonic())):
                 self._warn(lane.name, f"{lane.name} did not finish within {timeout_seconds:g} s; going on without it")
@@ -100,9 +101,26 @@ class Observers:
     def __exit__(self, *error: object) -> None:
         self.close()
 
+    def _notify(self, event: Event) -> None:
+        with self._lock:
+            if self._closed:
+                return
+            stamped = StampedEvent(
+                event=event, wall_time=time.time(), writer=self.writer, replica=self.replica, sequence=self._sequence
+            )
+            self._sequence += 1
+            if self._journal is not None:
+                self._journal.write(stamped)
+            overflowed = [lane for lane in self._lanes if not lane.put(stamped)]
+        for lane in overflowed:
+            self._warn(lane.name, f"{lane.name} cannot keep up and misses events; the event files have them all")
+        if self._journal is not None and self._journal.last_error is not None and not self._journal_warned:
+            self._journal_warned = True
+            self._report_line(f"events cannot be written to {self._journal.path} now: {self._journal.last_error}")
+
     def _warn(self, name: str, message: str) -> None:
         self._report_line(message)
-        self.notify(WarningIssued(message=message, source=f"observe.{name}"))
+        self._notify(WarningIssued(message=message, source=f"observe.{name}"))
 
 
 class _Lane:
@@ -116,42 +134,67 @@ class _Lane:
         self._dropped = False
         self._overflowed = False
         self._finishing = threading.Event()
-        self._thread = threading.Thread(target=self._run, name=f"observe-{self.name}", daemon=True)
-        self._thread.start()
+        self.thread = threading.Thread(target=self._run, name=f"observe-{self.name}", daemon=True)
+        self.thread.start()
 
-    def put(self, stamped: StampedEvent) -> None:
+    def put(self, stamped: StampedEvent) -> bool:
+        """Queue the event if there is room. False: this is the first one for which there was none."""
         if self._dropped or self._finishing.is_set():
-            return
+            return True
         try:
             self._queue.put_nowait(stamped)
         except queue.Full:
-            if not self._overflowed:
-                self._overflowed = True
-                self._warn(self.name, f"{self.name} cannot keep up and misses events; the event files have them all")
+            first = not self._overflowed
+            self._overflowed = True
+            return not first
+        return True
 
     def finish(self) -> None:
-        self._finishing.set()
+        """Tell the thread to end when the queue is empty."""
+        if not self._finishing.is_set():
+            self._finishing.set()
+            try:
+                self._queue.put_nowait(None)
+            except queue.Full:
+                return
 
     def join(self, timeout_seconds: float) -> bool:
-        self._thread.join(timeout_seconds)
-        return not self._thread.is_alive()
+        """Wait for the thread's end; False when it takes longer."""
+        self.thread.join(timeout_seconds)
+        return not self.thread.is_alive()
 
     def _run(self) -> None:
         try:
-            while (stamped := self._next()) is not None:
-                self._back_end.handle(stamped)
+            self._loop()
             self._back_end.close()
         except Exception as error:
             self._dropped = True
             self._warn(self.name, f"{self.name} failed and is switched off: {type(error).__name__}: {error}")
 
-    def _next(self) -> StampedEvent | None:
+    def _loop(self) -> None:
+        next_tick = time.monotonic() + self._back_end.tick_seconds
         while True:
             try:
-                return self._queue.get(timeout=0.2)
+                stamped = self._queue.get(timeout=max(0.0, next_tick - time.monotonic()))
             except queue.Empty:
                 if self._finishing.is_set():
-                    return None
+                    return
+            else:
+                if stamped is None:
+                    return
+                self._paced(lambda event=stamped: self._back_end.handle(event))  # type: ignore[misc]
+            if time.monotonic() >= next_tick:
+                self._paced(self._back_end.tick)
+                next_tick = time.monotonic() + self._back_end.tick_seconds
+
+    def _paced(self, work: Callable[[], None]) -> None:
+        """Do ``work``, then pause for as long as it takes to stay below ``MAX_BUSY_RATIO``."""
+        before = time.thread_time()
+        work()
+        busy = time.thread_time() - before
+        pause = busy * (1.0 / MAX_BUSY_RATIO - 1.0)
+        if pause > 0.0:
+            self._finishing.wait(min(pause, LONGEST_PAUSE_SECONDS))
 
 
 def _print_to_stderr(line: str) -> None:

@@ -1,0 +1,312 @@
+"""The console: lines for a log, or a view of the whole batch that redraws itself on a terminal.
+
+``PlainConsole`` writes one line per thing that matters and progress lines at a sane rate. ``LiveConsole`` shows the
+batch, one line per replica and the newest events, and leaves one line behind for each finished shot. Both can follow
+the event files of the other replicas (``tail``) and then speak of the whole batch.
+
+Knows events and terminals; nothing of ranks or of what a render is.
+"""
+
+import time
+from collections import deque
+from typing import TextIO
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from storymem_dist.observe import events as ev
+from storymem_dist.observe import format as fmt
+from storymem_dist.observe.journal import JournalTail
+from storymem_dist.observe.run_state import Row, RunState
+from storymem_dist.observe.summary import summary
+
+MAX_LIVE_ROWS = 24
+"""Replicas that get a line of their own in the live view; the rest is counted."""
+
+FOLLOW_SECONDS = 1.0
+"""How often the event files of other replicas are looked at."""
+
+SLOW_FIGURES_SECONDS = 2.0
+"""How often figures over the whole batch (time left, clips per device-hour) are computed anew."""
+
+
+def event_line(event: ev.Event, level: str) -> Text | None:
+    """One line about ``event`` for people, or None when ``level`` does not show it (or it shows as progress)."""
+    normal, verbose = level != "quiet", level == "verbose"
+    match event:
+        case ev.JobStarted():
+            parts = [fmt.count(event.num_stories, "story", "stories"), fmt.count(event.num_shots, "shot")]
+            parts.append(fmt.count(event.num_replicas, "replica"))
+            where = f"{event.num_devices} x {event.device}" + (f" on {event.host}" if event.host else "")
+            layout = f", layout {event.layout}" if event.layout else ""
+            return Text(f"started: {', '.join(parts)}; this one has {where}{layout}") if normal else None
+        case ev.JobFinished():
+            style = {"finished": "green", "stopped": "yellow"}.get(event.outcome, "red")
+            return Text(f"{event.outcome}: {event.num_rendered} rendered, {event.num_failed} failed", style=style)
+        case ev.StoryFinished():
+            if event.outcome == "finished":
+                where = f": {event.video}" if event.video else ""
+                return Text(f"{event.story_id} is complete{where}", style="green bold")
+            return Text(f"{event.story_id} is incomplete: {event.message}", style="red")
+        case ev.ShotStarted():
+            if not normal:
+                return None
+            memory = f", {fmt.count(event.num_memory, 'memory keyframe')}" if event.num_memory else ""
+            why = f" ({event.why})" if event.why else ""
+            return Text(f"{event.story_id}/{event.shot_id} started: {event.mode}, seed {event.seed}{memory}{why}")
+        case ev.ShotFinished():
+            stages = event.stage_seconds
+            slow = sorted((name for name in stages if stages[name] >= 0.05), key=lambda name: -stages[name])[:3]
+            slowest = ", ".join(f"{name} {fmt.duration(stages[name])}" for name in slow)
+            kept = f", kept {fmt.count(len(event.keyframes), 'keyframe')}" if normal else ""
+            detail = f" ({slowest})" if slowest and normal else ""
+            took = fmt.duration(event.elapsed_seconds)
+            return Text(f"{event.story_id}/{event.shot_id} finished in {took}{detail}{kept}", style="green")
+        case ev.ShotFailed():
+            again = "; will be tried again" if event.will_retry else ""
+            at = f" in {event.stage}" if event.stage else ""
+            return Text(f"{event.story_id}/{event.shot_id} failed{at}: {event.reason}{again}", style="red")
+        case ev.ShotResumed():
+            return Text(f"{event.story_id}/{event.shot_id} goes on after step {event.step} of {event.num_steps}")
+        case ev.ShotSkipped():
+            if event.reason == "committed":
+                return Text(f"{event.story_id}/{event.shot_id} is already there", style="dim") if verbose else None
+            return Text(f"{event.story_id}/{event.shot_id} skipped: {event.reason}", style="yellow")
+        case ev.StoryboardRejected():
+            return Text(f"{event.source} refused: {event.message}", style="red")
+        case ev.WarningIssued():
+            return Text(f"warning: {event.message}", style="yellow")
+        case ev.StopRequested():
+            return Text(f"stopping after this step ({event.reason})", style="yellow")
+        case ev.ReplicaWaited():
+            return Text(f"waited {fmt.duration(event.elapsed_seconds)}: {event.reason}") if verbose else None
+        case ev.StageFinished():
+            shot = f"{event.story_id}/{event.shot_id} " if event.shot_id else ""
+            return Text(f"{shot}{event.stage} {fmt.duration(event.elapsed_seconds)}", style="dim") if verbose else None
+        case ev.MemoryDecided():
+            return _memory_line(event) if verbose else None
+    return None
+
+
+def _memory_line(event: ev.MemoryDecided) -> Text:
+    source = "reference image" if event.source_shot_index < 0 else f"shot_{event.source_shot_index + 1:02d}"
+    scores = "".join(
+        f", {name} {value:.3f}"
+        for name, value in (("similarity", event.similarity), ("quality", event.quality))
+        if value is not None
+    )
+    why = f": {event.why}" if event.why else ""
+    what = f"{event.verdict.replace('_', ' ')} {source} frame {event.source_frame_index}"
+    return Text(f"{event.story_id}/{event.shot_id} {what}{scores}{why}", style="dim")
+
+
+def _weights_text(event: ev.WeightsProgress) -> str:
+    done, total = fmt.byte_count(event.bytes_done), fmt.byte_count(event.bytes_total)
+    rate = fmt.byte_rate(event.bytes_done, event.elapsed_seconds)
+    amount = done if event.bytes_done >= event.bytes_total else f"{done} of {total}"
+    return f"{event.action} {event.what}: {amount}, {rate}"
+
+
+class PlainConsole:
+    """Writes lines of plain text, for logs. ``tail`` (optional) makes it count the shots of all replicas."""
+
+    name = "console"
+    tick_seconds = FOLLOW_SECONDS
+
+    def __init__(
+        self,
+        stream: TextIO,
+        *,
+        level: str = "normal",
+        line_interval_seconds: float = 10.0,
+        tail: JournalTail | None = None,
+    ) -> None:
+        self._stream = stream
+        self._level = level
+        self._interval = line_interval_seconds
+        self._tail = tail
+        self._state = RunState()
+        self._last_progress = 0.0
+        self._summarize = False
+
+    def handle(self, stamped: ev.StampedEvent) -> None:
+        """Write the event's line, if it has one at this level."""
+        self._state.apply(stamped)
+        event = stamped.event
+        if isinstance(event, ev.JobFinished):
+            self._summarize = self._tail is not None
+        line = event_line(event, self._level)
+        if line is not None:
+            self._write(stamped, line.plain + self._batch_text(event))
+        elif self._level != "quiet":
+            self._progress(stamped)
+
+    def tick(self) -> None:
+        """Read what the other replicas did since the last look, and earlier starts."""
+        if self._tail is not None:
+            for stamped in self._tail.poll():
+                self._state.apply(stamped)
+
+    def close(self) -> None:
+        """Write the summary (where the whole batch is known)."""
+        if self._summarize:
+            self.tick()
+            Console(file=self._stream, width=120, no_color=True, highlight=False).print(summary(self._state))
+
+    def _progress(self, stamped: ev.StampedEvent) -> None:
+        event = stamped.event
+        is_step, is_weights = isinstance(event, ev.StepFinished), isinstance(event, ev.WeightsProgress)
+        last = (is_step and event.step == event.num_steps) or (is_weights and event.bytes_done >= event.bytes_total)  # type: ignore[attr-defined]
+        if not (is_step or is_weights) or (not last and stamped.wall_time - self._last_progress < self._interval):
+            return
+        self._last_progress = stamped.wall_time
+        if isinstance(event, ev.WeightsProgress):
+            self._write(stamped, _weights_text(event))
+        elif isinstance(event, ev.StepFinished):
+            parts = [f"step {event.step}/{event.num_steps}", fmt.step_time(event.elapsed_seconds), event.expert]
+            if event.gpu_memory_gib is not None:
+                parts.append(fmt.gib(event.gpu_memory_gib))
+            self._write(stamped, f"{event.story_id}/{event.shot_id} " + ", ".join(part for part in parts if part))
+
+    def _batch_text(self, event: ev.Event) -> str:
+        if self._tail is None or not isinstance(event, ev.ShotFinished):
+            return ""
+        left = self._state.seconds_left()
+        about = f", about {fmt.duration(left)} left" if left else ""
+        return f" · {self._state.count('finished')}/{self._state.num_shots} shots{about}"
+
+    def _write(self, stamped: ev.StampedEvent, text: str) -> None:
+        clock = time.strftime("%H:%M:%S", time.localtime(stamped.wall_time))
+        self._stream.write(f"{clock} r{stamped.replica}  {text}\n")
+        self._stream.flush()
+
+
+class LiveConsole:
+    """A view that redraws itself: the batch, each replica, the newest events. Finished shots stay above it as lines."""
+
+    name = "console"
+    tick_seconds = 0.25
+
+    def __init__(
+        self, console: Console, *, level: str = "normal", title: str = "", tail: JournalTail | None = None
+    ) -> None:
+        self._console = console
+        self._level = level
+        self._title = title
+        self._tail = tail
+        self._state = RunState()
+        self._news: deque[Text] = deque(maxlen=4)
+        self._next_follow = 0.0
+        self._started = time.time()
+        self._slow_figures: tuple[float, int, int, float | None, float | None] = (0.0, 0, 0, None, None)
+        self._live = Live(
+            console=console, auto_refresh=False, transient=True, redirect_stdout=True, redirect_stderr=True
+        )
+        self._live.start()
+        console.show_cursor(True)  # a killed process must not leave the terminal without a cursor
+
+    def handle(self, stamped: ev.StampedEvent) -> None:
+        """Fold the event in; shots, stories and troubles leave a line behind."""
+        self._state.apply(stamped)
+        line = event_line(stamped.event, self._level)
+        if line is None:
+            return
+        event = stamped.event
+        lasting = (
+            ev.ShotFinished,
+            ev.ShotFailed,
+            ev.StoryFinished,
+            ev.StoryboardRejected,
+            ev.WarningIssued,
+            ev.StopRequested,
+        )
+        if isinstance(event, lasting) or self._level == "verbose":
+            self._live.console.print(self._stamped_line(stamped, line), soft_wrap=True, highlight=False)
+        else:
+            self._news.append(self._stamped_line(stamped, line))
+
+    def tick(self) -> None:
+        """Follow the other replicas and redraw."""
+        now = time.monotonic()
+        if self._tail is not None and now >= self._next_follow:
+            self._next_follow = now + FOLLOW_SECONDS
+            for stamped in self._tail.poll():
+                if stamped.wall_time < self._started:  # an earlier start of this run: known, but no news
+                    self._state.apply(stamped)
+                else:
+                    self.handle(stamped)
+        self._live.update(self._view(), refresh=True)
+
+    def close(self) -> None:
+        """Take the view away and print the summary."""
+        self.tick()
+        self._live.stop()
+        if self._state.rows:
+            self._console.print(summary(self._state), highlight=False)
+
+    def _stamped_line(self, stamped: ev.StampedEvent, line: Text) -> Text:
+        clock = time.strftime("%H:%M:%S", time.localtime(stamped.wall_time))
+        replica = f" r{stamped.replica}" if len(self._state.rows) > 1 else ""
+        return Text(f"{clock}{replica}  ", style="dim").append_text(line)
+
+    def _view(self) -> RenderableType:
+        rows = sorted(self._state.rows.items())
+        table = Table.grid(padding=(0, 2, 0, 0))
+        table.add_column(no_wrap=True)
+        table.add_column(no_wrap=True, max_width=36, overflow="ellipsis")
+        table.add_column(width=24)
+        table.add_column(no_wrap=True, overflow="ellipsis")
+        self._add_batch_row(table)
+        for key, row in rows[:MAX_LIVE_ROWS]:
+            what, bar, detail = self._row_cells(row)
+            table.add_row(Text(self._state.row_label(key), style="cyan"), what, bar, detail)
+        if len(rows) > MAX_LIVE_ROWS:
+            table.add_row(Text(f"and {len(rows) - MAX_LIVE_ROWS} more replicas", style="dim"), "", "", "")
+        return Group(Text(""), table, *self._news)
+
+    def _add_batch_row(self, table: Table) -> None:
+        now = time.monotonic()
+        if now - self._slow_figures[0] >= SLOW_FIGURES_SECONDS or self._state.num_events < 500:
+            finished, failed = self._state.count("finished"), self._state.count("failed") + self._state.count("blocked")
+            left, pace = self._state.seconds_left(), self._state.rates().clips_per_gpu_hour
+            self._slow_figures = (now, finished, failed, left, pace)
+        _, finished, failed, left, pace = self._slow_figures
+        detail = Text()
+        detail.append(f"{fmt.duration(time.time() - self._started)} elapsed")
+        if left:
+            detail.append(f" · about {fmt.duration(left)} left")
+        if pace is not None:
+            detail.append(f" · {fmt.number(pace)} clips/device-hour", style="dim")
+        if failed:
+            detail.append(f" · {failed} failed", style="red")
+        num_shots = self._state.num_shots
+        table.add_row(
+            Text(self._title or "batch", style="bold"),
+            Text(f"{finished} of {fmt.count(num_shots, 'shot')}"),
+            ProgressBar(total=max(1, num_shots), completed=finished, width=24),
+            detail,
+        )
+
+    def _row_cells(self, row: Row) -> tuple[Text, RenderableType, Text]:
+        if row.is_over:
+            return Text(row.starts[-1].outcome, style="dim"), Text(""), Text("")
+        if row.weights:
+            event = next(reversed(row.weights.values()))
+            bar = ProgressBar(total=max(1, event.bytes_total), completed=event.bytes_done, width=24)
+            rate = fmt.byte_rate(event.bytes_done, event.elapsed_seconds)
+            amount = f"{fmt.byte_count(event.bytes_done)} of {fmt.byte_count(event.bytes_total)} · {rate}"
+            return Text(f"{event.action} {event.what}"), bar, Text(amount)
+        attempt = row.attempt
+        if attempt is None:
+            return Text(row.stage or "waiting", style="" if row.stage else "dim"), Text(""), Text("")
+        what = Text(f"{attempt.started.story_id}/{attempt.started.shot_id}")
+        bar = ProgressBar(total=max(1, attempt.num_steps), completed=attempt.step, width=24)
+        detail = Text(f"{row.stage or 'starting'}")
+        if attempt.step:
+            detail.append(f" · {attempt.step}/{attempt.num_steps} · {fmt.step_time(row.seconds_per_step)}")
+        if row.gpu_memory_gib is not None:
+            detail.append(f" · {fmt.gib(row.gpu_memory_gib)}")
+        return what, bar, detail

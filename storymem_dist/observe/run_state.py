@@ -1,0 +1,514 @@
+"""What a run looks like, folded from its events: the one reading of them that console, W&B, summary and report share.
+
+``RunState.apply`` takes stamped events, of any number of writers, roughly in order of time, and keeps what is needed to
+say who does what, what is done, what failed and how fast it went. Rates follow from events only; nothing is measured
+here. Knows the events and nothing of files, terminals or services.
+
+Words: a *row* is one replica of one job over all its starts; an *attempt* is one try at a shot by one writer.
+"""
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from storymem_dist.observe import events as ev
+
+RECENT_STEPS = 8
+"""How many steps the shown seconds-per-step look back."""
+
+RowKey = tuple[str, int]
+"""Job name and replica number."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Span:
+    """A piece of a row's time: a stage, or ``wait``. Wall times in seconds; ``end`` is None while it lasts."""
+
+    kind: str
+    start: float
+    end: float | None = None
+    story_id: str | None = None
+    shot_id: str | None = None
+
+
+@dataclass(kw_only=True, slots=True)
+class Attempt:
+    """One try at a shot.
+
+    ``outcome``: ``running``, ``finished``, ``failed``, ``stopped`` (on request) or ``interrupted`` (its process went
+    away). ``step`` counts finished steps; those up to ``resumed_step`` came from a checkpoint.
+    """
+
+    started: ev.ShotStarted
+    row: RowKey
+    writer: str
+    start: float
+    end: float | None = None
+    outcome: str = "running"
+    finished: ev.ShotFinished | None = None
+    reason: str = ""
+    resumed_step: int = 0
+    step: int = 0
+    num_steps: int = 0
+    num_timed_steps: int = 0
+    step_seconds: float = 0.0
+    expert_steps: dict[str, tuple[int, float]] = field(default_factory=dict)
+    stage_seconds: dict[str, float] = field(default_factory=dict)
+    decisions: list[ev.MemoryDecided] = field(default_factory=list)
+
+    @property
+    def seconds_per_step(self) -> float | None:
+        """Mean over the steps this attempt has timed."""
+        return self.step_seconds / self.num_timed_steps if self.num_timed_steps else None
+
+
+@dataclass(kw_only=True, slots=True)
+class ShotState:
+    """A shot of the batch. ``status``: ``waiting``, ``running``, ``finished``, ``failed`` or ``blocked``."""
+
+    story_id: str
+    shot_id: str
+    shot_index: int = 0
+    status: str = "waiting"
+    reason: str = ""
+    attempts: list[Attempt] = field(default_factory=list)
+    committed_before: bool = False
+
+    @property
+    def last(self) -> Attempt | None:
+        """The newest attempt."""
+        return self.attempts[-1] if self.attempts else None
+
+
+@dataclass(kw_only=True, slots=True)
+class StoryState:
+    """A story of the batch and its shots by id."""
+
+    story_id: str
+    name: str = ""
+    num_shots: int = 0
+    shots: dict[str, ShotState] = field(default_factory=dict)
+    outcome: str = ""
+    video: str | None = None
+    message: str = ""
+
+    @property
+    def num_finished(self) -> int:
+        """Shots that are committed."""
+        return sum(shot.status == "finished" for shot in self.shots.values())
+
+
+@dataclass(kw_only=True, slots=True)
+class Start:
+    """One start of a row's process: from ``JobStarted`` to ``JobFinished``, or to the last sign of life."""
+
+    writer: str
+    job: ev.JobStarted
+    start: float
+    last_seen: float
+    outcome: str = ""
+
+
+@dataclass(kw_only=True, slots=True)
+class Row:
+    """One replica of one job: what it does now, and what it has done."""
+
+    key: RowKey
+    starts: list[Start] = field(default_factory=list)
+    spans: list[Span] = field(default_factory=list)
+    open_spans: list[Span] = field(default_factory=list)
+    attempt: Attempt | None = None
+    recent_steps: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT_STEPS))
+    weights: dict[str, ev.WeightsProgress] = field(default_factory=dict)
+    weights_done: list[ev.WeightsProgress] = field(default_factory=list)
+    gpu_memory_gib: float | None = None
+    last_seen: float = 0.0
+    num_finished: int = 0
+    num_failed: int = 0
+    num_resumed: int = 0
+    waited_seconds: float = 0.0
+    collective_seconds: float | None = None
+    bytes_read: int | None = None
+    queue_depth: int | None = None
+
+    @property
+    def seconds_per_step(self) -> float | None:
+        """Mean over the last few steps."""
+        return sum(self.recent_steps) / len(self.recent_steps) if self.recent_steps else None
+
+    @property
+    def stage(self) -> str:
+        """The innermost stage that goes on now, or an empty string."""
+        return self.open_spans[-1].kind if self.open_spans else ""
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the newest start said that it is finished."""
+        return bool(self.starts) and self.starts[-1].outcome != ""
+
+    @property
+    def num_devices(self) -> int:
+        """Devices of the replica in its newest start."""
+        return self.starts[-1].job.num_devices if self.starts else 1
+
+    @property
+    def alive_seconds(self) -> float:
+        """Time its processes were up, all starts together."""
+        return sum(start.last_seen - start.start for start in self.starts)
+
+    @property
+    def device_seconds(self) -> float:
+        """The same, times the devices of each start."""
+        return sum((start.last_seen - start.start) * start.job.num_devices for start in self.starts)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Failure:
+    """A shot's failed attempt, or a storyboard that was refused (then ``shot_id`` is empty)."""
+
+    wall_time: float
+    story_id: str
+    shot_id: str
+    reason: str
+    stage: str = ""
+    will_retry: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rates:
+    """How fast it went. None: cannot be known from the events that are there.
+
+    ``clips_per_gpu_hour`` counts finished attempts over all device time, loading and waiting included.
+    ``tokens_per_second`` counts the tokens of one forward once per step, as ``ShotStarted.num_tokens`` gives them.
+    ``flop_utilisation`` is over denoising time and the devices' bf16 peak.
+    """
+
+    num_clips: int
+    device_seconds: float
+    clips_per_gpu_hour: float | None
+    seconds_per_step: float | None
+    seconds_per_clip: float | None
+    tokens_per_second: float | None
+    flop_utilisation: float | None
+    wait_ratio: float | None
+
+
+class RunState:
+    """Everything that the events so far say about a run."""
+
+    def __init__(self) -> None:
+        self.run_id = ""
+        self.stories: dict[str, StoryState] = {}
+        self.rows: dict[RowKey, Row] = {}
+        self.systems: dict[tuple[str, int], ev.SystemSampled] = {}
+        self.failures: list[Failure] = []
+        self.warnings: list[tuple[float, str]] = []
+        self.stops: list[tuple[float, str]] = []
+        self.versions: dict[str, str] = {}
+        self.config_hashes: list[str] = []
+        self.announced_shots = 0
+        self.announced_stories = 0
+        self.first_time: float | None = None
+        self.last_time = 0.0
+        self.num_events = 0
+        self._row_of_writer: dict[str, RowKey] = {}
+
+    # -- reading -------------------------------------------------------------------------------------------------------
+
+    @property
+    def num_shots(self) -> int:
+        """Shots of the whole batch, as far as known."""
+        told = sum(max(story.num_shots, len(story.shots)) for story in self.stories.values())
+        return max(told, self.announced_shots)
+
+    def count(self, status: str) -> int:
+        """Number of shots in ``status`` (``waiting`` counts only shots that an event has named)."""
+        return sum(shot.status == status for story in self.stories.values() for shot in story.shots.values())
+
+    def attempts(self) -> list[Attempt]:
+        """All attempts, story by story in chain order."""
+        return [a for story in self.stories.values() for shot in story.shots.values() for a in shot.attempts]
+
+    def row_label(self, key: RowKey) -> str:
+        """``replica 0``, with the job's name in front when several jobs share the folder."""
+        job, replica = key
+        return f"{job} replica {replica}" if len({name for name, _ in self.rows}) > 1 and job else f"replica {replica}"
+
+    def rates(self, key: RowKey | None = None) -> Rates:
+        """Rates of one row, or of the whole run."""
+        rows = [self.rows[key]] if key is not None else list(self.rows.values())
+        attempts = [a for a in self.attempts() if key is None or a.row == key]
+        finished = [a for a in attempts if a.outcome == "finished"]
+        timed = [a for a in attempts if a.num_timed_steps]
+        steps = sum(a.num_timed_steps for a in timed)
+        step_seconds = sum(a.step_seconds for a in timed)
+        device_seconds = sum(row.device_seconds for row in rows)
+        alive = sum(row.alive_seconds for row in rows)
+        with_tokens = [a for a in timed if a.started.num_tokens is not None]
+        token_seconds = sum(a.step_seconds for a in with_tokens)
+        tokens = sum((a.started.num_tokens or 0) * a.num_timed_steps for a in with_tokens)
+        return Rates(
+            num_clips=len(finished),
+            device_seconds=device_seconds,
+            clips_per_gpu_hour=len(finished) * 3600.0 / device_seconds if device_seconds > 0 and finished else None,
+            seconds_per_step=step_seconds / steps if steps else None,
+            seconds_per_clip=_mean([a.end - a.start for a in finished if a.end is not None]),
+            tokens_per_second=tokens / token_seconds if token_seconds > 0 else None,
+            flop_utilisation=self._flop_utilisation(timed),
+            wait_ratio=sum(row.waited_seconds for row in rows) / alive if alive > 0 else None,
+        )
+
+    def seconds_left(self) -> float | None:
+        """Estimate of the time until the batch is done; None before the first clip.
+
+        The larger of: all remaining shots spread over the live replicas, and the longest remaining chain, both at the
+        mean time of the clips so far.
+        """
+        seconds_per_clip = self.rates().seconds_per_clip
+        if seconds_per_clip is None:
+            return None
+        over = self.count("finished") + self.count("failed") + self.count("blocked")
+        remaining = max(0, self.num_shots - over)
+        chains = [
+            max(story.num_shots, len(story.shots))
+            - sum(shot.status in ("finished", "failed", "blocked") for shot in story.shots.values())
+            for story in self.stories.values()
+        ]
+        live = sum(not row.is_over for row in self.rows.values()) or 1
+        running = sum(
+            min(1.0, row.attempt.step / row.attempt.num_steps)
+            for row in self.rows.values()
+            if row.attempt is not None and row.attempt.num_steps
+        )
+        spread = max(0.0, remaining - running) / live
+        longest = max(0.0, max(chains, default=0) - (1.0 if running else 0.0))
+        return seconds_per_clip * max(spread, longest)
+
+    def _flop_utilisation(self, timed: list[Attempt]) -> float | None:
+        done, possible = 0.0, 0.0
+        for attempt in timed:
+            row = self.rows[attempt.row]
+            start = next((s for s in row.starts if s.writer == attempt.writer), None)
+            if start is None or start.job.peak_tflops is None or attempt.started.tflop_per_step is None:
+                continue
+            done += attempt.started.tflop_per_step * attempt.num_timed_steps
+            possible += attempt.step_seconds * start.job.peak_tflops * start.job.num_devices
+        return done / possible if possible > 0 else None
+
+    # -- folding -------------------------------------------------------------------------------------------------------
+
+    def apply(self, stamped: ev.StampedEvent) -> None:
+        """Take one more event into account."""
+        now, event = stamped.wall_time, stamped.event
+        self.num_events += 1
+        self.first_time = now if self.first_time is None else min(self.first_time, now)
+        self.last_time = max(self.last_time, now)
+        if isinstance(event, ev.SystemSampled):
+            self.systems[(event.host, event.rank)] = event
+            self._see(stamped)
+            return
+        if isinstance(event, ev.JobStarted):
+            self._job_started(stamped, event)
+            return
+        row = self._row(stamped)
+        row.last_seen = max(row.last_seen, now)
+        self._see(stamped)
+        match event:
+            case ev.JobFinished():
+                self._job_finished(row, stamped, event)
+            case ev.StoryStarted():
+                story = self._story(event.story_id)
+                story.name, story.num_shots = event.name or story.name, max(story.num_shots, event.num_shots)
+            case ev.StoryFinished():
+                story = self._story(event.story_id)
+                story.outcome, story.video, story.message = event.outcome, event.video, event.message
+            case ev.ShotStarted():
+                self._shot_started(row, stamped, event)
+            case ev.ShotFinished() | ev.ShotFailed() | ev.ShotResumed() | ev.ShotSkipped():
+                self._shot_changed(row, now, event)
+            case ev.StageStarted():
+                row.open_spans.append(Span(kind=event.stage, start=now, story_id=event.story_id, shot_id=event.shot_id))
+            case ev.StageFinished():
+                self._stage_finished(row, now, event)
+            case ev.StepFinished():
+                self._step_finished(row, event)
+            case ev.MemoryDecided():
+                attempt = self._attempt(row, event.story_id, event.shot_id)
+                if attempt is not None:
+                    attempt.decisions.append(event)
+            case ev.WeightsProgress():
+                row.weights[event.what] = event
+                if event.bytes_done >= event.bytes_total:
+                    row.weights_done.append(row.weights.pop(event.what))
+            case ev.ThroughputSampled():
+                self._throughput(row, event)
+            case ev.ReplicaWaited():
+                row.waited_seconds += event.elapsed_seconds
+                row.spans.append(Span(kind="wait", start=now - event.elapsed_seconds, end=now))
+            case ev.StoryboardRejected():
+                self.failures.append(Failure(wall_time=now, story_id=event.source, shot_id="", reason=event.message))
+            case ev.WarningIssued():
+                self.warnings.append((now, event.message))
+            case ev.StopRequested():
+                self.stops.append((now, event.reason))
+
+    def _row(self, stamped: ev.StampedEvent) -> Row:
+        key = self._row_of_writer.setdefault(stamped.writer, ("", stamped.replica))
+        return self.rows.setdefault(key, Row(key=key))
+
+    def _see(self, stamped: ev.StampedEvent) -> None:
+        key = self._row_of_writer.get(stamped.writer)
+        if key is None:
+            return
+        for start in reversed(self.rows[key].starts):
+            if start.writer == stamped.writer:
+                start.last_seen = max(start.last_seen, stamped.wall_time)
+                return
+
+    def _job_started(self, stamped: ev.StampedEvent, event: ev.JobStarted) -> None:
+        key = (event.job, stamped.replica)
+        self._row_of_writer[stamped.writer] = key
+        row = self.rows.setdefault(key, Row(key=key))
+        self._close_open(row, "interrupted", row.last_seen)
+        now = stamped.wall_time
+        row.starts.append(Start(writer=stamped.writer, job=event, start=now, last_seen=now))
+        row.last_seen = now
+        self.run_id = event.run_id or self.run_id
+        self.versions.update(event.versions)
+        self.announced_shots = max(self.announced_shots, event.num_shots)
+        self.announced_stories = max(self.announced_stories, event.num_stories)
+        if event.config_hash and event.config_hash not in self.config_hashes:
+            self.config_hashes.append(event.config_hash)
+
+    def _job_finished(self, row: Row, stamped: ev.StampedEvent, event: ev.JobFinished) -> None:
+        self._close_open(row, "stopped" if event.outcome == "stopped" else "interrupted", stamped.wall_time)
+        for start in row.starts:
+            if start.writer == stamped.writer:
+                start.outcome = event.outcome
+
+    def _close_open(self, row: Row, outcome: str, when: float) -> None:
+        """End what the row had under way when its process ended or began something new."""
+        for span in row.open_spans:
+            span.end = max(span.start, when)
+            row.spans.append(span)
+        row.open_spans.clear()
+        row.weights.clear()
+        row.recent_steps.clear()
+        if row.attempt is not None:
+            row.attempt.outcome, row.attempt.end = outcome, max(row.attempt.start, when)
+            shot = self._shot(row.attempt.started.story_id, row.attempt.started.shot_id)
+            if shot.last is row.attempt:
+                shot.status = "waiting"
+            row.attempt = None
+
+    def _story(self, story_id: str) -> StoryState:
+        return self.stories.setdefault(story_id, StoryState(story_id=story_id))
+
+    def _shot(self, story_id: str, shot_id: str) -> ShotState:
+        shots = self._story(story_id).shots
+        return shots.setdefault(shot_id, ShotState(story_id=story_id, shot_id=shot_id))
+
+    def _attempt(self, row: Row, story_id: str, shot_id: str) -> Attempt | None:
+        """The row's running attempt, if it is at this shot."""
+        attempt = row.attempt
+        if attempt is not None and (attempt.started.story_id, attempt.started.shot_id) == (story_id, shot_id):
+            return attempt
+        return None
+
+    def _shot_started(self, row: Row, stamped: ev.StampedEvent, event: ev.ShotStarted) -> None:
+        self._close_open(row, "interrupted", stamped.wall_time)
+        attempt = Attempt(
+            started=event, row=row.key, writer=stamped.writer, start=stamped.wall_time, num_steps=event.num_steps
+        )
+        shot = self._shot(event.story_id, event.shot_id)
+        shot.attempts.append(attempt)
+        shot.status, shot.shot_index, shot.reason = "running", event.shot_index, ""
+        row.attempt = attempt
+
+    def _shot_changed(
+        self, row: Row, now: float, event: ev.ShotFinished | ev.ShotFailed | ev.ShotResumed | ev.ShotSkipped
+    ) -> None:
+        shot = self._shot(event.story_id, event.shot_id)
+        attempt = self._attempt(row, event.story_id, event.shot_id)
+        match event:
+            case ev.ShotResumed():
+                row.num_resumed += 1
+                if attempt is not None:
+                    attempt.resumed_step = attempt.step = event.step
+                return
+            case ev.ShotSkipped():
+                committed = event.reason == "committed"
+                if shot.status != "finished":
+                    shot.status = "finished" if committed else "blocked"
+                    shot.committed_before = committed
+                    shot.reason = "" if committed else event.reason
+                return
+            case ev.ShotFinished():
+                shot.status, shot.reason = "finished", ""
+                row.num_finished += not event.already_committed
+            case ev.ShotFailed():
+                shot.status, shot.reason = ("waiting" if event.will_retry else "failed"), event.reason
+                row.num_failed += 1
+                self.failures.append(
+                    Failure(
+                        wall_time=now,
+                        story_id=event.story_id,
+                        shot_id=event.shot_id,
+                        reason=event.reason,
+                        stage=event.stage or "",
+                        will_retry=event.will_retry,
+                    )
+                )
+        if attempt is None:
+            return
+        if isinstance(event, ev.ShotFinished):
+            attempt.outcome, attempt.finished, attempt.end = "finished", event, now
+            attempt.stage_seconds.update(event.stage_seconds)
+        else:
+            attempt.outcome, attempt.reason, attempt.end = "failed", event.reason, now
+        row.attempt = None
+        self._close_open(row, attempt.outcome, now)
+
+    def _stage_finished(self, row: Row, now: float, event: ev.StageFinished) -> None:
+        for span in reversed(row.open_spans):
+            if span.kind == event.stage:
+                row.open_spans.remove(span)
+                break
+        row.spans.append(
+            Span(
+                kind=event.stage,
+                start=now - event.elapsed_seconds,
+                end=now,
+                story_id=event.story_id,
+                shot_id=event.shot_id,
+            )
+        )
+        attempt = self._attempt(row, event.story_id or "", event.shot_id or "")
+        if attempt is not None:
+            attempt.stage_seconds[event.stage] = attempt.stage_seconds.get(event.stage, 0.0) + event.elapsed_seconds
+
+    def _step_finished(self, row: Row, event: ev.StepFinished) -> None:
+        row.recent_steps.append(event.elapsed_seconds)
+        if event.gpu_memory_gib is not None:
+            row.gpu_memory_gib = event.gpu_memory_gib
+        attempt = self._attempt(row, event.story_id, event.shot_id)
+        if attempt is None:
+            return
+        attempt.step, attempt.num_steps = event.step, event.num_steps
+        attempt.num_timed_steps += 1
+        attempt.step_seconds += event.elapsed_seconds
+        steps, seconds = attempt.expert_steps.get(event.expert, (0, 0.0))
+        attempt.expert_steps[event.expert] = (steps + 1, seconds + event.elapsed_seconds)
+
+    def _throughput(self, row: Row, event: ev.ThroughputSampled) -> None:
+        if event.gpu_memory_gib is not None:
+            row.gpu_memory_gib = event.gpu_memory_gib
+        if event.queue_depth is not None:
+            row.queue_depth = event.queue_depth
+        if event.collective_seconds is not None:
+            row.collective_seconds = (row.collective_seconds or 0.0) + event.collective_seconds
+        if event.bytes_read is not None:
+            row.bytes_read = (row.bytes_read or 0) + event.bytes_read
+
+
+def _mean(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None
