@@ -1,0 +1,35 @@
+"""Puts a complete state dict into a module that was built on the meta device, or says precisely why it does not fit.
+
+For models that are loaded whole (text encoder, VAE); the transformer is streamed by ``models/loading.py``.
+"""
+
+from collections.abc import Collection, Mapping
+
+from torch import Tensor, nn
+
+from storymem_dist.errors import CheckpointError
+
+_NUM_NAMED_KEYS = 3
+
+
+def assign_state_dict(module: nn.Module, state: Mapping[str, Tensor], *, where: str) -> None:
+    """Make the tensors of ``state`` the parameters of ``module``, without copying.
+
+    Raises:
+        CheckpointError: a key is missing, left over or of another shape; names ``where`` and the first few keys.
+    """
+    shapes = {key: parameter.shape for key, parameter in module.state_dict().items()}
+    check_no_keys(f"{where}: weights are missing", [key for key in shapes if key not in state])
+    check_no_keys(f"{where}: weights have no place in the model", [key for key in state if key not in shapes])
+    for key, shape in shapes.items():
+        if state[key].shape != shape:
+            raise CheckpointError(f"{where}: {key} has shape {list(state[key].shape)}; the model has {list(shape)}")
+    module.load_state_dict(state, strict=True, assign=True)
+
+
+def check_no_keys(problem: str, keys: Collection[str]) -> None:
+    """Raise ``CheckpointError`` naming ``problem`` and the first few of ``keys`` if there are any."""
+    if keys:
+        first = ", ".join(sorted(keys)[:_NUM_NAMED_KEYS])
+        more = f" and {len(keys) - _NUM_NAMED_KEYS} more" if len(keys) > _NUM_NAMED_KEYS else ""
+        raise CheckpointError(f"{problem}: {first}{more}")
