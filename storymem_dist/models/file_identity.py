@@ -1,7 +1,8 @@
 """A cheap identity for large files: enough to notice that weights were changed, without reading them whole.
 
-The identity covers a file's size, its first bytes (a safetensors header lies there), its last bytes (a ``.pth`` archive keeps
-the checksums of all its tensors there) and evenly spaced samples between. It is no protection against an adversary.
+The identity covers a file's size, its first bytes (a safetensors header lies there), its last bytes (a ``.pth`` archive
+keeps the checksums of all its tensors there) and evenly spaced samples between. It is no protection against an
+adversary.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""Streams weights from files into an already allocated model: only the rows this process holds, cast and merged on the way.
+"""Streams weights from files into an already allocated model: only the rows held here, cast and merged on the way.
 
 Weights are read in chunks of whole rows of about ``CHUNK_BYTES``, a few ahead of the one being copied, so a load needs
 little memory beyond the model itself however large a tensor is. What is held where is the caller's business
@@ -219,7 +219,8 @@ def load_dit_weights(
     shapes = {name: parameter.shape for name, parameter in parameters.items()}
     check_keys(shapes, source)
     check_deltas(shapes, deltas)
-    chunks = [chunk for key in source.keys() for chunk in _chunks(key, source, local_part(key, parameters[key]))]
+    keys = source.keys()
+    chunks = [chunk for key in keys for chunk in _chunks(key, source, local_part(key, parameters[key]))]
     num_bytes_total = sum(chunk.num_bytes for chunk in chunks)
     num_bytes_done = 0
     with torch.no_grad(), _full_fp32_matmul():

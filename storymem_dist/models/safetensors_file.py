@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -104,7 +105,7 @@ class SafetensorsFile:
             offset += start * row_bytes
             shape = torch.Size((stop - start, *shape[1:]))
         raw = torch.empty(prod(shape) * entry.dtype.itemsize, dtype=torch.uint8, pin_memory=pin_memory)
-        self._fill(memoryview(raw.numpy()), offset)
+        self._fill(raw.numpy().data, offset)
         return raw.view(entry.dtype).reshape(shape)
 
     def _fill(self, buffer: memoryview, offset: int) -> None:
@@ -132,7 +133,7 @@ class SafetensorsFile:
             self.close()
 
 
-def _read_header(path: Path, num_bytes: int) -> tuple[dict, int]:
+def _read_header(path: Path, num_bytes: int) -> tuple[dict[str, Any], int]:
     """The parsed header and the offset of the data behind it."""
     with path.open("rb") as file:
         prefix = file.read(_PREFIX.size)
@@ -156,7 +157,7 @@ def _read_header(path: Path, num_bytes: int) -> tuple[dict, int]:
     return header, _PREFIX.size + header_bytes
 
 
-def _parse_entries(path: Path, header: dict, data_start: int, num_bytes: int) -> dict[str, TensorEntry]:
+def _parse_entries(path: Path, header: dict[str, Any], data_start: int, num_bytes: int) -> dict[str, TensorEntry]:
     entries: dict[str, TensorEntry] = {}
     data_end = data_start
     for key, value in header.items():

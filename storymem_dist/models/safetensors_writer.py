@@ -56,7 +56,7 @@ class SafetensorsWriter:
         dtype = self._entries[key][0]
         assert rows.dtype == dtype, f"{key} is announced as {dtype}, not {rows.dtype}"
         assert self._written + rows.nbytes <= self._ends[key], f"{key} is out of order or longer than announced"
-        self._file.write(memoryview(rows.contiguous().flatten().view(torch.uint8).numpy()))
+        self._file.write(rows.contiguous().flatten().view(torch.uint8).numpy().data)
         self._written += rows.nbytes
 
     def __enter__(self) -> "SafetensorsWriter":

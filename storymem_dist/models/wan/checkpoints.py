@@ -1,9 +1,9 @@
 """Wan2.2-A14B weights in a folder: which layout it has, whether it is whole and the right one, where each part lies.
 
-Two layouts are understood: the native one (``high_noise_model/``, ``low_noise_model/``, ``*.pth``) and diffusers' (``transformer/``
-= high noise, ``transformer_2/`` = low noise). Everything that can be wrong and is cheap to see is refused here, before a
-byte of tensor data is read: files, index, headers against file sizes, model sizes, keys and shapes. How tensors get
-into a model is not decided here.
+Two layouts are understood: the native one (``high_noise_model/``, ``low_noise_model/``, ``*.pth``) and diffusers'
+(``transformer/`` = high noise, ``transformer_2/`` = low noise). Everything that can be wrong and is cheap to see is
+refused here, before weights are read: files, index, headers against file sizes, model sizes, keys and shapes. How
+tensors get into a model is not decided here.
 """
 
 import json
@@ -202,8 +202,8 @@ def _detect_layout(root: Path, kind: str) -> Layout:
     _refuse_other_models(root / "config.json", kind)
     found = ", ".join(sorted(path.name for path in root.iterdir())[:5]) or "nothing"
     raise WeightsNotFound(
-        f"{kind.upper()} weights: {root} is not a Wan2.2-A14B folder (it holds: {found}; expected high_noise_model/ and "
-        f"low_noise_model/, or transformer/ and transformer_2/); get them with: {download_command(root, kind)}"
+        f"{kind.upper()} weights: {root} is not a Wan2.2-A14B folder (it holds: {found}; expected high_noise_model/ "
+        f"and low_noise_model/, or transformer/ and transformer_2/); get them with: {download_command(root, kind)}"
     )
 
 
@@ -238,8 +238,8 @@ def _common_config(root: Path, folders: Mapping[str, Path], kind: str) -> DiTCon
         if found.in_dim != wanted:
             described = next((name.upper() for name, in_dim in IN_DIMS.items() if in_dim == found.in_dim), "other")
             raise CheckpointError(
-                f"{folders[expert]}: these are {described} weights (in_dim {found.in_dim}); here {kind.upper()} weights "
-                f"are needed (in_dim {wanted}): {REPOS[kind]}"
+                f"{folders[expert]}: these are {described} weights (in_dim {found.in_dim}); here {kind.upper()} "
+                f"weights are needed (in_dim {wanted}): {REPOS[kind]}"
             )
     if configs["low_noise"] != config:
         raise CheckpointError(f"{root}: the two experts have different sizes: {configs['low_noise']} and {config}")
@@ -247,7 +247,8 @@ def _common_config(root: Path, folders: Mapping[str, Path], kind: str) -> DiTCon
 
 
 def _check_dtypes(source: TensorSource) -> None:
-    for key in source.keys():
+    keys = source.keys()
+    for key in keys:
         if source.dtype(key) not in _STORED_DTYPES:
             raise CheckpointError(
                 f"{source.name}: {key} is stored as {source.dtype(key)}; allowed: "
@@ -260,7 +261,8 @@ def _check_other_parts(root: Path, layout: Layout, kind: str) -> dict[str, Path]
     for name, path in parts.items():
         if not path.exists():
             raise WeightsNotFound(
-                f"{root}: the {name.replace('_', ' ')} is missing: {path}; complete it with: {download_command(root, kind)}"
+                f"{root}: the {name.replace('_', ' ')} is missing: {path}; complete it with: "
+                f"{download_command(root, kind)}"
             )
         if path.suffix == ".pth":
             _check_pth(path)
@@ -275,7 +277,7 @@ def _check_other_parts(root: Path, layout: Layout, kind: str) -> dict[str, Path]
 
 
 def _check_pth(path: Path) -> None:
-    """A cut archive has lost its directory, which lies at its end; older pickles cannot be checked without reading them."""
+    """A cut archive has lost its directory, which lies at its end; older pickles are checked when they are read."""
     with path.open("rb") as file:
         start = file.read(len(_ZIP_MAGIC))
     if start == _ZIP_MAGIC and not zipfile.is_zipfile(path):

@@ -2,11 +2,11 @@
 
 Accepts the key styles found in the wild (PEFT with and without adapter name, ``diffusion_model.`` and ``transformer.``
 prefixes, ``lora_down``/``lora_up``, diffusers module names, the underscore names of kohya-style trainers) and refuses a
-file with any key it does not understand: a LoRA half applied is a silent fault. Knows nothing about how the base weights
-are stored.
+file with any key it does not understand: a LoRA half applied is a silent fault. Knows nothing about how the base
+weights are stored.
 
-Source of scales: alpha / rank is the usual rule (``alpha``); rsLoRA (arXiv 2312.03732) uses alpha / sqrt(rank). StoryMem's
-files are rsLoRA with alpha = rank = 128, which no file says, so their scale is 11.3137.
+Source of scales: alpha / rank is the usual rule (``alpha``); rsLoRA (arXiv 2312.03732) uses alpha / sqrt(rank).
+StoryMem's files are rsLoRA with alpha = rank = 128, which no file says, so their scale is 11.3137.
 """
 
 import hashlib
@@ -43,8 +43,8 @@ class LoraSettings:
     """One LoRA to merge on top of the base weights.
 
     ``scale_rule``: ``rslora`` = alpha / sqrt(rank), ``alpha`` = alpha / rank, ``none`` = 1. The scale is multiplied by
-    ``strength``. ``alpha`` None takes the file's own alpha where it has one, else the rank. ``expert`` names the expert it
-    belongs to, or ``both``.
+    ``strength``. ``alpha`` None takes the file's own alpha where it has one, else the rank. ``expert`` names the expert
+    it belongs to, or ``both``.
     """
 
     path: str
@@ -204,7 +204,8 @@ def _group_by_module(source: TensorSource) -> dict[str, LoraModule]:
     ups: dict[str, str] = {}
     alphas: dict[str, float] = {}
     not_understood: list[str] = []
-    for key in source.keys():
+    keys = source.keys()
+    for key in keys:
         if match := _HALF.fullmatch(key):
             halves, name = (downs if match["half"] in _DOWN_HALVES else ups), _module_name(match["module"])
             if name in halves:
@@ -216,15 +217,15 @@ def _group_by_module(source: TensorSource) -> dict[str, LoraModule]:
             not_understood.append(key)
     if not downs and not ups:
         raise CheckpointError(
-            f"{source.name}: not a LoRA: none of its {len(source.keys())} keys ends in lora_A.weight or lora_down.weight"
+            f"{source.name}: not a LoRA: none of its {len(keys)} keys ends in lora_A.weight or lora_down.weight"
         )
-    for problem, keys in (
+    for problem, names in (
         ("keys are not understood", not_understood),
         ("lora_B (lora_up) is missing for", [key for name, key in downs.items() if name not in ups]),
         ("lora_A (lora_down) is missing for", [key for name, key in ups.items() if name not in downs]),
         ("alphas belong to no target", [name for name in alphas if name not in downs]),
     ):
-        check_no_keys(f"{source.name}: {problem}", keys)
+        check_no_keys(f"{source.name}: {problem}", names)
     return {name: _module(source, key, ups[name], alphas.get(name)) for name, key in downs.items()}
 
 

@@ -7,6 +7,7 @@ how they are cut into files. Nothing is trained: pictures made with these weight
 import hashlib
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan
@@ -65,7 +66,7 @@ def text_encoder_shapes(config: TextEncoderConfig) -> Mapping[str, torch.Size]:
 def vae_shapes(config: VaeConfig) -> Mapping[str, torch.Size]:
     """Native key names and shapes of the Wan2.1 VAE."""
     with torch.device("meta"):
-        autoencoder = AutoencoderKLWan(
+        autoencoder: Any = AutoencoderKLWan(
             base_dim=config.base_dim,
             z_dim=config.z_dim,
             dim_mult=list(config.dim_mult),

@@ -11,8 +11,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 SPECIAL_TOKENS = ("<pad>", "</s>", "<unk>")
 
 _TRAINING_TEXT = (
-    "A wide shot of a quiet harbour at dawn; fishing boats rock on the water and gulls circle above the old lighthouse.",
-    "The same young woman in a yellow raincoat walks along the pier, the camera follows her from behind in slow motion.",
+    "A wide shot of a quiet harbour at dawn; fishing boats rock on the water, gulls circle above the old lighthouse.",
+    "The same young woman in a yellow raincoat walks along the pier, the camera follows from behind in slow motion.",
     "Close-up of her hands opening a small wooden box; warm light falls on an old photograph inside.",
     "The camera pans across a crowded market street, people under umbrellas, neon signs reflected on the wet ground.",
     "Medium shot: the detective looks at the window, rain running down the glass, a train passing in the background.",
@@ -24,7 +24,7 @@ _TRAINING_TEXT = (
 
 
 def write_tiny_tokenizer(folder: Path, vocab_size: int) -> None:
-    """Write ``tokenizer.json`` and its companions, loadable by transformers' ``AutoTokenizer``; the same bytes every time."""
+    """Write a folder that transformers' ``AutoTokenizer`` loads; the same bytes every time."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
