@@ -1,0 +1,131 @@
+"""Durable file operations: write beside, flush to the disk, rename; publish under a name that must be free.
+
+Every file of a run folder is made by one of these functions, so that a process killed between any two of them leaves
+either the old file or the new one, and a half-written file only under a temporary name. Safe on NFS: nothing here
+relies on locks, only on ``link`` and ``rename`` being atomic on the server.
+
+Knows nothing of what the files hold.
+"""
+
+import contextlib
+import json
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+TEMPORARY_PREFIX = ".tmp-"
+"""How the name of every half-made file begins. Such files are never read."""
+
+
+def temporary_beside(path: Path) -> Path:
+    """Return a fresh temporary name in the folder of ``path`` (same file system, so that a rename is atomic)."""
+    return path.with_name(f"{TEMPORARY_PREFIX}{secrets.token_hex(6)}-{path.name[-80:]}")
+
+
+def fsync_file(path: Path) -> None:
+    """Flush the contents of a finished file to the disk. Raises ``OSError`` when the disk reports a failure."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def fsync_folder(path: Path) -> None:
+    """Flush a folder's entries. Best effort: some network file systems refuse it, and their server does it itself."""
+    with contextlib.suppress(OSError):
+        fsync_file(path)
+
+
+def replace_durably(temporary: Path, path: Path) -> None:
+    """Give the finished ``temporary`` file its name, replacing what was there, and flush both."""
+    fsync_file(temporary)
+    temporary.replace(path)
+    fsync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def written_beside(path: Path) -> Iterator[Path]:
+    """Yield a temporary path to write; on success it becomes ``path`` durably, on failure it is removed."""
+    temporary = temporary_beside(path)
+    try:
+        yield temporary
+        replace_durably(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write ``data`` to ``path`` atomically and durably."""
+    with written_beside(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def publish_exclusively(source: Path, path: Path) -> bool:
+    """Give the finished file ``source`` the second name ``path`` unless that name is taken; say whether it worked.
+
+    The heart of "committed exactly once": of any number of processes, on any number of machines, one gets True. A hard
+    link that an NFS server made but whose answer was lost (it then reports "exists") still counts as made.
+    """
+    try:
+        os.link(source, path)
+    except FileExistsError:
+        try:
+            return os.path.samestat(source.stat(), path.stat())
+        except FileNotFoundError:
+            return False
+    fsync_folder(path.parent)
+    return True
+
+
+def create_exclusively(path: Path, data: bytes, *, durable: bool = True) -> bool:
+    """Create ``path`` holding ``data`` unless it is there; say whether it worked. Readers never see it half-written."""
+    temporary = temporary_beside(path)
+    try:
+        temporary.write_bytes(data)
+        if durable:
+            fsync_file(temporary)
+        return publish_exclusively(temporary, path)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def link_or_replace(source: Path, path: Path) -> None:
+    """Make ``path`` a hard link to ``source``, replacing another file of that name atomically. Does nothing when it is.
+
+    (Renaming one hard link over another of the same file does nothing and leaves both: that case is taken out first.)
+    """
+    with contextlib.suppress(FileNotFoundError):
+        if os.path.samestat(source.stat(), path.stat()):
+            return
+    temporary = temporary_beside(path)
+    os.link(source, temporary)
+    try:
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def canonical_json(value: Any) -> bytes:
+    """Return the one JSON text of ``value``: keys sorted, two spaces, UTF-8, no NaN, a final newline."""
+    text = json.dumps(value, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False)
+    return text.encode() + b"\n"
+
+
+def read_json(path: Path) -> Any:
+    """Parse a JSON file. Raises ``OSError`` when it cannot be read and ``ValueError`` when it is not JSON."""
+    return json.loads(path.read_bytes())
+
+
+def names_in(folder: Path) -> list[str]:
+    """Return the sorted names in ``folder`` without hidden and temporary ones; a missing folder is empty."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entry.name for entry in entries if not entry.name.startswith("."))
+    except (FileNotFoundError, NotADirectoryError):
+        return []

@@ -1,0 +1,233 @@
+"""Clips as MP4 files and frames as PNG files, the same bytes every time.
+
+Writes uint8 RGB frames with PyAV (no ffmpeg program needed), joins clips by copying packets, and reads both back. The
+bytes depend on frames and settings alone: one encoder thread (x264's output depends on their number), no time stamps,
+bit-exact scaling and muxing. Files are written beside and renamed.
+
+Knows nothing of shots, stories or run folders. Legend: F = frames, C = 3 colours (RGB), H, W = pixels.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
+from PIL import Image
+from torch import Tensor
+
+from storymem_dist.artifacts.files import written_beside
+from storymem_dist.errors import ConfigError, RunFolderError, require_one_of
+
+CODECS = ("libx264", "libvpx-vp9")
+PRESETS = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow")
+PIXEL_FORMATS = ("yuv420p", "yuv444p")
+_MAX_CRF = {"libx264": 51, "libvpx-vp9": 63}
+
+_MUXER_OPTIONS = {"fflags": "+bitexact", "movflags": "+faststart"}  # faststart: the index first, so players can stream
+_SCALING = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.BITEXACT
+_BT709 = 1  # code point of BT.709 for matrix, primaries and transfer (ITU-T H.273)
+
+
+@dataclass(kw_only=True, slots=True)
+class VideoSettings:
+    """How clips are encoded. The defaults (H.264) play in every browser and player; VP9 plays in current browsers.
+
+    ``crf``: constant quality, 0 (best) to 51 (H.264) or 63 (VP9). ``preset``: x264's names, from fast to small; for
+    VP9 they set the corresponding speed. ``pixel_format``: yuv420p plays everywhere, yuv444p keeps the full colour
+    resolution but few browsers show it.
+    """
+
+    codec: str = "libx264"
+    crf: int = 18
+    preset: str = "medium"
+    pixel_format: str = "yuv420p"
+
+    def __post_init__(self) -> None:
+        require_one_of("video.codec", self.codec, CODECS)
+        require_one_of("video.preset", self.preset, PRESETS)
+        require_one_of("video.pixel_format", self.pixel_format, PIXEL_FORMATS)
+        if not 0 <= self.crf <= _MAX_CRF[self.codec]:
+            raise ConfigError(
+                f"video.crf={self.crf} is not allowed; for {self.codec} it must be between 0 (best) and "
+                f"{_MAX_CRF[self.codec]}"
+            )
+        if self.codec not in av.codecs_available:
+            present = ", ".join(codec for codec in CODECS if codec in av.codecs_available)
+            raise ConfigError(f"video.codec={self.codec} is not in this build of PyAV, which has: {present}")
+
+
+def write_clip(path: Path, frames_FCHW: Tensor, fps: int, settings: VideoSettings) -> None:
+    """Encode uint8 RGB frames ``[F, 3, H, W]`` to an MP4 at ``fps`` frames per second, atomically and durably.
+
+    H and W must be multiples of 16 (no padding or cropping happens). Raises ``ConfigError`` for other input and
+    ``OSError`` when the file cannot be written.
+    """
+    _check_frames(frames_FCHW)
+    height, width = frames_FCHW.shape[-2:]
+    with (
+        written_beside(path) as temporary,
+        av.open(str(temporary), "w", format="mp4", options=_MUXER_OPTIONS) as container,
+    ):
+        stream = container.add_stream(settings.codec, rate=Fraction(fps), options=_encoder_options(settings))
+        assert isinstance(stream, av.VideoStream)
+        stream.width, stream.height, stream.pix_fmt = width, height, settings.pixel_format
+        context = stream.codec_context
+        context.thread_count = 1
+        context.color_range = ColorRange.MPEG
+        context.colorspace = context.color_primaries = context.color_trc = _BT709
+        reformatter = VideoReformatter()
+        for index, frame_CHW in enumerate(frames_FCHW):
+            pixels = np.ascontiguousarray(frame_CHW.permute(1, 2, 0).cpu().numpy())
+            frame = reformatter.reformat(
+                av.VideoFrame.from_ndarray(pixels, format="rgb24"),
+                format=settings.pixel_format,
+                dst_colorspace=Colorspace.ITU709,
+                dst_color_range=ColorRange.MPEG,
+                interpolation=_SCALING,
+            )
+            frame.pts, frame.time_base = index, Fraction(1, fps)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+
+
+def concat_clips(clips: Sequence[Path], path: Path) -> int:
+    """Join MP4 clips of one size, rate and encoding by copying their packets (nothing is encoded again).
+
+    Frame counts add up exactly; returns the sum. Raises ``RunFolderError`` naming the first clip that does not match
+    the first one or cannot be read.
+    """
+    if not clips:
+        raise ConfigError("concat_clips was given no clips")
+    first = _probe(clips[0])
+    reorder_delay = 0  # frames by which decoding must run ahead of showing (B-frames)
+    for clip in clips:
+        probed = _probe(clip)
+        if probed.traits != first.traits:
+            raise RunFolderError(
+                f"{clip} cannot be joined to {clips[0]}: its size, rate or encoder settings differ; "
+                "render both with the same settings"
+            )
+        reorder_delay = max(reorder_delay, probed.reorder_delay)
+    num_frames = 0
+    with (
+        written_beside(path) as temporary,
+        av.open(str(temporary), "w", format="mp4", options=_MUXER_OPTIONS) as joined,
+    ):
+        target = None
+        for clip in clips:
+            with av.open(str(clip)) as source:
+                stream = source.streams.video[0]
+                target = target or joined.add_stream_from_template(stream)
+                packets = [packet for packet in source.demux(stream) if packet.size]
+                for index, packet in enumerate(packets):
+                    assert packet.pts is not None
+                    packet.pts += num_frames * first.ticks_per_frame
+                    packet.dts = (num_frames + index - reorder_delay) * first.ticks_per_frame
+                    packet.stream = target
+                    joined.mux(packet)
+                num_frames += len(packets)
+    return num_frames
+
+
+def read_clip(path: Path) -> Tensor:
+    """Decode a whole clip to uint8 RGB ``[F, 3, H, W]``. Raises ``RunFolderError`` when it cannot be decoded."""
+    reformatter = VideoReformatter()
+    frames = []
+    try:
+        with av.open(str(path)) as container:
+            container.streams.video[0].thread_count = 1
+            for frame in container.decode(video=0):
+                rgb = reformatter.reformat(
+                    frame, format="rgb24", src_colorspace=Colorspace.ITU709, interpolation=_SCALING
+                )
+                frames.append(torch.from_numpy(rgb.to_ndarray()).permute(2, 0, 1))
+    except (av.FFmpegError, IndexError, OSError) as error:
+        raise RunFolderError(f"{path} cannot be read as a video: {error}") from error
+    return torch.stack(frames)
+
+
+def count_frames(path: Path) -> int:
+    """Count the frames of a clip without decoding it. Raises ``RunFolderError`` when it cannot be read."""
+    try:
+        with av.open(str(path)) as container:
+            return sum(1 for packet in container.demux(video=0) if packet.size)
+    except (av.FFmpegError, IndexError, OSError) as error:
+        raise RunFolderError(f"{path} cannot be read as a video: {error}") from error
+
+
+def write_png(path: Path, image_CHW: Tensor) -> None:
+    """Write a uint8 RGB image ``[3, H, W]`` losslessly, atomically and durably."""
+    if image_CHW.dtype != torch.uint8 or image_CHW.ndim != 3 or image_CHW.shape[0] != 3:
+        raise ConfigError(f"an image must be uint8 [3, H, W], not {image_CHW.dtype} {list(image_CHW.shape)}")
+    pixels = np.ascontiguousarray(image_CHW.permute(1, 2, 0).cpu().numpy())
+    with written_beside(path) as temporary:
+        Image.fromarray(pixels).save(temporary, format="PNG", compress_level=6)
+
+
+def read_png(path: Path) -> Tensor:
+    """Read a PNG as uint8 RGB ``[3, H, W]``. Raises ``RunFolderError`` when it cannot be decoded."""
+    try:
+        with Image.open(path) as image:
+            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
+    except (OSError, SyntaxError, ValueError) as error:
+        raise RunFolderError(f"{path} cannot be read as a PNG image: {error}") from error
+
+
+def _check_frames(frames_FCHW: Tensor) -> None:
+    shape = list(frames_FCHW.shape)
+    if frames_FCHW.dtype != torch.uint8 or len(shape) != 4 or shape[1] != 3 or shape[0] < 1:
+        raise ConfigError(f"a clip must be uint8 [F >= 1, 3, H, W], not {frames_FCHW.dtype} {shape}")
+    if shape[2] % 16 or shape[3] % 16:
+        raise ConfigError(f"a clip of {shape[2]}x{shape[3]} pixels cannot be saved; both must be multiples of 16")
+
+
+def _encoder_options(settings: VideoSettings) -> dict[str, str]:
+    """Options that give the wanted quality and bytes that repeat.
+
+    One thread: the bytes depend on their number. No macroblock tree in x264: with it, core 165 gives other bytes from
+    run to run on processors with AVX-512 (30 runs of one 80-frame clip, 16 results; one result with ``asm=0`` and one
+    without the tree), at the price of files larger by a third or so at one ``crf``.
+    """
+    options = {"crf": str(settings.crf), "threads": "1"}
+    if settings.codec == "libx264":
+        parameters = "threads=1:lookahead_threads=1:sliced_threads=0:mbtree=0"
+        return options | {"preset": settings.preset, "x264-params": parameters}
+    speed = len(PRESETS) - 1 - PRESETS.index(settings.preset)  # libvpx: 8 is fastest, 0 smallest
+    return options | {"b": "0", "deadline": "good", "cpu-used": str(speed), "row-mt": "0"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Probed:
+    """What must be known of a clip before it is joined to others.
+
+    ``traits``: all that must be equal for packets of two clips to follow each other in one MP4.
+    """
+
+    traits: tuple[object, ...]
+    ticks_per_frame: int
+    reorder_delay: int
+
+
+def _probe(clip: Path) -> _Probed:
+    try:
+        with av.open(str(clip)) as container:
+            stream = container.streams.video[0]
+            context = stream.codec_context
+            rate, time_base = stream.average_rate, stream.time_base
+            if not rate or not time_base or (1 / (rate * time_base)).denominator != 1:
+                raise RunFolderError(f"{clip} cannot be joined: its frames are not evenly spaced (rate {rate})")
+            ticks = int(1 / (rate * time_base))
+            packets = [packet for packet in container.demux(stream) if packet.size]
+            delays = [index - (packet.pts or 0) // ticks for index, packet in enumerate(packets)]
+            size = (context.width, context.height, context.pix_fmt)
+            return _Probed(
+                traits=(context.name, size, rate, time_base, context.extradata),
+                ticks_per_frame=ticks,
+                reorder_delay=max(delays, default=0),
+            )
+    except (av.FFmpegError, IndexError) as error:
+        raise RunFolderError(f"{clip} cannot be read as a video: {error}") from error
