@@ -1,0 +1,110 @@
+"""One rank decides, every rank of its replica receives the value or the exception.
+
+What only the leader can know (what is on disk, whether a save worked, "stop now") goes through ``LeaderDecides``. While
+the leader works, a helper thread sends signs of life, so that a leader may take hours (no shot is ready yet) and a dead
+one is still noticed within the time-out of the group. Nothing here knows what is being decided.
+"""
+
+import pickle
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from storymem_dist.errors import StoryMemError
+
+T = TypeVar("T")
+_ALIVE = b""  # an empty message: the leader is still at work
+
+
+class LeaderDecides:
+    """``decide(fn)`` runs ``fn`` on the first rank of ``group`` and gives its outcome to all of them.
+
+    The value must survive pickling, and tensors in it must be on the CPU. A value that cannot be pickled fails the call
+    on every rank. An exception arrives as it was raised; one that cannot be pickled arrives as ``RuntimeError`` with
+    its type and text.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, *, keep_alive_seconds: float) -> None:
+        """``group``: a gloo group, the leader its rank 0. ``keep_alive_seconds``: pause between two signs of life."""
+        self._group = group
+        self._keep_alive_seconds = keep_alive_seconds
+        self._is_leader = group.rank() == 0
+
+    def __call__(self, fn: Callable[[], T]) -> T:
+        """Return ``fn()`` as the leader computed it, or raise what it raised."""
+        if not self._is_leader:
+            return _unpacked(self._receive())
+        with self._signs_of_life():
+            try:
+                value, error = fn(), None
+            except BaseException as caught:  # an interrupt, too, must reach the ranks that wait
+                value, error = None, caught
+        message, error = _packed(value, error)
+        self._send(message)
+        if error is not None:
+            raise error
+        return value  # type: ignore[return-value]  # fn's value: error is None
+
+    @contextmanager
+    def _signs_of_life(self) -> Iterator[None]:
+        done = threading.Event()
+
+        def beat() -> None:
+            with suppress(RuntimeError):  # a lost peer: sending the outcome reports it
+                while not done.wait(self._keep_alive_seconds):
+                    self._send(_ALIVE)
+
+        thread = threading.Thread(target=beat, name="leader-keep-alive", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()  # collectives of one group must not interleave
+
+    def _send(self, message: bytes) -> None:
+        dist.broadcast(torch.tensor([len(message)]), group=self._group, group_src=0)
+        if message:
+            dist.broadcast(torch.frombuffer(bytearray(message), dtype=torch.uint8), group=self._group, group_src=0)
+
+    def _receive(self) -> bytes:
+        size = torch.zeros(1, dtype=torch.int64)
+        while not size:
+            dist.broadcast(size, group=self._group, group_src=0)
+        message = torch.empty(int(size), dtype=torch.uint8)
+        dist.broadcast(message, group=self._group, group_src=0)
+        return message.numpy().tobytes()
+
+
+def decide_alone(fn: Callable[[], T]) -> T:
+    """``LeaderDecides`` of a replica with one rank."""
+    return fn()
+
+
+def _packed(value: object, error: BaseException | None) -> tuple[bytes, BaseException | None]:
+    """Pickle an outcome; what cannot travel becomes an error that can."""
+    try:
+        message = pickle.dumps((value, error))
+        if error is not None:
+            pickle.loads(message)  # some exceptions can be pickled but not rebuilt
+    except Exception as failure:
+        if error is None:
+            error = TypeError(f"the leader's decision cannot be sent to the other ranks: {failure}")
+            return pickle.dumps((None, error)), error
+        if isinstance(error, StoryMemError):
+            substitute: Exception = StoryMemError(str(error))
+        else:
+            substitute = RuntimeError(f"{type(error).__name__} on the leader: {error}")
+        return pickle.dumps((None, substitute)), error
+    return message, error
+
+
+def _unpacked(message: bytes) -> Any:
+    value, error = pickle.loads(message)
+    if error is not None:
+        raise error
+    return value

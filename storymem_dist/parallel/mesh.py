@@ -1,0 +1,72 @@
+"""The axes of one rank's replica, as process groups: ``replica x cfg x ring x ulysses``, plus two flattened ones.
+
+``sequence`` = ring x ulysses (the ranks that share one forward's tokens) and ``shard`` = cfg x ring x ulysses (the
+ranks that share the weights). A ``ReplicaMesh`` is handed to whoever needs one; nothing looks it up. It knows neither
+models nor settings.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from storymem_dist.parallel.layout import AXES, Layout
+
+
+@dataclass(frozen=True, kw_only=True)
+class Axis:
+    """One axis as a rank sees it: its size, this rank's place on it, and the group of the ranks along it.
+
+    ``group`` is None on an axis of size 1: there is nobody to talk to, and no collective may be called.
+    """
+
+    name: str
+    size: int = 1
+    rank: int = 0
+    group: dist.ProcessGroup | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplicaMesh:
+    """The axes inside one replica. ``shard_mesh`` is what FSDP2 shards over (None: no process group was started)."""
+
+    cfg: Axis
+    ring: Axis
+    ulysses: Axis
+    sequence: Axis
+    shard: Axis
+    shard_mesh: DeviceMesh | None = None
+
+
+def lone_mesh() -> ReplicaMesh:
+    """The mesh of a single rank that started no process group."""
+    return ReplicaMesh(
+        cfg=Axis(name="cfg"),
+        ring=Axis(name="ring"),
+        ulysses=Axis(name="ulysses"),
+        sequence=Axis(name="sequence"),
+        shard=Axis(name="shard"),
+    )
+
+
+def build_mesh(layout: Layout, device: torch.device) -> ReplicaMesh:
+    """Build the groups of every axis. Collective over the default process group, whose size is the layout's.
+
+    ``device`` decides whether the mesh is one of CPU or of CUDA ranks.
+    """
+    mesh = init_device_mesh(device.type, layout.shape, mesh_dim_names=AXES)
+    shard_mesh = mesh["cfg", "ring", "ulysses"]._flatten("shard")
+    return ReplicaMesh(
+        cfg=_axis("cfg", mesh["cfg"]),
+        ring=_axis("ring", mesh["ring"]),
+        ulysses=_axis("ulysses", mesh["ulysses"]),
+        sequence=_axis("sequence", mesh["ring", "ulysses"]._flatten("sequence")),
+        shard=_axis("shard", shard_mesh),
+        shard_mesh=shard_mesh,
+    )
+
+
+def _axis(name: str, mesh: DeviceMesh) -> Axis:
+    group = mesh.get_group() if mesh.size() > 1 else None
+    return Axis(name=name, size=mesh.size(), rank=mesh.get_local_rank(), group=group)

@@ -1,0 +1,230 @@
+"""What one rank knows about its job: who it is, its device, its mesh, and how its replica agrees on things.
+
+``start_session`` is called once, by whatever started the process: ``torchrun`` and ``accelerate launch`` (ranks are
+described by the environment) or plain python (one rank, no process group). It refuses impossible layouts before
+anything heavy happens. Sessions know no models; nothing keeps one in a global.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from types import TracebackType
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from storymem_dist.errors import LayoutError
+from storymem_dist.parallel.layout import Layout, check_heads, plan_layout
+from storymem_dist.parallel.leader import LeaderDecides, decide_alone
+from storymem_dist.parallel.mesh import Axis, ReplicaMesh, build_mesh, lone_mesh
+from storymem_dist.parallel.settings import ParallelSettings
+
+T = TypeVar("T")
+_SIGNS_OF_LIFE_PER_TIMEOUT = 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Session:
+    """One rank's view of the job, complete when built; close it (or use it as a context) when the job ends.
+
+    ``replica`` is the index of this rank's replica, ``rank_in_replica`` its place in it (0 is the leader).
+    ``reading_team`` holds the ranks of this node that need the same part of the weights (``parallel.loading``).
+    """
+
+    rank: int
+    local_rank: int
+    layout: Layout
+    device: torch.device
+    backend: str | None
+    mesh: ReplicaMesh
+    reading_team: Axis
+    _decide: Callable[[Callable[[], object]], object]
+    _owns_default_group: bool
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks that were started together."""
+        return self.layout.world_size
+
+    @property
+    def replica(self) -> int:
+        """Index of this rank's replica."""
+        return self.layout.replica_of(self.rank)
+
+    @property
+    def rank_in_replica(self) -> int:
+        """This rank's place in its replica."""
+        return self.rank % self.layout.ranks_per_replica
+
+    @property
+    def is_leader(self) -> bool:
+        """Whether this rank decides for its replica."""
+        return self.rank_in_replica == 0
+
+    def leader_decides(self, fn: Callable[[], T]) -> T:
+        """Run ``fn`` on the leader of this replica; every rank of it gets the value, or raises the exception.
+
+        Collective over the replica. The value must be picklable, its tensors on the CPU.
+        """
+        return self._decide(fn)  # type: ignore[return-value]  # the value fn returned
+
+    def close(self) -> None:
+        """Destroy the process groups that this session started. Call it on every rank, as the last thing."""
+        if self._owns_default_group and dist.is_initialized():
+            dist.destroy_process_group()
+
+    def __enter__(self) -> "Session":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def start_session(settings: ParallelSettings, *, num_heads: int | None = None) -> Session:
+    """Start this rank. Collective over all started ranks.
+
+    The ranks are those of the environment (``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, ``LOCAL_WORLD_SIZE``,
+    ``MASTER_ADDR``, ``MASTER_PORT``: torchrun and accelerate set them), or this process alone. A default process group
+    that exists already is used, and left alone by ``close``. ``num_heads``: the model's attention heads, where known.
+
+    Raises ``LayoutError`` when the layout does not fit the ranks, or device and backend do not fit the machine.
+    """
+    place = _place_from_environment()
+    layout = plan_layout(settings, world_size=place.world_size, ranks_per_node=place.ranks_per_node)
+    if num_heads is not None:
+        check_heads(settings, num_heads)
+    device = choose_device(settings.device, local_rank=place.local_rank)
+    backend = choose_backend(settings.backend, device)
+    needs_group = layout.world_size > 1 or settings.weights != "replicated"
+    if not needs_group:
+        return Session(
+            rank=0,
+            local_rank=place.local_rank,
+            layout=layout,
+            device=device,
+            backend=None,
+            mesh=lone_mesh(),
+            reading_team=Axis(name="reading_team"),
+            _decide=decide_alone,
+            _owns_default_group=False,
+        )
+    owns_default_group = not dist.is_initialized()
+    if owns_default_group:
+        _start_default_group(place, backend, device, timedelta(seconds=settings.collective_timeout_seconds))
+    return Session(
+        rank=dist.get_rank(),
+        local_rank=place.local_rank,
+        layout=layout,
+        device=device,
+        backend=backend,
+        mesh=build_mesh(layout, device),
+        reading_team=_reading_team(layout, sharded=settings.weights != "replicated"),
+        _decide=_leader_of_replica(layout, settings.leader_timeout_seconds),
+        _owns_default_group=owns_default_group,
+    )
+
+
+def choose_device(choice: str, *, local_rank: int) -> torch.device:
+    """Turn ``auto | cpu | cuda`` into this rank's device (one GPU per rank of a node). Raises ``LayoutError``."""
+    if choice == "cpu" or (choice == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    num_gpus = torch.cuda.device_count()
+    if not torch.cuda.is_available():
+        raise LayoutError("parallel.device=cuda, but torch sees no GPU here; use parallel.device=cpu or auto")
+    if local_rank >= num_gpus:
+        raise LayoutError(
+            f"local rank {local_rank} has no GPU: this node has {num_gpus}; start at most {num_gpus} ranks on it, "
+            "or use parallel.device=cpu"
+        )
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def choose_backend(choice: str, device: torch.device) -> str:
+    """Turn ``auto | gloo | nccl`` into the backend of the collectives. Raises ``LayoutError``."""
+    if choice == "auto":
+        return "nccl" if device.type == "cuda" else "gloo"
+    if choice == "nccl" and device.type != "cuda":
+        found = "torch sees no GPU here" if not torch.cuda.is_available() else "parallel.device=cpu"
+        raise LayoutError(f"parallel.backend=nccl needs GPUs, but {found}; use parallel.backend=gloo or auto")
+    if choice == "nccl" and not dist.is_nccl_available():
+        raise LayoutError("parallel.backend=nccl, but this build of torch has no NCCL; use parallel.backend=gloo")
+    return choice
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Place:
+    """Which rank this process is, as its starter said."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    ranks_per_node: int
+
+
+def _place_from_environment() -> _Place:
+    if dist.is_initialized():
+        world_size, rank = dist.get_world_size(), dist.get_rank()
+    elif "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        world_size, rank = _number("WORLD_SIZE", 1), _number("RANK", 0)
+    else:
+        return _Place(rank=0, world_size=1, local_rank=0, ranks_per_node=1)
+    return _Place(
+        rank=rank,
+        world_size=world_size,
+        local_rank=_number("LOCAL_RANK", rank),
+        ranks_per_node=_number("LOCAL_WORLD_SIZE", world_size),
+    )
+
+
+def _number(variable: str, default: int) -> int:
+    text = os.environ.get(variable, str(default))
+    if not text.isdecimal():
+        raise LayoutError(f"the environment says {variable}={text!r}; torchrun and accelerate set a whole number there")
+    return int(text)
+
+
+def _start_default_group(place: _Place, backend: str, device: torch.device, timeout: timedelta) -> None:
+    on_gpu = device if backend == "nccl" else None
+    if place.world_size == 1:
+        alone = dist.HashStore()  # type: ignore[attr-defined]  # public, but missing from torch's stubs
+        dist.init_process_group(backend, store=alone, rank=0, world_size=1, timeout=timeout, device_id=on_gpu)
+        return
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise LayoutError(
+            f"{place.world_size} ranks were started, but {' and '.join(missing)} is not set; start them with torchrun "
+            "or accelerate launch"
+        )
+    try:
+        dist.init_process_group(backend, init_method="env://", timeout=timeout, device_id=on_gpu)
+    except dist.DistNetworkError as error:
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise LayoutError(
+            f"rank {place.rank} cannot join the other ranks at {address} ({str(error).splitlines()[0]}); if the port "
+            "is taken by another job, choose a free one (torchrun --rdzv-endpoint=localhost:0, "
+            "accelerate launch --main_process_port)"
+        ) from error
+
+
+def _leader_of_replica(layout: Layout, timeout_seconds: float) -> Callable[[Callable[[], T]], T]:
+    if layout.ranks_per_replica == 1:
+        return decide_alone
+    groups = [layout.ranks_of_replica(replica) for replica in range(layout.replica)]
+    mine, _ = dist.new_subgroups_by_enumeration(groups, timeout=timedelta(seconds=timeout_seconds), backend="gloo")
+    return LeaderDecides(mine, keep_alive_seconds=timeout_seconds / _SIGNS_OF_LIFE_PER_TIMEOUT)
+
+
+def _reading_team(layout: Layout, *, sharded: bool) -> Axis:
+    teams = layout.reading_teams(sharded=sharded)
+    if max(map(len, teams)) == 1:
+        return Axis(name="reading_team")
+    mine, _ = dist.new_subgroups_by_enumeration(teams)
+    if mine.size() == 1:
+        return Axis(name="reading_team")
+    return Axis(name="reading_team", size=mine.size(), rank=mine.rank(), group=mine)

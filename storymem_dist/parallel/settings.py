@@ -1,0 +1,82 @@
+"""Settings of the parallel layout: how many ranks share one forward, and where the weights live.
+
+Plain values only (they come from ``conf/parallel``). Whether a layout fits the ranks that were started is decided by
+``storymem_dist.parallel.layout``; nothing here looks at the machine.
+"""
+
+from dataclasses import dataclass
+
+from storymem_dist.errors import ConfigError, require_at_least, require_one_of
+
+WEIGHTS = ("replicated", "fsdp", "fsdp_offload", "zero3")
+DEVICES = ("auto", "cpu", "cuda")
+BACKENDS = ("auto", "gloo", "nccl")
+ZERO3_OFFLOADS = ("cpu", "nvme")
+
+
+@dataclass(kw_only=True, slots=True)
+class ParallelSettings:
+    """One entry of ``conf/parallel``.
+
+    Layout: ``num_replicas`` (None: as many as the started ranks hold), and the axes inside a replica, outermost first:
+    ``cfg`` (2 runs the conditional and the unconditional pass side by side), ``ring`` and ``ulysses`` (sequence
+    parallel; ``ulysses`` must divide the number of attention heads). ``across_nodes`` allows one replica to span nodes.
+
+    Weights: ``replicated`` (every rank holds them whole), ``fsdp`` (FSDP2 shards over all ranks of the replica),
+    ``fsdp_offload`` (the shards live in host memory), ``zero3`` (DeepSpeed ZeRO-3 with the weights in host memory or,
+    ``zero3_offload: nvme``, on disk under ``zero3_nvme_path``; the disk variant has not been tried).
+    ``prefetch_blocks`` is how many FSDP blocks are gathered ahead of the one that computes. ``share_reads`` lets one
+    rank per node read a part of the weights and broadcast it to the ranks of that node that hold the same part.
+
+    Process groups: ``device`` and ``backend`` ("auto": CUDA with nccl where a GPU is present, else CPU with gloo).
+    ``collective_timeout_seconds`` ends a collective that hangs. ``leader_timeout_seconds`` is how long the ranks of a
+    replica wait for each other to meet, or for a sign of life from their leader (a leader that works sends them).
+    """
+
+    num_replicas: int | None = None
+    cfg: int = 1
+    ring: int = 1
+    ulysses: int = 1
+    across_nodes: bool = False
+    weights: str = "replicated"
+    prefetch_blocks: int = 1
+    share_reads: bool = True
+    zero3_offload: str = "cpu"
+    zero3_nvme_path: str | None = None
+    compile: bool = False
+    device: str = "auto"
+    backend: str = "auto"
+    collective_timeout_seconds: float = 600.0
+    leader_timeout_seconds: float = 600.0
+
+    def __post_init__(self) -> None:
+        if self.num_replicas is not None:
+            require_at_least("parallel.num_replicas", self.num_replicas, 1)
+        require_one_of("parallel.cfg", self.cfg, (1, 2))
+        require_at_least("parallel.ring", self.ring, 1)
+        require_at_least("parallel.ulysses", self.ulysses, 1)
+        require_one_of("parallel.weights", self.weights, WEIGHTS)
+        require_at_least("parallel.prefetch_blocks", self.prefetch_blocks, 0)
+        require_one_of("parallel.zero3_offload", self.zero3_offload, ZERO3_OFFLOADS)
+        require_one_of("parallel.device", self.device, DEVICES)
+        require_one_of("parallel.backend", self.backend, BACKENDS)
+        require_at_least("parallel.collective_timeout_seconds", self.collective_timeout_seconds, 1)
+        require_at_least("parallel.leader_timeout_seconds", self.leader_timeout_seconds, 1)
+        if self.weights == "zero3":
+            self._check_zero3()
+
+    @property
+    def ranks_per_replica(self) -> int:
+        """Number of ranks that render one shot together."""
+        return self.cfg * self.ring * self.ulysses
+
+    def _check_zero3(self) -> None:
+        if self.ranks_per_replica > 1:
+            raise ConfigError(
+                f"parallel.weights=zero3 goes with cfg=1, ring=1 and ulysses=1; got cfg={self.cfg}, ring={self.ring}, "
+                f"ulysses={self.ulysses}. Use parallel.weights=fsdp_offload to split a forward and offload its weights"
+            )
+        if self.compile:
+            raise ConfigError("parallel.weights=zero3 runs in eager mode only; set parallel.compile=false")
+        if self.zero3_offload == "nvme" and not self.zero3_nvme_path:
+            raise ConfigError("parallel.zero3_offload=nvme needs parallel.zero3_nvme_path, a folder on the local disk")
