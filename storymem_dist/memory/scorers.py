@@ -1,0 +1,261 @@
+"""How alike two frames are, and how good one is: CLIP, HSV patches; HPSv3, sharpness, nothing.
+
+Models are loaded from local files only, once, when a scorer is built. Knows nothing about selection rules.
+
+Shapes: N frames, C channels (3, RGB), H height, W width, P patches, D values of a patch or embedding.
+"""
+
+import math
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from storymem_dist.errors import ExtraNotInstalled, WeightsNotFound
+from storymem_dist.memory.frames import PATCH, resize_for_selection
+from storymem_dist.memory.settings import DEFAULT_QUALITY_THRESHOLDS, MemorySettings
+
+CLIP_SIZE = 224
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+"""CLIP's published preprocessing constants."""
+
+CLIP_BATCH = 32
+HPSV3_BASE_MODEL = "Qwen/Qwen2-VL-7B-Instruct"
+"""Named in hpsv3's own configuration."""
+
+HSV_SIMILAR_COSINE = 0.7
+HSV_EMPTY_NORM = 0.01
+HSV_COMPARE_BATCH = 8
+LUMA = (0.299, 0.587, 0.114)
+DARK_LUMA, BRIGHT_LUMA = 10.0, 245.0
+
+
+class Similarity(Protocol):
+    """Compares frames in two steps, so that each is looked at once."""
+
+    def describe(self, frames_NCHW: Tensor) -> Tensor:
+        """Features ``[N, ...]`` of ``uint8 [N, 3, H, W]`` frames, in a form only ``compare`` knows, on the CPU."""
+        ...
+
+    def compare(self, one: Tensor, many: Tensor) -> Tensor:
+        """Similarity of the features ``one [...]`` to each of ``many [M, ...]``: ``[M]``, 1 means the same."""
+        ...
+
+
+class Quality(Protocol):
+    """Scores single frames; a frame passes when its score is at least ``threshold`` (-inf: every frame passes)."""
+
+    name: str
+    threshold: float
+
+    def score(self, frame_CHW: Tensor) -> float:
+        """Score of a ``uint8 [3, H, W]`` frame at selection size; higher is better."""
+        ...
+
+
+def build_similarity(settings: MemorySettings, device: torch.device) -> Similarity:
+    """The similarity that ``settings`` name. Raises ``WeightsNotFound`` when its model is not on this machine."""
+    if settings.similarity == "hsv":
+        return HsvSimilarity()
+    return ClipSimilarity.from_pretrained(settings.clip_model, device)
+
+
+def build_quality(settings: MemorySettings, device: torch.device) -> Quality:
+    """The quality test that ``settings`` name. Raises ``ExtraNotInstalled`` or ``WeightsNotFound``."""
+    if settings.quality == "none":
+        return NoQuality()
+    threshold = settings.quality_threshold
+    if threshold is None:
+        threshold = DEFAULT_QUALITY_THRESHOLDS[settings.quality]
+    if settings.quality == "sharpness":
+        return SharpnessQuality(threshold)
+    return HpsV3Quality.load(settings, device, threshold)
+
+
+class ClipSimilarity:
+    """Cosine of CLIP image embeddings, fp32."""
+
+    def __init__(self, vision_model: torch.nn.Module, device: torch.device) -> None:
+        """``vision_model`` is transformers' ``CLIPVisionModelWithProjection``."""
+        self._model = vision_model.to(device=device, dtype=torch.float32).eval().requires_grad_(False)
+        self._device = device
+
+    @classmethod
+    def from_pretrained(cls, path_or_id: str, device: torch.device) -> "ClipSimilarity":
+        """Load from a folder, or from the local cache of the hub; never downloads. Raises ``WeightsNotFound``."""
+        from transformers import CLIPVisionModelWithProjection
+
+        try:
+            model = CLIPVisionModelWithProjection.from_pretrained(path_or_id, local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise WeightsNotFound(
+                f"memory.clip_model={path_or_id!r}: no CLIP model there ({' '.join(str(error).split())[:200]});"
+                f" give a folder, or run: hf download {MemorySettings().clip_model}"
+                " (or use memory.similarity=hsv, which needs no weights)"
+            ) from None
+        return cls(model, device)
+
+    @torch.no_grad()
+    def describe(self, frames_NCHW: Tensor) -> Tensor:
+        """Unit vectors ``float32 [N, D]``."""
+        embeddings = [
+            self._model(pixel_values=clip_pixels(batch.to(self._device))).image_embeds
+            for batch in frames_NCHW.split(CLIP_BATCH)
+        ]
+        return F.normalize(torch.cat(embeddings), dim=-1).cpu()
+
+    def compare(self, one: Tensor, many: Tensor) -> Tensor:
+        """Cosines ``float64 [M]``."""
+        return many.double() @ one.double()
+
+
+def clip_pixels(frames_NCHW: Tensor) -> Tensor:
+    """``float32 [N, 3, 224, 224]`` input of CLIP from ``uint8 [N, 3, H, W]``.
+
+    Squashed to a square by a plain bilinear resize: no crop, no antialias, as StoryMem does it (transformers' image
+    processor does both).
+    """
+    squashed = F.interpolate(
+        frames_NCHW.float() / 255, size=(CLIP_SIZE, CLIP_SIZE), mode="bilinear", align_corners=False
+    )
+    mean = torch.tensor(CLIP_MEAN, device=squashed.device).view(3, 1, 1)
+    std = torch.tensor(CLIP_STD, device=squashed.device).view(3, 1, 1)
+    return (squashed - mean) / std
+
+
+class HsvSimilarity:
+    """Share of 28 x 28 patches that look alike in HSV; needs no weights.
+
+    Two patches are alike when the cosine of their HSV values is above 0.7. Patches that are black in both frames do
+    not count; the similarity of two black frames is NaN.
+    """
+
+    def describe(self, frames_NCHW: Tensor) -> Tensor:
+        """HSV patches ``uint8 [N, P, 3*28*28]``; frames that 28 does not divide are resized as for selection first."""
+        frames_NCHW = frames_NCHW.cpu()
+        if frames_NCHW.shape[-2] % PATCH or frames_NCHW.shape[-1] % PATCH:
+            frames_NCHW = resize_for_selection(frames_NCHW)
+        hsv = rgb_to_hsv(frames_NCHW)
+        patches = hsv.unfold(2, PATCH, PATCH).unfold(3, PATCH, PATCH)  # [N, 3, rows, columns, 28, 28]
+        return patches.permute(0, 2, 3, 1, 4, 5).reshape(len(hsv), -1, 3 * PATCH * PATCH)
+
+    def compare(self, one: Tensor, many: Tensor) -> Tensor:
+        """Shares ``float32 [M]``."""
+        one_PD = one.float()
+        one_norm_P = one_PD.norm(dim=-1)
+        shares = []
+        for batch in many.split(HSV_COMPARE_BATCH):
+            batch_MPD = batch.float()
+            norm_MP = batch_MPD.norm(dim=-1)
+            dot_MP = torch.einsum("mpd,pd->mp", batch_MPD, one_PD)
+            alike_MP = dot_MP > HSV_SIMILAR_COSINE * norm_MP * one_norm_P
+            counts_MP = (norm_MP >= HSV_EMPTY_NORM) | (one_norm_P >= HSV_EMPTY_NORM)
+            shares.append((alike_MP & counts_MP).sum(dim=-1) / counts_MP.sum(dim=-1))
+        return torch.cat(shares)
+
+
+def rgb_to_hsv(rgb_NCHW: Tensor) -> Tensor:
+    """8-bit HSV in OpenCV's convention (H in 0..179 for 0..358 degrees, S and V in 0..255), equal to it bit for bit.
+
+    OpenCV's fixed-point rule: with v the largest and d the spread of the channels, S = d * round(255 * 2^12 / v) and
+    H = sector * round(180 * 2^12 / (6 d)), both shifted right by 12 bits with rounding.
+    """
+    red, green, blue = rgb_NCHW.to(torch.int32).unbind(dim=1)
+    value = torch.maximum(torch.maximum(red, green), blue)
+    spread = value - torch.minimum(torch.minimum(red, green), blue)
+    levels = torch.arange(1, 256, dtype=torch.float64)
+    zero = torch.zeros(1, dtype=torch.int32)
+    saturation_table = torch.cat([zero, torch.round((255 << 12) / levels).to(torch.int32)])
+    hue_table = torch.cat([zero, torch.round((180 << 12) / (6 * levels)).to(torch.int32)])
+    saturation = (spread * saturation_table[value] + (1 << 11)) >> 12
+    sector = torch.where(
+        value == red,
+        green - blue,
+        torch.where(value == green, blue - red + 2 * spread, red - green + 4 * spread),
+    )
+    hue = (sector * hue_table[spread] + (1 << 11)) >> 12
+    hue = torch.where(hue < 0, hue + 180, hue)
+    return torch.stack([hue, saturation, value], dim=1).to(torch.uint8)
+
+
+class NoQuality:
+    """Every frame passes."""
+
+    name = "none"
+    threshold = -math.inf
+
+    def score(self, frame_CHW: Tensor) -> float:
+        """Nothing is measured."""
+        return 0.0
+
+
+class SharpnessQuality:
+    """Variance of the Laplacian of the luma (0..255): how much fine detail there is; needs no weights.
+
+    A frame whose mean luma is below 10 or above 245 (faded out, blown out) scores 0. Smooth gradients score below 1, a
+    soft close-up with a shallow focus around 10, a detailed wide shot hundreds.
+    """
+
+    name = "sharpness"
+
+    def __init__(self, threshold: float = DEFAULT_QUALITY_THRESHOLDS["sharpness"]) -> None:
+        self.threshold = threshold
+
+    def score(self, frame_CHW: Tensor) -> float:
+        """The variance, at least 0."""
+        luma_HW = torch.einsum("c,chw->hw", torch.tensor(LUMA), frame_CHW.cpu().float())
+        if not DARK_LUMA <= luma_HW.mean().item() <= BRIGHT_LUMA:
+            return 0.0
+        inner = luma_HW[1:-1, 1:-1]
+        laplacian = luma_HW[:-2, 1:-1] + luma_HW[2:, 1:-1] + luma_HW[1:-1, :-2] + luma_HW[1:-1, 2:] - 4 * inner
+        return laplacian.var(correction=0).item()
+
+
+class HpsV3Quality:
+    """HPSv3's preference score of the frame with an empty prompt (7B parameters; optional package ``hpsv3``)."""
+
+    name = "hpsv3"
+
+    def __init__(self, inferencer: Any, threshold: float = DEFAULT_QUALITY_THRESHOLDS["hpsv3"]) -> None:
+        """``inferencer`` is an ``hpsv3.HPSv3RewardInferencer``."""
+        self._inferencer = inferencer
+        self.threshold = threshold
+
+    @classmethod
+    def load(cls, settings: MemorySettings, device: torch.device, threshold: float) -> "HpsV3Quality":
+        """Load the model from local files; never downloads. Raises ``ExtraNotInstalled`` or ``WeightsNotFound``."""
+        try:
+            from hpsv3 import HPSv3RewardInferencer
+        except ImportError as error:
+            raise ExtraNotInstalled(
+                f"memory.quality=hpsv3 needs the package hpsv3 ({error}); run: pip install hpsv3"
+                " (hpsv3 1.0 pins an older transformers; memory.quality=sharpness and none need nothing)"
+            ) from None
+        checkpoint = settings.hpsv3_checkpoint or _cached("MizzenAI/HPSv3", "HPSv3.safetensors")
+        _cached(HPSV3_BASE_MODEL, "config.json")
+        return cls(HPSv3RewardInferencer(checkpoint_path=checkpoint, device=str(device)), threshold)
+
+    @torch.no_grad()
+    def score(self, frame_CHW: Tensor) -> float:
+        """The mean of the predicted preference."""
+        from PIL import Image
+
+        image = Image.fromarray(frame_CHW.cpu().permute(1, 2, 0).contiguous().numpy())
+        rewards = self._inferencer.reward(image_paths=[image], prompts=[""])
+        return float(rewards[0][0])
+
+
+def _cached(repo_id: str, filename: str) -> str:
+    """Path of a file of the hub in the local cache."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return hf_hub_download(repo_id, filename, local_files_only=True)
+    except LocalEntryNotFoundError:
+        raise WeightsNotFound(
+            f"memory.quality=hpsv3 needs {filename} of {repo_id}, which is not in the local cache;"
+            f" run: hf download {repo_id} (or use memory.quality=sharpness, which needs no weights)"
+        ) from None

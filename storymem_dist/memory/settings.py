@@ -1,0 +1,59 @@
+"""Settings of the memory bank; the defaults are StoryMem's. Knows nothing about the scorers behind the names."""
+
+from dataclasses import dataclass
+
+from storymem_dist.errors import ConfigError, require_at_least, require_one_of
+
+SIMILARITIES = ("clip", "hsv")
+QUALITIES = ("hpsv3", "sharpness", "none")
+
+DEFAULT_QUALITY_THRESHOLDS = {"hpsv3": 3.0, "sharpness": 5.0}
+"""hpsv3: StoryMem's. sharpness: in units of ``SharpnessQuality``; rejects black, white and featureless frames only."""
+
+
+@dataclass(kw_only=True, slots=True)
+class MemorySettings:
+    """Which frames a shot leaves in the bank, and which keyframes a shot is shown.
+
+    ``max_keyframes``: at most so many are recalled for one shot; ``num_fixed`` of them are the oldest (the sink), the
+    rest the newest. ``max_per_shot``: at most so many frames are chosen from one shot. ``similarity_threshold``: a
+    frame is new when it is less similar than this to the keyframe before it (lowered in steps of ``threshold_step``
+    until at most ``max_per_shot`` frames remain), and a duplicate when it is more similar than this to any keyframe of
+    the bank. ``quality_threshold``: the least score that passes; None takes the default of the chosen ``quality``.
+    ``clip_model`` is a folder, or a hub id that is in the local cache. ``hpsv3_checkpoint`` is a file, or None for the
+    one in the local cache.
+    """
+
+    max_keyframes: int = 10
+    num_fixed: int = 3
+    max_per_shot: int = 3
+    similarity: str = "clip"
+    similarity_threshold: float = 0.9
+    threshold_step: float = 0.01
+    quality: str = "hpsv3"
+    quality_threshold: float | None = None
+    clip_model: str = "openai/clip-vit-base-patch32"
+    hpsv3_checkpoint: str | None = None
+
+    def __post_init__(self) -> None:
+        """Raise ``ConfigError`` for the first setting that is not allowed."""
+        require_at_least("memory.max_keyframes", self.max_keyframes, 1)
+        require_at_least("memory.num_fixed", self.num_fixed, 0)
+        require_at_least("memory.max_per_shot", self.max_per_shot, 1)
+        if self.num_fixed > self.max_keyframes:
+            raise ConfigError(
+                f"memory.num_fixed={self.num_fixed} is not allowed;"
+                f" it must be at most memory.max_keyframes={self.max_keyframes}"
+            )
+        require_one_of("memory.similarity", self.similarity, SIMILARITIES)
+        require_one_of("memory.quality", self.quality, QUALITIES)
+        if not 0 < self.similarity_threshold <= 1:
+            raise ConfigError(
+                f"memory.similarity_threshold={self.similarity_threshold!r} is not allowed;"
+                " it must be above 0 and at most 1"
+            )
+        require_at_least("memory.threshold_step", self.threshold_step, 0.001)
+        if self.quality_threshold is not None and not abs(self.quality_threshold) < float("inf"):
+            raise ConfigError(
+                f"memory.quality_threshold={self.quality_threshold!r} is not allowed; use a number or null"
+            )
