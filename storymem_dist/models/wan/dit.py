@@ -73,8 +73,11 @@ class DiTConfig:
             )
         if self.freq_dim % 2:
             raise ConfigError(f"freq_dim={self.freq_dim} is not allowed; it must be even (cosine and sine halves)")
-        if len(self.patch_size) != 3 or any(not isinstance(p, int) or p < 1 for p in self.patch_size):
+        is_triple = isinstance(self.patch_size, tuple) and len(self.patch_size) == 3
+        if not is_triple or any(not isinstance(p, int) or p < 1 for p in self.patch_size):
             raise ConfigError(f"patch_size={self.patch_size!r} is not allowed; it must be three positive whole numbers")
+        if not isinstance(self.eps, float) or not self.eps > 0:
+            raise ConfigError(f"eps={self.eps!r} is not allowed; it must be a positive number")
 
     @property
     def head_dim(self) -> int:
@@ -111,9 +114,11 @@ class DiTConfig:
                 )
         sizes = {name: renamed.get(name, default) for name, default in _JSON_DEFAULTS.items()}
         sizes |= {name: renamed[name] for name in _JSON_REQUIRED}
+        if isinstance(sizes["patch_size"], list):
+            sizes["patch_size"] = tuple(sizes["patch_size"])
         try:
-            return cls(**sizes | {"patch_size": tuple(sizes["patch_size"])})
-        except (ConfigError, TypeError) as error:
+            return cls(**sizes)
+        except ConfigError as error:
             raise CheckpointError(f"{where}: {error}") from None
 
 
@@ -159,13 +164,13 @@ class PatchEmbedding(nn.Conv3d):
 class SelfAttention(nn.Module):
     """Rotary self-attention with RMS-normalized queries and keys (over the full width, before the split into heads)."""
 
-    def __init__(self, config: DiTConfig, dtype: torch.dtype):
+    def __init__(self, config: DiTConfig, dtype: torch.dtype, attention_backend: str):
         super().__init__()
         self.num_heads = config.num_heads
         self.q, self.k, self.v, self.o = (nn.Linear(config.dim, config.dim, dtype=dtype) for _ in range(4))
         self.norm_q = nn.RMSNorm(config.dim, config.eps, dtype=torch.float32)
         self.norm_k = nn.RMSNorm(config.dim, config.eps, dtype=torch.float32)
-        self.attend = Attend()
+        self.attend = Attend(attention_backend)
 
     def forward(self, x_BLD: Tensor, rope_cos_LP: Tensor, rope_sin_LP: Tensor) -> Tensor:
         """``x_BLD`` in the matmul dtype, rotary tables fp32; returns the output projection in the matmul dtype."""
@@ -180,13 +185,13 @@ class SelfAttention(nn.Module):
 class CrossAttention(nn.Module):
     """Attention of video tokens to all ``text_len`` text tokens (padding too: the model was trained so), unrotated."""
 
-    def __init__(self, config: DiTConfig, dtype: torch.dtype):
+    def __init__(self, config: DiTConfig, dtype: torch.dtype, attention_backend: str):
         super().__init__()
         self.num_heads = config.num_heads
         self.q, self.k, self.v, self.o = (nn.Linear(config.dim, config.dim, dtype=dtype) for _ in range(4))
         self.norm_q = nn.RMSNorm(config.dim, config.eps, dtype=torch.float32)
         self.norm_k = nn.RMSNorm(config.dim, config.eps, dtype=torch.float32)
-        self.attend = Attend()
+        self.attend = Attend(attention_backend)
 
     def forward(self, x_BLD: Tensor, context_BSD: Tensor) -> Tensor:
         """Both inputs in the matmul dtype; so is the result."""
@@ -200,14 +205,14 @@ class CrossAttention(nn.Module):
 class WanBlock(nn.Module):
     """Self-attention, cross-attention and feed-forward around one fp32 residual stream."""
 
-    def __init__(self, config: DiTConfig, dtype: torch.dtype):
+    def __init__(self, config: DiTConfig, dtype: torch.dtype, attention_backend: str):
         super().__init__()
         self.eps = config.eps
         self.dtype = dtype
         self.modulation = nn.Parameter(torch.randn(1, 6, config.dim) / config.dim**0.5)
-        self.self_attn = SelfAttention(config, dtype)
+        self.self_attn = SelfAttention(config, dtype, attention_backend)
         self.norm3 = nn.LayerNorm(config.dim, config.eps, dtype=torch.float32)
-        self.cross_attn = CrossAttention(config, dtype)
+        self.cross_attn = CrossAttention(config, dtype, attention_backend)
         self.ffn = nn.Sequential(
             nn.Linear(config.dim, config.ffn_dim, dtype=dtype),
             nn.GELU(approximate="tanh"),
@@ -259,10 +264,11 @@ class Head(nn.Module):
 class WanDiT(nn.Module):
     """Velocity of noisy video latents, given a timestep, text and temporal positions.
 
-    Build under ``torch.device("meta")`` to get the names and shapes of the parameters without memory.
+    ``dtype`` is that of matmuls and attention, ``attention_backend`` one of ``models.attention.BACKENDS``. Built under
+    ``torch.device("meta")`` it has all names and shapes and no memory; there are no buffers.
     """
 
-    def __init__(self, config: DiTConfig, *, dtype: torch.dtype = torch.bfloat16):
+    def __init__(self, config: DiTConfig, *, dtype: torch.dtype = torch.bfloat16, attention_backend: str = "auto"):
         super().__init__()
         self.config = config
         self.dtype = dtype
@@ -277,7 +283,7 @@ class WanDiT(nn.Module):
             nn.Linear(config.freq_dim, dim, dtype=fp32), nn.SiLU(), nn.Linear(dim, dim, dtype=fp32)
         )
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim, dtype=fp32))
-        self.blocks = BlockStack(WanBlock(config, dtype) for _ in range(config.num_layers))
+        self.blocks = BlockStack(WanBlock(config, dtype, attention_backend) for _ in range(config.num_layers))
         self.head = Head(config)
 
     def forward(self, x_BCTHW: Tensor, timestep_B: Tensor, context_BSE: Tensor, temporal_positions_T: Tensor) -> Tensor:

@@ -1,0 +1,56 @@
+"""Rotary tables and rotations follow the formula of the paper, for any temporal positions."""
+
+import math
+
+import pytest
+import torch
+
+from storymem_dist.models.rope import apply_rope, rope_split, rope_tables
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "split"), [(128, (44, 42, 42)), (20, (8, 6, 6)), (16, (8, 4, 4)), (24, (8, 8, 8))]
+)
+def test_a_head_is_split_as_in_the_original(head_dim: int, split: tuple[int, int, int]) -> None:
+    assert rope_split(head_dim) == split
+
+
+def test_tables_hold_every_axis_position_times_its_frequency() -> None:
+    positions, height, width, head_dim = [-50, -5, 0, 20], 3, 2, 20
+    cos, sin = rope_tables(torch.tensor(positions), height, width, head_dim, device="cpu")
+    assert cos.dtype == sin.dtype == torch.float32
+    row = 0
+    for t in positions:
+        for y in range(height):
+            for x in range(width):
+                angles = [
+                    position * 10000 ** -(2 * k / channels)
+                    for position, channels in zip((t, y, x), (8, 6, 6), strict=True)
+                    for k in range(channels // 2)
+                ]
+                expected = torch.tensor([[math.cos(a) for a in angles], [math.sin(a) for a in angles]])
+                torch.testing.assert_close(torch.stack([cos[row], sin[row]]), expected, rtol=0, atol=6e-8)
+                row += 1
+    assert row == len(cos)
+
+
+def test_adjacent_pairs_are_rotated_as_complex_numbers() -> None:
+    x = torch.randn(2, 24, 3, 20, generator=torch.Generator().manual_seed(0))
+    cos, sin = rope_tables(torch.arange(4), 3, 2, 20, device="cpu")
+    expected = torch.view_as_complex(x.unflatten(-1, (-1, 2))) * torch.complex(cos, sin)[:, None]
+    torch.testing.assert_close(apply_rope(x, cos, sin), torch.view_as_real(expected).flatten(-2))
+
+
+def test_rotation_of_half_precision_is_computed_and_returned_in_fp32() -> None:
+    x = torch.randn(1, 24, 3, 20, generator=torch.Generator().manual_seed(0)).bfloat16()
+    cos, sin = rope_tables(torch.arange(4), 3, 2, 20, device="cpu")
+    assert torch.equal(apply_rope(x, cos, sin), apply_rope(x.float(), cos, sin))
+
+
+def test_scores_of_rotated_queries_and_keys_depend_on_position_differences_only() -> None:
+    q, k = torch.randn(2, 1, 24, 1, 20, dtype=torch.float32, generator=torch.Generator().manual_seed(0))
+    scores = []
+    for start in (-40, 13):
+        cos, sin = rope_tables(torch.arange(4) + start, 3, 2, 20, device="cpu")
+        scores.append(torch.einsum("blnh,bsnh->bnls", apply_rope(q, cos, sin), apply_rope(k, cos, sin)))
+    torch.testing.assert_close(scores[0], scores[1], atol=1e-5, rtol=1e-5)
