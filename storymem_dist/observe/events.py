@@ -311,13 +311,14 @@ class ShotSkipped(Event):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MemoryDecided(Event):
-    """One decision about one frame or keyframe, and why.
+    """One decision about one frame or keyframe, and why. ``memory_events`` makes them from a shot's memory record.
 
     ``story_id``/``shot_id`` is the shot for which it was decided. ``verdict`` is one of ``MEMORY_VERDICTS``.
     ``source_shot_index`` is the chain position of the shot the frame comes from (-1: a reference image of the story),
-    ``source_frame_index`` its frame in that shot's clip (in the list of images for references), ``slot`` its number
-    among that shot's keyframes (None: it became none). ``similarity`` is to ``against_*``, the keyframe it was compared
-    with, where there is one; ``quality`` is the quality score. None: not computed.
+    ``source_frame_index`` its frame in that shot's clip, ``slot`` its number among that shot's keyframes (None: it
+    became none; for references the position of the image). ``position`` is its place among the recalled keyframes.
+    ``similarity`` is to the frame chosen before it, ``bank_similarity`` the highest to a keyframe of the bank, whose
+    name is ``against``; ``quality`` is the quality score. None: not computed, or it does not apply.
     """
 
     story_id: str
@@ -326,11 +327,50 @@ class MemoryDecided(Event):
     source_shot_index: int
     source_frame_index: int
     slot: int | None = None
+    position: int | None = None
     similarity: float | None = None
+    bank_similarity: float | None = None
+    against: str | None = None
     quality: float | None = None
-    against_shot_index: int | None = None
-    against_slot: int | None = None
     why: str = ""
+
+
+def memory_events(story_id: str, shot_id: str, shot_index: int, memory: Mapping[str, Any]) -> tuple[MemoryDecided, ...]:
+    """Return the decisions in the ``memory`` part of a shot's record (``recalled`` and ``decisions``), as events.
+
+    ``recalled`` lists what was decided about the keyframes of the bank, ``decisions`` what about the frames of the new
+    clip, with the field names of ``memory.bank.RecallDecision`` and ``memory.keyframes.FrameDecision``.
+    """
+    recalled = [
+        MemoryDecided(
+            story_id=story_id,
+            shot_id=shot_id,
+            verdict="evicted" if decision["verdict"] == "evicted" else "recalled",
+            source_shot_index=decision["shot_index"],
+            source_frame_index=decision["frame_index"],
+            slot=decision["slot"],
+            position=decision.get("position"),
+            why=decision.get("why", ""),
+        )
+        for decision in memory.get("recalled", ())
+    ]
+    chosen = [
+        MemoryDecided(
+            story_id=story_id,
+            shot_id=shot_id,
+            verdict=decision["verdict"],
+            source_shot_index=shot_index,
+            source_frame_index=decision["frame_index"],
+            slot=decision.get("slot"),
+            similarity=decision.get("similarity"),
+            bank_similarity=decision.get("bank_similarity"),
+            against=decision.get("against"),
+            quality=decision.get("quality"),
+            why=decision.get("why", ""),
+        )
+        for decision in memory.get("decisions", ())
+    ]
+    return (*recalled, *chosen)
 
 
 EVENT_TYPES: Mapping[str, type[Event]] = {
