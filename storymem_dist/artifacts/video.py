@@ -67,6 +67,13 @@ def write_clip(path: Path, frames_FCHW: Tensor, fps: int, settings: VideoSetting
     ``OSError`` when the file cannot be written.
     """
     _check_frames(frames_FCHW)
+    try:
+        _encode(path, frames_FCHW, fps, settings)
+    except av.FFmpegError as error:
+        raise OSError(error.errno, f"the clip cannot be written: {error.strerror}", str(path)) from error
+
+
+def _encode(path: Path, frames_FCHW: Tensor, fps: int, settings: VideoSettings) -> None:
     height, width = frames_FCHW.shape[-2:]
     with (
         written_beside(path) as temporary,

@@ -25,8 +25,7 @@ class DispatchSettings:
     ``checkpoint_every_steps``: save a running shot's latents after every so many denoising steps (0: only at a stop).
     ``lease_seconds``: a replica that has shown no sign of life for so long is taken for dead, and its shot is given to
     another. It may be paused (by a debugger or a virtual machine) for less than that without losing its shot.
-    ``poll_seconds``: shortest time between two looks at the run folder while waiting (never less than one second
-    between two scans).
+    ``poll_seconds``: shortest time between two scans of the run folder by one replica.
     ``max_attempts``: a shot whose renderers died (without a word: killed, crashed) so often is marked failed.
     ``swap_seconds``: expected time of loading the other experts, until it has been measured.
     """

@@ -1,0 +1,70 @@
+"""Fingerprints: one hash of everything that changes the pixels of a shot, and the story of what changed.
+
+As in a build system: a shot's fingerprint covers its own inputs and its predecessor's fingerprint, so an edited prompt
+changes that shot and all that follow, and nothing else. Knows JSON values only, nothing of what they mean.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from storymem_dist.artifacts.files import canonical_json
+from storymem_dist.errors import StoryboardError
+
+FINGERPRINT_FORMAT = 1
+"""Part of every fingerprint. Raised when the code begins to make other pixels from the same inputs."""
+
+_LONGEST_VALUE = 60
+
+
+def fingerprint(inputs: Mapping[str, Any], predecessor: str | None) -> str:
+    """Return 64 hex digits over JSON-able ``inputs`` and the fingerprint of the shot before (None for the first)."""
+    value = {"format": FINGERPRINT_FORMAT, "inputs": inputs, "predecessor": predecessor}
+    return hashlib.sha256(canonical_json(value)).hexdigest()
+
+
+def hash_of(value: Any) -> str:
+    """Return 16 hex digits over one JSON-able value, for instance a resolved configuration."""
+    return hashlib.sha256(canonical_json(value)).hexdigest()[:16]
+
+
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file as hex digits. Raises ``OSError``."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def reference_image_digest(path: Path) -> str:
+    """Return the SHA-256 of a reference image. Raises ``StoryboardError`` when it cannot be read."""
+    try:
+        return file_digest(path)
+    except OSError as error:
+        raise StoryboardError(f"reference image {path} cannot be read: {error.strerror or error}") from error
+
+
+def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """Say what changed between two sets of inputs, one phrase for each difference: ``seed changed from 3 to 4``."""
+    return list(_differences("", before, after))
+
+
+def _differences(where: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    phrases = []
+    for key in sorted({*before, *after}):
+        name = f"{where}{key}"
+        if key not in before:
+            phrases.append(f"{name}={_short(after[key])} is new")
+        elif key not in after:
+            phrases.append(f"{name} was {_short(before[key])} and is gone")
+        elif before[key] != after[key]:
+            if isinstance(before[key], Mapping) and isinstance(after[key], Mapping):
+                phrases.extend(_differences(f"{name}.", before[key], after[key]))
+            else:
+                old, new = _short(before[key]), _short(after[key])
+                phrases.append(f"{name} changed" if old == new else f"{name} changed from {old} to {new}")
+    return phrases
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _LONGEST_VALUE else f"{text[: _LONGEST_VALUE - 1]}…"

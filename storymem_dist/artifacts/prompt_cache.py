@@ -1,0 +1,102 @@
+"""Prompt embeddings on disk, found by content: what the text encoder is and what the prompt says.
+
+One safetensors file per prompt, so that ranks, replicas, nodes and later jobs share the work. Files are written beside
+and renamed, and equal entries are equal bytes: any number of writers may meet. Each file carries a checksum; a damaged
+one counts as missing and is written again.
+
+Knows nothing about how embeddings are made, by whom, or for which shots.
+"""
+
+import hashlib
+import logging
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from storymem_dist.artifacts.files import write_bytes
+from storymem_dist.errors import RunFolderError
+from storymem_dist.models.file_identity import file_identity
+from storymem_dist.models.wan.text_encoder import TextEncoderFiles, clean_prompt
+
+FORMAT_VERSION = 1
+"""Part of every entry's name: entries of another format are not found."""
+
+_TENSOR = "prompt_embeds"
+
+logger = logging.getLogger(__name__)
+
+
+def text_encoder_identity(files: TextEncoderFiles, dtype: torch.dtype) -> str:
+    """Hex digest that changes when encoder weights, tokenizer or the encoder's number format change.
+
+    Equal files have equal identities wherever they are: the two base models ship the same encoder.
+    """
+    digest = hashlib.sha256(str(dtype).encode())
+    for part in (files.text_encoder_path, files.tokenizer_path):
+        for path in sorted(part.rglob("*")) if part.is_dir() else [part]:
+            if path.is_file():
+                digest.update(f"\n{path.relative_to(part).as_posix()} {file_identity(path)}".encode())
+    return digest.hexdigest()
+
+
+class PromptCache:
+    """Embeddings of prompts made by one encoder. Prompts are told apart as the encoder sees them: cleaned."""
+
+    def __init__(self, folder: Path, encoder_identity: str) -> None:
+        """``folder`` is made when the first entry is written; encoders of any identity may share it."""
+        self._folder = folder
+        self._encoder_identity = encoder_identity
+
+    def path(self, prompt: str) -> Path:
+        """Where the entry of ``prompt`` is or will be."""
+        said = f"{FORMAT_VERSION}\n{self._encoder_identity}\n{clean_prompt(prompt)}"
+        return self._folder / f"{hashlib.sha256(said.encode()).hexdigest()}.safetensors"
+
+    def find(self, prompt: str) -> Tensor | None:
+        """The embedding ``[num_tokens, text_dim]`` on the CPU, in the encoder's dtype; None if missing or damaged.
+
+        Raises ``RunFolderError`` when the cache cannot be read at all.
+        """
+        path = self.path(prompt)
+        try:
+            with safe_open(path, framework="pt") as entry:
+                checksum = (entry.metadata() or {}).get("sha256")
+                embeds: Tensor = entry.get_tensor(_TENSOR).clone()  # not a view of the file, which may be replaced
+        except FileNotFoundError:
+            return None
+        except SafetensorError as error:
+            _report_damaged(path, str(error))
+            return None
+        except OSError as error:
+            raise RunFolderError(f"{path}: the prompt cache cannot be read ({error})") from error
+        if checksum != _checksum(embeds):
+            _report_damaged(path, "its checksum does not match")
+            return None
+        return embeds
+
+    def store(self, prompt: str, embeds: Tensor) -> None:
+        """Write the entry of ``prompt``: ``embeds`` is ``[num_tokens, text_dim]`` on any device.
+
+        Raises ``RunFolderError`` when it cannot be written (full disk, no permission).
+        """
+        embeds = embeds.detach().cpu().contiguous()
+        metadata = {"prompt": clean_prompt(prompt), "sha256": _checksum(embeds)}
+        path = self.path(prompt)
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            write_bytes(path, save({_TENSOR: embeds}, metadata))
+        except OSError as error:
+            raise RunFolderError(f"{path}: the prompt cache cannot be written ({error})") from error
+
+
+def _checksum(embeds: Tensor) -> str:
+    digest = hashlib.sha256(f"{embeds.dtype} {tuple(embeds.shape)}".encode())
+    digest.update(embeds.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _report_damaged(path: Path, problem: str) -> None:
+    logger.warning("%s: damaged prompt cache entry (%s); the prompt is encoded again", path, problem)

@@ -1,0 +1,288 @@
+"""The run folder: the single source of truth of a batch, shared by all its replicas, jobs and restarts.
+
+    storymem_run.json                     marker: format, run id; a folder without it is only taken when it is empty
+    config/<config hash>.yaml             resolved configurations that were used
+    stories/<story>/storyboard.json       what was read
+    stories/<story>/<shot>/...            attempts and records (``shot_folder.py``)
+    stories/<story>/<shot>.mp4, .json     the current clip and record of a shot
+    stories/<story>/keyframes/            its current keyframes
+    stories/<story>/story.mp4             the whole story
+    leases/                               who is alive and who renders what (``dispatch/leases.py``)
+    failures/<story>.<shot>.<fp>.json     shots that failed, with reasons
+    checkpoints/<story>/<shot>/           running shots, between two denoising steps
+    rerender/<story>.<shot>.<n>.json      forced re-renders: the shot's generation is their number
+    seeds/<name>.json                     seeds that were drawn because a negative one was given
+    events/<writer>.jsonl, cache/         written by others
+    STOP                                  made by a person or a script: all replicas stop after the running step
+    stop.json                             how the last replica ended
+
+Knows names and how to make files safely. Decides nothing about what is rendered, and when.
+"""
+
+import json
+import re
+import secrets
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from storymem_dist.artifacts.files import (
+    TEMPORARY_PREFIX,
+    canonical_json,
+    create_exclusively,
+    names_in,
+    read_json,
+    write_bytes,
+)
+from storymem_dist.artifacts.shot_folder import ShotFolder
+from storymem_dist.errors import RunFolderError
+from storymem_dist.story.schema import Story
+
+RUN_FORMAT = 1
+MARKER = "storymem_run.json"
+STOP_FILE = "STOP"
+
+# What may lie in a folder before it becomes a run folder: things that launchers and people put there first.
+_HARMLESS = {"logs", "STOP"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Failure:
+    """Why a shot could not be rendered.
+
+    ``error_type`` is the exception's name. ``is_final`` is False while the shot is to be tried again by itself, with
+    ``low_memory`` (after it ran out of memory). ``job_id``: the job in which it happened.
+    """
+
+    story_id: str
+    shot_id: str
+    fingerprint: str
+    reason: str
+    error_type: str
+    is_final: bool
+    low_memory: bool
+    job_id: str
+    details: str = ""
+
+
+class RunFolder:
+    """Paths and safe operations of one run folder. Making the object touches nothing; ``open`` does."""
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root).absolute()
+
+    @property
+    def stories_folder(self) -> Path:
+        """Folder of all stories."""
+        return self.root / "stories"
+
+    @property
+    def leases_folder(self) -> Path:
+        """Folder of leases and signs of life."""
+        return self.root / "leases"
+
+    @property
+    def failures_folder(self) -> Path:
+        """Folder of failed shots."""
+        return self.root / "failures"
+
+    @property
+    def events_folder(self) -> Path:
+        """Folder of event files."""
+        return self.root / "events"
+
+    @property
+    def cache_folder(self) -> Path:
+        """Folder of things that can be computed again."""
+        return self.root / "cache"
+
+    @property
+    def stop_file(self) -> Path:
+        """The file whose appearance asks all replicas to stop."""
+        return self.root / STOP_FILE
+
+    def story_folder(self, story_id: str) -> Path:
+        """Folder of one story."""
+        return self.stories_folder / story_id
+
+    def shot(self, story_id: str, shot_id: str) -> ShotFolder:
+        """Attempts and records of one shot."""
+        return ShotFolder(self.story_folder(story_id), shot_id)
+
+    def story_video(self, story_id: str) -> Path:
+        """The joined video of a story."""
+        return self.story_folder(story_id) / "story.mp4"
+
+    def checkpoint(self, story_id: str, shot_id: str, fingerprint: str) -> Path:
+        """Where the denoising state of a running shot is saved."""
+        return self.root / "checkpoints" / story_id / shot_id / f"{fingerprint[:16]}.safetensors"
+
+    # -- the folder itself ---------------------------------------------------------------------------------------------
+
+    def open(self) -> str:
+        """Make the run folder, or check that it is one; return its run id. Any number of processes may do so at once.
+
+        Raises ``RunFolderError`` when it cannot be made, holds something else, or is of another format.
+        """
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            if not (self.root / MARKER).exists():
+                self._refuse_foreign_folder()
+                marker = {"format": RUN_FORMAT, "run_id": secrets.token_hex(8), "created": _utc_now()}
+                create_exclusively(self.root / MARKER, canonical_json(marker))
+            for folder in (self.stories_folder, self.leases_folder, self.failures_folder, self.events_folder):
+                folder.mkdir(exist_ok=True)
+        except OSError as error:
+            raise RunFolderError(
+                f"output={self.root} cannot be used as a run folder: {error.strerror or error}; "
+                "it must be writable and on a file system with hard links"
+            ) from error
+        return self.run_id()
+
+    def run_id(self) -> str:
+        """Return the run's id from its marker. Raises ``RunFolderError`` when there is none or it cannot be used."""
+        try:
+            marker = read_json(self.root / MARKER)
+            if marker["format"] != RUN_FORMAT:
+                raise RunFolderError(
+                    f"{self.root} is a run folder of format {marker['format']!r}; this version works on {RUN_FORMAT}"
+                )
+            return str(marker["run_id"])
+        except FileNotFoundError:
+            raise RunFolderError(f"{self.root} is not a run folder (it has no {MARKER})") from None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise RunFolderError(
+                f"{self.root / MARKER} cannot be read as the marker of a run folder: {error}"
+            ) from error
+
+    def _refuse_foreign_folder(self) -> None:
+        with_dots = [path.name for path in self.root.iterdir() if not path.name.startswith(TEMPORARY_PREFIX)]
+        foreign = sorted(name for name in with_dots if name not in _HARMLESS and not name.startswith(".hydra"))
+        if foreign and not (self.root / MARKER).exists():  # another job may just have made it a run folder
+            shown = ", ".join(foreign[:3]) + (", ..." if len(foreign) > 3 else "")
+            raise RunFolderError(
+                f"output={self.root} is not empty and not a run folder (no {MARKER}; it holds {shown}); "
+                "give a new or empty folder, or the run folder of an earlier render"
+            )
+
+    def write_config(self, config_hash: str, text: str) -> None:
+        """Keep a resolved configuration under its hash, once."""
+        path = self.root / "config" / f"{config_hash}.yaml"
+        if not path.exists():
+            path.parent.mkdir(exist_ok=True)
+            write_bytes(path, text.encode())
+
+    def write_storyboard(self, story: Story) -> None:
+        """Keep what was read of a story, when it is new or has changed."""
+        path = self.story_folder(story.story_id) / "storyboard.json"
+        data = canonical_json(json.loads(json.dumps(asdict(story), default=str)))
+        try:
+            if path.read_bytes() == data:
+                return
+        except FileNotFoundError:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(path, data)
+
+    # -- decisions that are made once per run --------------------------------------------------------------------------
+
+    def drawn_seed(self, name: str) -> int:
+        """Return the seed drawn for ``name`` in this run: drawn by whoever asks first, the same for all ever after."""
+        path = self.root / "seeds" / f"{name}.json"
+        path.parent.mkdir(exist_ok=True)
+        create_exclusively(path, canonical_json({"seed": secrets.randbelow(2**31)}))
+        return int(read_json(path)["seed"])
+
+    def rerender(self, shots: Iterable[tuple[str, str]], request_id: str) -> None:
+        """Raise the generation of each (story, shot) by one, once per ``request_id`` (a job, with all its restarts)."""
+        folder = self.root / "rerender"
+        folder.mkdir(exist_ok=True)
+        for story_id, shot_id in shots:
+            number = 1
+            while True:
+                path = folder / f"{story_id}.{shot_id}.{number}.json"
+                made = create_exclusively(path, canonical_json({"request_id": request_id}))
+                if made or read_json(path)["request_id"] == request_id:
+                    break
+                number += 1
+
+    def rerender_generations(self) -> dict[tuple[str, str], int]:
+        """Return how often each (story, shot) was forced to be rendered again."""
+        generations: dict[tuple[str, str], int] = {}
+        for name in names_in(self.root / "rerender"):
+            match = re.fullmatch(r"(.+)\.([^.]+)\.(\d+)\.json", name)
+            if match:
+                key = (match[1], match[2])
+                generations[key] = max(generations.get(key, 0), int(match[3]))
+        return generations
+
+    # -- failures ------------------------------------------------------------------------------------------------------
+
+    def write_failure(self, failure: Failure) -> None:
+        """Mark a shot as failed. Replaces an earlier mark for the same fingerprint."""
+        write_bytes(self._failure_path(failure.story_id, failure.shot_id, failure.fingerprint), failure_json(failure))
+
+    def read_failure(self, story_id: str, shot_id: str, fingerprint: str) -> Failure | None:
+        """Return the failure mark of a shot, if there is one. A damaged mark counts as none and is removed."""
+        path = self._failure_path(story_id, shot_id, fingerprint)
+        try:
+            return Failure(**read_json(path))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, TypeError):
+            path.unlink(missing_ok=True)
+            return None
+
+    def remove_failure(self, story_id: str, shot_id: str, fingerprint: str) -> None:
+        """Forget that a shot failed."""
+        self._failure_path(story_id, shot_id, fingerprint).unlink(missing_ok=True)
+
+    @staticmethod
+    def failure_name(story_id: str, shot_id: str, fingerprint: str) -> str:
+        """Name of a shot's failure mark in ``failures_folder``."""
+        return f"{story_id}.{shot_id}.{fingerprint[:16]}.json"
+
+    def _failure_path(self, story_id: str, shot_id: str, fingerprint: str) -> Path:
+        return self.failures_folder / self.failure_name(story_id, shot_id, fingerprint)
+
+    # -- the end -------------------------------------------------------------------------------------------------------
+
+    def write_stop(self, state: str, **details: Any) -> None:
+        """Write ``stop.json``: ``state`` is ``done``, ``stopped`` (resumable) or ``failed``."""
+        write_bytes(self.root / "stop.json", canonical_json({"state": state, "written": time.time(), **details}))
+
+    def remove_stop(self) -> None:
+        """Remove ``stop.json`` of an earlier job, so that nobody takes it for the end of this one."""
+        (self.root / "stop.json").unlink(missing_ok=True)
+
+
+def failure_json(failure: Failure) -> bytes:
+    """Return the JSON text of a failure mark."""
+    return canonical_json(asdict(failure))
+
+
+def shot_ids(names: Sequence[str], known: Iterable[tuple[str, Sequence[str]]]) -> list[tuple[str, str]]:
+    """Resolve ``STORY:SHOT`` names (``ocean:shot_03`` or ``ocean:3``) against the known stories and their shot ids.
+
+    Raises ``RunFolderError`` naming the first that does not exist and what does.
+    """
+    stories = dict(known)
+    resolved = []
+    for name in names:
+        story_id, _, shot = name.rpartition(":")
+        if story_id not in stories:
+            raise RunFolderError(
+                f"rerender={name}: no story {story_id!r}; there are: {', '.join(sorted(stories)[:20])}"
+            )
+        shot_id = f"shot_{int(shot):02d}" if shot.isdecimal() else shot
+        if shot_id not in stories[story_id]:
+            raise RunFolderError(
+                f"rerender={name}: {story_id} has no shot {shot!r}; it has {', '.join(stories[story_id])}"
+            )
+        resolved.append((story_id, shot_id))
+    return resolved
+
+
+def _utc_now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

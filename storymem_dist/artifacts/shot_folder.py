@@ -1,0 +1,243 @@
+"""One shot on disk: attempts, the records that were published, and the views that people open.
+
+    <shot>/attempts/<attempt>/{clip.mp4, keyframe_<slot>.png, tail_<n>.png, record.json}
+    <shot>/records/<first 16 digits of the fingerprint>.json      exclusive hard link of one attempt's record.json
+    <shot>.mp4  <shot>.json  keyframes/<shot>_<slot>.png          hard links to the current files, repaired on demand
+
+An attempt writes its files first and its record last; publishing is one ``link`` that fails when the name is taken. So
+a shot is committed exactly once for each fingerprint, whatever dies or wakes up late. Knows nothing of who renders.
+"""
+
+import contextlib
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from storymem_dist.artifacts.files import (
+    fsync_folder,
+    link_or_replace,
+    names_in,
+    publish_exclusively,
+    read_json,
+    write_bytes,
+)
+from storymem_dist.artifacts.records import DamagedRecord, ShotRecord, StoredFile, describe_file
+from storymem_dist.artifacts.video import VideoSettings, read_png, write_clip, write_png
+from storymem_dist.errors import RunFolderError
+
+_RECORD_NAME = re.compile(r"[0-9a-f]{16}\.json")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClipFiles:
+    """What an attempt saves: pixels, and where the keyframes come from.
+
+    ``clip``: uint8 ``[F, 3, H, W]``; ``keyframes``: (slot, frame index, uint8 ``[3, H, W]``); ``tail``: uint8
+    ``[n, 3, H, W]``, the clip's last frames in order.
+    """
+
+    clip: Tensor
+    keyframes: Sequence[tuple[int, int, Tensor]]
+    tail: Tensor
+    fps: int
+
+
+class ShotFolder:
+    """Attempts, records and views of one shot of one story."""
+
+    def __init__(self, story_folder: Path, shot_id: str) -> None:
+        self.shot_id = shot_id
+        self._story_folder = story_folder
+        self.folder = story_folder / shot_id
+        self._attempts = self.folder / "attempts"
+        self._records = self.folder / "records"
+
+    def attempt_folder(self, attempt_id: str) -> Path:
+        """Folder of one attempt's files."""
+        return self._attempts / attempt_id
+
+    def files_of(self, record: ShotRecord) -> Path:
+        """Folder that holds the files of ``record``."""
+        return self.attempt_folder(record.attempt_id)
+
+    # -- writing -------------------------------------------------------------------------------------------------------
+
+    def save_attempt(self, attempt_id: str, files: ClipFiles, settings: VideoSettings) -> Mapping[str, StoredFile]:
+        """Write the files of an attempt into its own folder; return their sizes and contents. Raises ``OSError``."""
+        folder = self.attempt_folder(attempt_id)
+        folder.mkdir(parents=True)
+        write_clip(folder / "clip.mp4", files.clip, files.fps, settings)
+        for slot, _, image in files.keyframes:
+            write_png(folder / keyframe_name(slot), image)
+        for number, image in enumerate(files.tail):
+            write_png(folder / tail_name(number), image)
+        return {name: describe_file(folder / name) for name in names_in(folder)}
+
+    def publish(self, record: ShotRecord, *, may_publish: Callable[[], bool]) -> bool:
+        """Write the attempt's record and publish it under its fingerprint; say whether this attempt is the one.
+
+        ``may_publish`` is asked at the last moment. When the answer is no, or another attempt was published first, this
+        attempt's folder is removed. Raises ``OSError``.
+        """
+        own = self.files_of(record) / "record.json"
+        write_bytes(own, record.to_json())
+        self._records.mkdir(exist_ok=True)
+        fsync_folder(self.folder)
+        if may_publish() and publish_exclusively(own, self._record_path(record.fingerprint)):
+            return True
+        self.discard_attempt(record.attempt_id)
+        return False
+
+    def discard_attempt(self, attempt_id: str) -> None:
+        """Remove an attempt unless a record names it.
+
+        Its ``record.json`` goes first: from then on its owner, should it be alive after all, cannot publish it any
+        more. If it was published before that, the record is put back and nothing is removed.
+        """
+        folder = self.attempt_folder(attempt_id)
+        own = folder / "record.json"
+        with contextlib.suppress(FileNotFoundError):
+            own.unlink()
+        for name in self.record_names():
+            with contextlib.suppress(OSError, ValueError, DamagedRecord):
+                if ShotRecord.from_json(read_json(self._records / name)).attempt_id == attempt_id:
+                    publish_exclusively(self._records / name, own)
+                    return
+        shutil.rmtree(folder, ignore_errors=True)
+
+    def discard_orphans(self, fingerprint: str) -> list[str]:
+        """Remove all attempts at ``fingerprint`` that no record names; return their ids.
+
+        Only for who holds the shot's lease, or when it is committed: then no other attempt can be published.
+        """
+        attempts = [name for name in names_in(self._attempts) if name.startswith(f"{fingerprint[:16]}-")]
+        current = self._published_attempt(fingerprint)
+        orphans = [name for name in attempts if name != current]
+        for attempt_id in orphans:
+            self.discard_attempt(attempt_id)
+        return orphans
+
+    # -- reading -------------------------------------------------------------------------------------------------------
+
+    def record_names(self) -> list[str]:
+        """Return the file names of all published records."""
+        return [name for name in names_in(self._records) if _RECORD_NAME.fullmatch(name)]
+
+    def is_committed(self, fingerprint: str) -> bool:
+        """Whether a record is published for ``fingerprint``. Looks at the name only."""
+        return self._record_path(fingerprint).exists()
+
+    def read_record(self, fingerprint: str, *, check_contents: bool = False) -> ShotRecord | None:
+        """Return the published record of ``fingerprint`` after checking its files, or None.
+
+        Raises ``DamagedRecord`` after setting a record aside that cannot be used; the shot then counts as not rendered.
+        """
+        path = self._record_path(fingerprint)
+        try:
+            with path.open("rb") as file:
+                inode = os.fstat(file.fileno()).st_ino
+                data = file.read()
+        except FileNotFoundError:
+            return None
+        try:
+            record = _parse(data)
+            if record.fingerprint != fingerprint:
+                raise DamagedRecord(f"it is of fingerprint {record.fingerprint!r}")
+            record.check_files(self.files_of(record), contents=check_contents)
+        except DamagedRecord as damage:
+            self._set_aside(path, inode)
+            raise DamagedRecord(f"the record {path} was set aside: {damage}") from damage
+        return record
+
+    def read_images(self, record: ShotRecord) -> tuple[list[Tensor], Tensor | None]:
+        """Return the keyframes' images, uint8 ``[3, H, W]``, and the tail, uint8 ``[n, 3, H, W]``, of a record.
+
+        Raises ``DamagedRecord`` after setting the record aside when one cannot be decoded.
+        """
+        folder = self.files_of(record)
+        try:
+            keyframes = [read_png(folder / keyframe.file) for keyframe in record.keyframes]
+            tail = [read_png(folder / name) for name in record.tail]
+        except RunFolderError as error:
+            path = self._record_path(record.fingerprint)
+            with contextlib.suppress(FileNotFoundError):
+                self._set_aside(path, path.stat().st_ino)
+            raise DamagedRecord(f"the record {path} was set aside: {error}") from error
+        return keyframes, torch.stack(tail) if tail else None
+
+    def newest_other_record(self, fingerprint: str) -> ShotRecord | None:
+        """Return the latest record made from other inputs than ``fingerprint``'s, to tell what changed."""
+        others = []
+        for name in self.record_names():
+            if name != self._record_path(fingerprint).name:
+                with contextlib.suppress(OSError, ValueError, DamagedRecord):
+                    others.append(ShotRecord.from_json(read_json(self._records / name)))
+        return max(others, key=lambda record: float(record.timing.get("committed_at", 0.0)), default=None)
+
+    # -- views ---------------------------------------------------------------------------------------------------------
+
+    def repair_views(self, record: ShotRecord) -> None:
+        """Make the files that people open show ``record``. Does nothing when they do. Raises ``OSError``."""
+        files = self.files_of(record)
+        link_or_replace(files / record.clip, self._story_folder / f"{self.shot_id}.mp4")
+        link_or_replace(self._record_path(record.fingerprint), self._story_folder / f"{self.shot_id}.json")
+        views = self._story_folder / "keyframes"
+        views.mkdir(exist_ok=True)
+        wanted = {f"{self.shot_id}_{keyframe.slot}.png": keyframe.file for keyframe in record.keyframes}
+        for name, file in wanted.items():
+            link_or_replace(files / file, views / name)
+        for name in names_in(views):
+            if name not in wanted and re.fullmatch(rf"{re.escape(self.shot_id)}_\d+\.png", name):
+                (views / name).unlink(missing_ok=True)
+
+    # -- inside --------------------------------------------------------------------------------------------------------
+
+    def _record_path(self, fingerprint: str) -> Path:
+        return self._records / f"{fingerprint[:16]}.json"
+
+    def _published_attempt(self, fingerprint: str) -> str | None:
+        try:
+            return ShotRecord.from_json(read_json(self._record_path(fingerprint))).attempt_id
+        except (OSError, ValueError, DamagedRecord):
+            return None
+
+    def _set_aside(self, path: Path, inode: int) -> None:
+        """Rename a bad record, unless another process has replaced it by a good one in the meantime."""
+        aside = path.with_name(f"{path.stem}.damaged-{secrets.token_hex(4)}")
+        try:
+            path.rename(aside)
+        except FileNotFoundError:
+            return
+        if aside.stat().st_ino != inode:
+            publish_exclusively(aside, path)
+            aside.unlink()
+
+
+def new_attempt_id(fingerprint: str, owner: str) -> str:
+    """Return a fresh attempt id; it begins with the fingerprint's first 16 digits."""
+    return f"{fingerprint[:16]}-{owner}-{secrets.token_hex(3)}"
+
+
+def keyframe_name(slot: int) -> str:
+    """File name of a keyframe in an attempt's folder."""
+    return f"keyframe_{slot}.png"
+
+
+def tail_name(number: int) -> str:
+    """File name of one of the clip's last frames in an attempt's folder."""
+    return f"tail_{number}.png"
+
+
+def _parse(data: bytes) -> ShotRecord:
+    try:
+        return ShotRecord.from_json(json.loads(data))
+    except ValueError as error:
+        raise DamagedRecord(f"it is not JSON: {error}") from error

@@ -1,0 +1,114 @@
+"""What the batch loop and the code that renders one shot say to each other.
+
+The loop (``render_batch``) hands a ``ShotJob`` with its ``ShotHistory`` to a ``ShotRenderer`` and gets a
+``RenderedShot``. Types only: nothing here knows files, leases, models or ranks.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+from torch import Tensor
+
+from storymem_dist.diffusion.denoise import DenoiseState, StepInfo
+from storymem_dist.memory.bank import Keyframe
+from storymem_dist.story.schema import Shot, Story
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShotJob:
+    """A shot to render.
+
+    ``part`` is the number of the batch part it belongs to (``dispatch.plan.BatchPart``; 0 where there is one). ``kind`` names the experts it needs (``t2v`` or ``m2v``), ``mode`` how it is conditioned (``t2v``, ``m2v``,
+    ``mi2v``, ``mm2v``). ``fingerprint`` covers everything that changes its pixels. ``attempt_id`` is new for every try.
+    ``why`` says why a shot is rendered again that was rendered before from other inputs; else it is empty.
+    """
+
+    part: int
+    story: Story
+    shot: Shot
+    kind: str
+    mode: str
+    seed: int
+    fingerprint: str
+    attempt_id: str
+    why: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShotHistory:
+    """What the committed shots before a shot left for it.
+
+    ``keyframes``: those of all shots before it, in order, without the story's reference images. ``tail``: the last
+    frames of the shot just before it, uint8 ``[n, 3, H, W]`` in order; None for the first shot.
+    """
+
+    keyframes: tuple[Keyframe, ...]
+    tail: Tensor | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RenderedShot:
+    """A rendered shot, not yet saved.
+
+    ``clip``: uint8 ``[F, 3, H, W]``, given frames already dropped. ``keyframes``: those it adds to the memory bank.
+    ``tail``: its last frames, uint8 ``[n, 3, H, W]``, for a continuation. ``memory``: what the memory decided, as JSON
+    values (keys ``recalled`` and ``decisions``). ``stage_seconds``: seconds per stage. All tensors on the CPU.
+    """
+
+    clip: Tensor
+    keyframes: tuple[Keyframe, ...]
+    tail: Tensor
+    memory: Mapping[str, Any] = field(default_factory=dict)
+    stage_seconds: Mapping[str, float] = field(default_factory=dict)
+
+
+class ShotRenderer(Protocol):
+    """Renders shots on the ranks of one replica. All its methods are called by all ranks, in the same order.
+
+    ``retries_in_place``: whether a shot that ran out of memory may be tried again at once in this process. True for a
+    replica of one rank; in a wider one the peers sit in a collective, so the process must end and be restarted.
+    """
+
+    retries_in_place: bool
+
+    def encode_prompts(self, prompts: Sequence[str]) -> None:
+        """Encode all texts that the coming shots need, then free the encoder. Called once, before the first ``prepare``."""
+
+    def prepare(self, kind: str) -> None:
+        """Make the experts of ``kind`` (``t2v`` or ``m2v``) ready, releasing those of the other kind."""
+
+    def render(
+        self,
+        job: ShotJob,
+        history: ShotHistory,
+        *,
+        resume: DenoiseState | None,
+        on_step: Callable[[StepInfo], None],
+        should_stop: Callable[[], bool],
+        on_checkpoint: Callable[[DenoiseState], None],
+        checkpoint_every_steps: int,
+        low_memory: bool,
+    ) -> RenderedShot:
+        """Render one shot; the arguments after ``history`` are those of ``diffusion.denoise.denoise``.
+
+        ``low_memory`` asks for everything that saves memory (experts offloaded, VAE in chunks), after the shot ran out
+        of memory without.
+
+        Raises ``DenoiseStopped`` when ``should_stop`` said so, ``ShotFailed`` (or any ``StoryMemError``) when this shot
+        cannot be rendered, ``torch.OutOfMemoryError``. Any other exception ends the job.
+        """
+
+
+class LeaderDecides(Protocol):
+    """Runs a function on the leader of the replica and gives its value, or its exception, to all ranks."""
+
+    def __call__(self, fn: Callable[[], T], /) -> T:
+        """Return what ``fn`` returned on the leader, or raise what it raised there."""
+
+
+def alone(fn: Callable[[], T], /) -> T:
+    """``LeaderDecides`` of a replica of one rank."""
+    return fn()
