@@ -3,4 +3,54 @@
 Importing the package does no work; the public names are loaded on first use.
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from storymem_dist.errors import StoryMemError, WeightsNotFound
+    from storymem_dist.pipeline import (
+        StoryMemPipeline,
+        comfyui_to_storymem,
+        is_storymem_available,
+        storymem_to_comfyui,
+    )
+    from storymem_dist.story.loading import load_storyboard
+    from storymem_dist.story.schema import Scene, Shot, Story
+
 __version__ = "0.1.0"
+
+_HOMES = {
+    "Scene": "story.schema",
+    "Shot": "story.schema",
+    "Story": "story.schema",
+    "StoryMemError": "errors",
+    "StoryMemPipeline": "pipeline",
+    "WeightsNotFound": "errors",
+    "comfyui_to_storymem": "pipeline",
+    "is_storymem_available": "pipeline",
+    "load_storyboard": "story.loading",
+    "storymem_to_comfyui": "pipeline",
+}
+
+__all__ = [
+    "Scene",
+    "Shot",
+    "Story",
+    "StoryMemError",
+    "StoryMemPipeline",
+    "WeightsNotFound",
+    "comfyui_to_storymem",
+    "is_storymem_available",
+    "load_storyboard",
+    "storymem_to_comfyui",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -37,19 +37,44 @@ class Residency(Protocol):
         """Make expert ``name`` ready for forwards on the device; called before every step, so it must be cheap then."""
         ...
 
+    def idle(self) -> None:
+        """Take the experts off the device until the next ``activate``, as far as this residency can."""
+        ...
+
     def release(self) -> None:
         """Let go of all weights, on the device and in host memory."""
         ...
 
 
 class AllResident:
-    """Both experts already are where they run."""
+    """Both experts already are where they run, and stay there, unless they are asked to idle.
+
+    With plain (unsharded) ``experts`` and their ``device``, ``idle`` moves both into host memory, and from then on only
+    the one that computes is on the device. Without, ``idle`` does nothing.
+    """
+
+    def __init__(self, experts: Mapping[str, nn.Module] | None = None, device: torch.device | str = "cpu") -> None:
+        self._experts = experts
+        self._device = device
+        self._swap: HostSwap | None = None
 
     def activate(self, name: str) -> None:
-        """Nothing to do."""
+        """Nothing to do, or as ``HostSwap`` after the first ``idle``."""
+        if self._swap is not None:
+            self._swap.activate(name)
+
+    def idle(self) -> None:
+        """See the class."""
+        if self._experts is not None and self._swap is None:
+            self._swap = HostSwap(self._experts, self._device)
+        if self._swap is not None:
+            self._swap.idle()
 
     def release(self) -> None:
-        """Nothing is held here."""
+        """Let go of the experts."""
+        self._experts = None
+        if self._swap is not None:
+            self._swap.release()
 
 
 class ExpertPair:
@@ -75,6 +100,19 @@ class ExpertPair:
             LOW_NOISE: Expert(name=LOW_NOISE, module=low_noise, guidance_scale=guidance_scale_low),
         }
 
+    def with_sampling(
+        self, *, boundary_ratio: float, guidance_scale_high: float, guidance_scale_low: float
+    ) -> "ExpertPair":
+        """The same experts, in the same memory, chosen and guided in another way."""
+        return ExpertPair(
+            high_noise=self._experts[HIGH_NOISE].module,
+            low_noise=self._experts[LOW_NOISE].module,
+            boundary_ratio=boundary_ratio,
+            guidance_scale_high=guidance_scale_high,
+            guidance_scale_low=guidance_scale_low,
+            residency=self._residency,
+        )
+
     def name_at(self, timestep: int) -> str:
         """Name of the expert that works at ``timestep`` (0..1000)."""
         return HIGH_NOISE if timestep >= self._boundary else LOW_NOISE
@@ -86,6 +124,12 @@ class ExpertPair:
             raise RuntimeError(f"the {name} expert was released")
         self._residency.activate(name)
         return self._experts[name]
+
+    def idle(self) -> None:
+        """Make room on the device until the next ``select``, as far as the residency can."""
+        self._residency.idle()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def release(self) -> None:
         """Drop the experts and free what they held; the pair cannot be used afterwards."""
@@ -117,6 +161,12 @@ class HostSwap:
             self._weights[self._active].leave_device()
         self._weights[name].enter_device(self._device)
         self._active = name
+
+    def idle(self) -> None:
+        """Send the active expert away; the device then holds neither."""
+        if self._active is not None:
+            self._weights[self._active].leave_device()
+        self._active = None
 
     def release(self) -> None:
         """Free the device and host copies; the modules are left without storage."""

@@ -1,0 +1,36 @@
+"""Where the weights are and in which form they are held. Knows nothing about how they are read."""
+
+from dataclasses import dataclass, field
+
+from storymem_dist.errors import require_one_of
+from storymem_dist.models.wan.lora import LoraSettings
+
+COMPUTE_DTYPES = ("bfloat16", "float32")
+EXPERT_RESIDENCIES = ("resident", "swap")
+
+
+@dataclass(kw_only=True, slots=True)
+class ModelSettings:
+    """The ``model`` group.
+
+    ``generate`` names a preset whose seeded checkpoint is written to the user's cache on first use; the three paths are
+    then filled from it. ``loras`` are merged after the StoryMem LoRA, in order.
+    """
+
+    t2v_checkpoint: str | None = None
+    i2v_checkpoint: str | None = None
+    storymem_lora: str | None = None
+    loras: list[LoraSettings] = field(default_factory=list)
+    generate: str | None = None
+    generate_seed: int = 0
+    dtype: str = "bfloat16"
+    experts: str = "resident"
+    text_encoder_device: str = "auto"
+    text_encoder_dtype: str = "bfloat16"
+    attention: str = "auto"
+
+    def __post_init__(self) -> None:
+        require_one_of("model.dtype", self.dtype, COMPUTE_DTYPES)
+        require_one_of("model.text_encoder_dtype", self.text_encoder_dtype, COMPUTE_DTYPES)
+        require_one_of("model.experts", self.experts, EXPERT_RESIDENCIES)
+        require_one_of("model.text_encoder_device", self.text_encoder_device, ("auto", "cpu", "cuda"))

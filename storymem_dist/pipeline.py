@@ -1,0 +1,297 @@
+"""The Python API: single clips from Python, with the same parts that the batch renderer is made of.
+
+``StoryMemPipeline`` renders one clip per call and keeps the experts it loaded last. Batches of storyboards, resuming
+and many GPUs side by side are the command line's business. Videos are float32 ``[B, C, F, H, W]`` in [-1, 1] with
+B = 1; ``storymem_to_comfyui`` and ``comfyui_to_storymem`` convert from and to ComfyUI's ``[B, F, H, W, C]`` in [0, 1].
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from types import TracebackType
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from storymem_dist.build import Engine, open_weights
+from storymem_dist.diffusion.denoise import PromptEmbeds
+from storymem_dist.diffusion.settings import NUM_GIVEN_FRAMES, SamplerSettings
+from storymem_dist.errors import ConfigError, StoryMemError
+from storymem_dist.models.settings import ModelSettings
+from storymem_dist.parallel.settings import ParallelSettings
+from storymem_dist.render_clip import KIND_OF_MODE, ClipRequest
+
+ImageLike = Tensor | np.ndarray | Image.Image
+"""An image: a PIL image, a uint8 array ``[H, W, 3]``, a uint8 tensor ``[3, H, W]``, or a float tensor in [-1, 1]."""
+
+MAX_RECALLED = 10  # StoryMem is trained with at most ten memory keyframes
+
+
+class StoryMemPipeline:
+    """Text, memory and frames to clips.
+
+    Args:
+        t2v_checkpoint_dir: folder of Wan2.2-T2V-A14B, native or -Diffusers layout. None: ``generate_t2v`` is not used.
+        i2v_checkpoint_dir: folder of Wan2.2-I2V-A14B. None: only ``generate_t2v`` is used.
+        m2v_lora_path: folder of the StoryMem LoRAs; needed by all but ``generate_t2v``.
+        device: "auto" (a GPU where there is one), "cuda" or "cpu".
+        enable_offload: keep one expert on the device and the other in host memory, and drop the text encoder after use.
+        t5_cpu: run the text encoder on the CPU.
+        use_fsdp: shard the experts over the ranks that torchrun or ``accelerate launch`` started; every rank calls the
+            same methods and gets the same result.
+        dtype: "bfloat16" or "float32": number format of matrix products and attention.
+
+    Nothing is read before the first ``generate_*`` call. Missing weights raise ``WeightsNotFound``, naming what to
+    download and the command.
+    """
+
+    def __init__(
+        self,
+        t2v_checkpoint_dir: str | None,
+        i2v_checkpoint_dir: str | None,
+        m2v_lora_path: str | None = None,
+        device: str = "auto",
+        enable_offload: bool = True,
+        t5_cpu: bool = False,
+        use_fsdp: bool = False,
+        dtype: str = "bfloat16",
+    ) -> None:
+        self._model = ModelSettings(
+            t2v_checkpoint=t2v_checkpoint_dir,
+            i2v_checkpoint=i2v_checkpoint_dir,
+            storymem_lora=m2v_lora_path,
+            experts="swap" if enable_offload else "resident",
+            text_encoder_device="cpu" if t5_cpu else "auto",
+            dtype=dtype,
+            text_encoder_dtype=dtype,
+        )
+        self._parallel = ParallelSettings(device=device, weights="fsdp" if use_fsdp else "replicated")
+        self._keep_text_encoder = not enable_offload
+        self._engine: Engine | None = None
+        self._engine_key: tuple[str, str] | None = None
+        self._embeds: dict[str, Tensor] = {}
+
+    def generate_t2v(
+        self,
+        prompt: str,
+        num_frames: int = 81,
+        height: int = 480,
+        width: int = 832,
+        seed: int = 0,
+        steps: int = 40,
+        cfg_scale: float | tuple[float, float] = 3.5,
+        negative_prompt: str | None = None,
+    ) -> Tensor:
+        """A clip from text alone: float32 ``[1, 3, num_frames, height, width]`` in [-1, 1].
+
+        ``num_frames`` is 4n+1, sizes are multiples of 16. ``cfg_scale`` is one guidance scale, or one for the low-noise
+        and one for the high-noise expert; 1 leaves the unconditional pass out.
+        """
+        sampler = _sampler(num_frames, height, width, steps, cfg_scale, negative_prompt)
+        return self._generate("t2v", prompt, seed, sampler)
+
+    def generate_m2v(
+        self,
+        prompt: str,
+        memory_frames: Sequence[ImageLike],
+        num_frames: int = 81,
+        height: int = 480,
+        width: int = 832,
+        seed: int = 0,
+        steps: int = 40,
+        cfg_scale: float | tuple[float, float] = 3.5,
+        negative_prompt: str | None = None,
+    ) -> Tensor:
+        """A new shot (a cut) that remembers ``memory_frames``, oldest first; result as of ``generate_t2v``."""
+        sampler = _sampler(num_frames, height, width, steps, cfg_scale, negative_prompt)
+        return self._generate("m2v", prompt, seed, sampler, memory_frames=memory_frames)
+
+    def generate_mi2v(
+        self,
+        prompt: str,
+        memory_frames: Sequence[ImageLike],
+        first_frame: ImageLike,
+        num_frames: int = 81,
+        height: int = 480,
+        width: int = 832,
+        seed: int = 0,
+        steps: int = 40,
+        cfg_scale: float | tuple[float, float] = 3.5,
+        negative_prompt: str | None = None,
+    ) -> Tensor:
+        """A shot that goes on from ``first_frame`` (which the result begins with); result as of ``generate_t2v``."""
+        sampler = _sampler(num_frames, height, width, steps, cfg_scale, negative_prompt)
+        return self._generate(
+            "mi2v", prompt, seed, sampler, memory_frames=memory_frames, first_frame=to_image_tensor(first_frame)
+        )
+
+    def generate_mm2v(
+        self,
+        prompt: str,
+        memory_frames: Sequence[ImageLike],
+        motion_frames: Sequence[ImageLike] | Tensor,
+        num_frames: int = 81,
+        height: int = 480,
+        width: int = 832,
+        seed: int = 0,
+        steps: int = 40,
+        cfg_scale: float | tuple[float, float] = 3.5,
+        negative_prompt: str | None = None,
+    ) -> Tensor:
+        """A shot that goes on from the five ``motion_frames`` (which the result begins with)."""
+        needed = NUM_GIVEN_FRAMES["mm2v"]
+        if len(motion_frames) != needed:
+            raise ConfigError(f"motion_frames has {len(motion_frames)} frames; generate_mm2v takes {needed}")
+        frames = torch.stack([to_image_tensor(frame) for frame in motion_frames])
+        sampler = _sampler(num_frames, height, width, steps, cfg_scale, negative_prompt)
+        return self._generate("mm2v", prompt, seed, sampler, memory_frames=memory_frames, motion_frames=frames)
+
+    def unload_models(self) -> None:
+        """Drop all weights, and the process groups of this pipeline. The next ``generate_*`` call loads them again."""
+        if self._engine is not None:
+            self._engine.close()
+        self._engine, self._engine_key = None, None
+        self._embeds.clear()
+
+    def __enter__(self) -> "StoryMemPipeline":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.unload_models()
+
+    def _generate(
+        self,
+        mode: str,
+        prompt: str,
+        seed: int,
+        sampler: SamplerSettings,
+        memory_frames: Sequence[ImageLike] = (),
+        first_frame: Tensor | None = None,
+        motion_frames: Tensor | None = None,
+    ) -> Tensor:
+        if seed < 0:
+            raise ConfigError(f"seed={seed} is not allowed; it must be at least 0")
+        if len(memory_frames) > MAX_RECALLED:
+            raise ConfigError(f"memory_frames has {len(memory_frames)} images; at most {MAX_RECALLED} are allowed")
+        request = ClipRequest(
+            mode=mode,
+            prompt=PromptEmbeds(prompt_LE=torch.empty(0), negative_LE=None),
+            seed=seed,
+            sampler=sampler,
+            memory_images=[to_image_tensor(frame) for frame in memory_frames],
+            first_frame=first_frame,
+            motion_frames=motion_frames,
+        )
+        engine = self._engine_for(mode, sampler)
+        texts = [prompt, sampler.negative_prompt] if sampler.needs_negative_prompt else [prompt]
+        missing = [text for text in texts if text not in self._embeds]
+        if missing:
+            self._embeds.update(engine.encode_texts(missing, keep_encoder=self._keep_text_encoder))
+        embeds = PromptEmbeds(
+            prompt_LE=self._embeds[prompt],
+            negative_LE=self._embeds[sampler.negative_prompt] if sampler.needs_negative_prompt else None,
+        )
+        return engine.clips.sample(replace(request, prompt=embeds))[None]
+
+    def _engine_for(self, mode: str, sampler: SamplerSettings) -> Engine:
+        """The engine whose LoRA fits ``mode``; a different one replaces it."""
+        kind = KIND_OF_MODE[mode]
+        continuation = "mm2v" if mode == "mm2v" else "mi2v"
+        key = (kind, continuation if kind == "m2v" else "")
+        if self._engine is None or key != self._engine_key:
+            if self._engine is not None:
+                self._engine.close()
+            self._engine = None
+            weights = open_weights(self._model, [kind], continuation)
+            self._engine = Engine.start(self._model, weights, self._parallel, sampler)
+            self._engine_key = key
+        return self._engine
+
+
+def _sampler(
+    num_frames: int,
+    height: int,
+    width: int,
+    steps: int,
+    cfg_scale: float | tuple[float, float],
+    negative_prompt: str | None,
+) -> SamplerSettings:
+    low, high = cfg_scale if isinstance(cfg_scale, tuple) else (cfg_scale, cfg_scale)
+    settings = SamplerSettings(
+        num_frames=num_frames,
+        height=height,
+        width=width,
+        num_inference_steps=steps,
+        guidance_scale_low=low,
+        guidance_scale_high=high,
+    )
+    return settings if negative_prompt is None else replace(settings, negative_prompt=negative_prompt)
+
+
+def to_image_tensor(image: ImageLike) -> Tensor:
+    """Any accepted image as uint8 ``[3, H, W]``. Raises ``ConfigError`` for another shape or dtype."""
+    if isinstance(image, Image.Image):
+        image = np.asarray(image.convert("RGB"))
+    if isinstance(image, np.ndarray):
+        if image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
+            return torch.from_numpy(image.copy()).permute(2, 0, 1).contiguous()
+    elif isinstance(image, Tensor) and image.ndim == 3 and image.shape[0] == 3:
+        if image.dtype == torch.uint8:
+            return image.cpu()
+        if image.is_floating_point():
+            return image.cpu().float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
+    shape = getattr(image, "shape", None)
+    raise ConfigError(
+        f"an image is a {type(image).__name__} of shape {None if shape is None else list(shape)} and dtype "
+        f"{getattr(image, 'dtype', None)}; allowed: a PIL image, a uint8 array [H, W, 3], a uint8 tensor [3, H, W] "
+        "or a float tensor [3, H, W] in [-1, 1]"
+    )
+
+
+def storymem_to_comfyui(video_BCFHW: Tensor) -> Tensor:
+    """``[B, C, F, H, W]`` in [-1, 1] to ComfyUI's ``[B, F, H, W, C]`` in [0, 1], float32, clamped."""
+    _require_video(video_BCFHW, channel_dim=1, layout="[B, 3, F, H, W]")
+    return video_BCFHW.float().add(1).div(2).clamp(0, 1).permute(0, 2, 3, 4, 1).contiguous()
+
+
+def comfyui_to_storymem(video_BFHWC: Tensor) -> Tensor:
+    """ComfyUI's ``[B, F, H, W, C]`` in [0, 1] to ``[B, C, F, H, W]`` in [-1, 1], float32, clamped."""
+    _require_video(video_BFHWC, channel_dim=4, layout="[B, F, H, W, 3]")
+    return video_BFHWC.float().clamp(0, 1).mul(2).sub(1).permute(0, 4, 1, 2, 3).contiguous()
+
+
+def _require_video(video: Tensor, *, channel_dim: int, layout: str) -> None:
+    if video.ndim != 5 or video.shape[channel_dim] != 3:
+        raise ConfigError(f"a video of shape {list(video.shape)} was given; allowed: {layout}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Availability:
+    """Whether clips can be rendered; ``missing`` says what is not there and how to get it. True when nothing is."""
+
+    missing: tuple[str, ...]
+
+    def __bool__(self) -> bool:
+        return not self.missing
+
+
+def is_storymem_available(
+    t2v_checkpoint_dir: str | None = "weights/Wan2.2-T2V-A14B",
+    i2v_checkpoint_dir: str | None = "weights/Wan2.2-I2V-A14B",
+    m2v_lora_path: str | None = "weights/StoryMem",
+) -> Availability:
+    """Check weights without loading them (headers only), for both base models and both StoryMem LoRAs."""
+    settings = ModelSettings(
+        t2v_checkpoint=t2v_checkpoint_dir, i2v_checkpoint=i2v_checkpoint_dir, storymem_lora=m2v_lora_path
+    )
+    missing = []
+    for kind, continuation in (("t2v", "none"), ("m2v", "mi2v"), ("m2v", "mm2v")):
+        try:
+            open_weights(settings, [kind], continuation)
+        except StoryMemError as error:
+            if str(error) not in missing:
+                missing.append(str(error))
+    return Availability(missing=tuple(missing))
