@@ -13,6 +13,7 @@ import faulthandler
 import multiprocessing
 import os
 import pickle
+import signal
 import tempfile
 import time
 import traceback
@@ -29,6 +30,8 @@ PRELOADED = (
     "torch.distributed.fsdp",
     "torch.distributed.tensor",
     "storymem_dist.parallel.session",
+    "storymem_dist.parallel.text",
+    "storymem_dist.parallel.vae",
 )
 GRACE_SECONDS = 3.0
 
@@ -73,7 +76,7 @@ def run_ranks(
                 "OMP_NUM_THREADS": "1",
                 **(env or {}),
             }
-            job = (fn, tuple(args), variables, Path(folder), rank, timeout_seconds)
+            job = (fn, tuple(args), variables, Path(folder), rank)
             processes.append(context.Process(target=_run_rank, args=job, name=f"rank-{rank}", daemon=True))
         try:
             for process in processes:
@@ -88,15 +91,13 @@ def run_ranks(
                     process.join()
 
 
-def _run_rank(
-    fn: Callable[..., Any], args: tuple[object, ...], env: dict[str, str], folder: Path, rank: int, timeout: float
-) -> None:
+def _run_rank(fn: Callable[..., Any], args: tuple[object, ...], env: dict[str, str], folder: Path, rank: int) -> None:
     os.environ.update(env)
     import torch
 
     torch.set_num_threads(1)
     hang_report = (folder / f"{rank}.stack").open("w")
-    faulthandler.dump_traceback_later(max(timeout - 1.0, 0.5), file=hang_report)
+    faulthandler.register(signal.SIGUSR2, file=hang_report)
     try:
         outcome = ("value", fn(*args))
         payload = pickle.dumps(outcome)
@@ -105,7 +106,6 @@ def _run_rank(
     beside = folder / f"{rank}.tmp"
     beside.write_bytes(payload)
     beside.rename(folder / f"{rank}.pickle")
-    faulthandler.cancel_dump_traceback_later()
     failed = pickle.loads(payload)[0] == "error"
     if failed:
         os._exit(1)  # peers in a collective must notice; nothing is left to clean up
@@ -125,6 +125,10 @@ def _wait(processes: list[Any], deadline: float) -> None:
 
 def _collect(processes: list[Any], folder: Path, timeout: float) -> list[Any]:
     values, errors = [], []
+    hanging = [process for process in processes if process.is_alive()]
+    for process in hanging:
+        os.kill(process.pid, signal.SIGUSR2)  # writes its stack
+    time.sleep(0.5 if hanging else 0.0)
     for rank, process in enumerate(processes):
         report = folder / f"{rank}.pickle"
         if report.exists():
