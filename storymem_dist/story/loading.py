@@ -43,7 +43,10 @@ class StoryBatch:
 def load_storyboard(path: str | os.PathLike[str]) -> Story:
     """Load one storyboard file (JSON, JSON5 or YAML). Raises ``StoryboardError``."""
     file = Path(path)
-    return build_story(parse_document(file), story_id=story_id_from(file.stem), source=file)
+    try:
+        return build_story(parse_document(file), story_id=story_id_from(file.stem), source=file)
+    except StoryboardError as error:
+        raise StoryboardError(_one_line(str(error))) from None
 
 
 def load_storyboards(spec: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> StoryBatch:
@@ -59,7 +62,7 @@ def load_storyboards(spec: str | os.PathLike[str] | Iterable[str | os.PathLike[s
             for file in _find(entry):
                 files.setdefault(file.resolve(), file)
         except StoryboardError as error:
-            rejected.append(RejectedStoryboard(source=_as_source(entry), message=str(error)))
+            rejected.append(RejectedStoryboard(source=_as_source(entry), message=_one_line(str(error))))
     if not files:
         raise StoryboardError(
             "; ".join(problem.message for problem in rejected)
@@ -81,7 +84,7 @@ def load_storyboards(spec: str | os.PathLike[str] | Iterable[str | os.PathLike[s
                 )
             stories.append(load_storyboard(file))
         except StoryboardError as error:
-            rejected.append(RejectedStoryboard(source=file, message=str(error)))
+            rejected.append(RejectedStoryboard(source=file, message=_one_line(str(error))))
     return StoryBatch(stories=tuple(stories), rejected=tuple(rejected))
 
 
@@ -144,3 +147,10 @@ def _storyboards_among(paths: Iterable[Path]) -> list[Path]:
 
 def _as_source(entry: object) -> Path | str:
     return entry if isinstance(entry, Path) else str(entry)
+
+
+def _one_line(message: str) -> str:
+    """``message`` with line breaks and what no terminal can show (parts of file names, of garbage) as escapes."""
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode() for character in message
+    )

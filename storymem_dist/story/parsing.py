@@ -17,11 +17,11 @@ from storymem_dist.errors import StoryboardError
 
 STORYBOARD_SUFFIXES = (".json", ".json5", ".yaml", ".yml")
 
-MAX_FILE_BYTES = 4 * 2**20
+MAX_FILE_BYTES = 2**20
 """A storyboard is a few kilobytes; all thirty of ST-Bench together are 150 KB."""
 
-MAX_JSON5_CHARACTERS = 64 * 2**10
-"""The json5 package reads about 35 kB/s. Comments and trailing commas, the usual JSON5, do not need it."""
+MAX_JSON5_CHARACTERS = 32 * 2**10
+"""The json5 package reads 10 to 35 kB a second. Comments and trailing commas, the usual JSON5, do not need it."""
 
 MAX_DEPTH = 32
 """Nesting allowed in YAML, whose C composer would overflow the stack; the JSON parsers guard themselves."""
