@@ -1,4 +1,4 @@
-"""One rank decides, every rank of its replica receives the value or the exception.
+"""One rank decides, every rank of its group receives the value or the exception; or all try, and fail as one.
 
 What only the leader can know (what is on disk, whether a save worked, "stop now") goes through ``LeaderDecides``. While
 the leader works, a helper thread sends signs of life, so that a leader may take hours (no shot is ready yet) and a dead
@@ -78,6 +78,26 @@ class LeaderDecides:
         message = torch.empty(int(size), dtype=torch.uint8)
         dist.broadcast(message, group=self._group, group_src=0)
         return message.numpy().tobytes()
+
+
+def all_or_none(group: dist.ProcessGroup, fn: Callable[[], T]) -> T:
+    """Run ``fn`` on every rank of the gloo ``group``. If it raises anywhere, every rank raises.
+
+    A rank where ``fn`` worked raises what the first other rank raised; so nobody goes on to wait for those that failed.
+    """
+    error: Exception | None = None
+    try:
+        value = fn()
+    except Exception as caught:
+        error = caught
+    message, _ = _packed(None, error)
+    messages: list[Any] = [None] * group.size()
+    dist.all_gather_object(messages, message, group=group)
+    if error is not None:
+        raise error
+    for message in messages:
+        _unpacked(message)
+    return value
 
 
 def decide_alone(fn: Callable[[], T]) -> T:

@@ -10,15 +10,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from storymem_dist.errors import LayoutError
 from storymem_dist.parallel.layout import Layout, check_heads, plan_layout
-from storymem_dist.parallel.leader import LeaderDecides, decide_alone
-from storymem_dist.parallel.mesh import Axis, ReplicaMesh, build_mesh, lone_mesh
+from storymem_dist.parallel.leader import LeaderDecides, all_or_none, decide_alone
+from storymem_dist.parallel.mesh import ReplicaMesh, build_mesh, lone_mesh
 from storymem_dist.parallel.settings import ParallelSettings
 
 T = TypeVar("T")
@@ -26,11 +26,22 @@ _SIGNS_OF_LIFE_PER_TIMEOUT = 6
 
 
 @dataclass(frozen=True, kw_only=True)
+class Team:
+    """Ranks whose first one leads, joined by a gloo group for decisions. A team of one has no group."""
+
+    size: int = 1
+    rank: int = 0
+    control: dist.ProcessGroup | None = None
+    decide: Callable[[Callable[[], Any]], Any] = decide_alone
+
+
+@dataclass(frozen=True, kw_only=True)
 class Session:
     """One rank's view of the job, complete when built; close it (or use it as a context) when the job ends.
 
-    ``replica`` is the index of this rank's replica, ``rank_in_replica`` its place in it (0 is the leader).
-    ``reading_team`` holds the ranks of this node that need the same part of the weights (``parallel.loading``).
+    ``backend`` is that of ``mesh``'s collectives, None when no process group was started. ``team`` are the ranks of
+    this replica. ``readers`` are the ranks of this node that need the same part of the weights, which one of them may
+    read for all; ``readers_group`` is their group for device tensors (``parallel.loading``).
     """
 
     rank: int
@@ -39,9 +50,10 @@ class Session:
     device: torch.device
     backend: str | None
     mesh: ReplicaMesh
-    reading_team: Axis
-    _decide: Callable[[Callable[[], object]], object]
-    _owns_default_group: bool
+    team: Team
+    readers: Team
+    readers_group: dist.ProcessGroup | None
+    owns_default_group: bool
 
     @property
     def world_size(self) -> int:
@@ -68,12 +80,31 @@ class Session:
 
         Collective over the replica. The value must be picklable, its tensors on the CPU.
         """
-        return self._decide(fn)  # type: ignore[return-value]  # the value fn returned
+        decided: T = self.team.decide(fn)
+        return decided
+
+    def all_or_none(self, fn: Callable[[], T]) -> T:
+        """Run ``fn`` on every rank of this replica; if it raises on any of them, every rank raises.
+
+        Collective over the replica. ``fn`` must not wait for other ranks.
+        """
+        return fn() if self.team.control is None else all_or_none(self.team.control, fn)
 
     def close(self) -> None:
-        """Destroy the process groups that this session started. Call it on every rank, as the last thing."""
-        if self._owns_default_group and dist.is_initialized():
+        """Destroy the process groups that this session started. Call it on every rank, as the last thing.
+
+        A process can start the default group once only: torch's store keeps the addresses of the first one.
+        """
+        if not dist.is_initialized():
+            return
+        if self.owns_default_group:
             dist.destroy_process_group()
+            return
+        axes = (self.mesh.cfg, self.mesh.ring, self.mesh.ulysses, self.mesh.sequence, self.mesh.shard)
+        groups = [*(axis.group for axis in axes), self.team.control, self.readers.control, self.readers_group]
+        for group in dict.fromkeys(groups):
+            if group is not None and group is not dist.group.WORLD:
+                dist.destroy_process_group(group)
 
     def __enter__(self) -> "Session":
         return self
@@ -89,7 +120,7 @@ def start_session(settings: ParallelSettings, *, num_heads: int | None = None) -
 
     The ranks are those of the environment (``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, ``LOCAL_WORLD_SIZE``,
     ``MASTER_ADDR``, ``MASTER_PORT``: torchrun and accelerate set them), or this process alone. A default process group
-    that exists already is used, and left alone by ``close``. ``num_heads``: the model's attention heads, where known.
+    that exists already is used, and outlives ``close``. ``num_heads``: the model's attention heads, where known.
 
     Raises ``LayoutError`` when the layout does not fit the ranks, or device and backend do not fit the machine.
     """
@@ -108,13 +139,17 @@ def start_session(settings: ParallelSettings, *, num_heads: int | None = None) -
             device=device,
             backend=None,
             mesh=lone_mesh(),
-            reading_team=Axis(name="reading_team"),
-            _decide=decide_alone,
-            _owns_default_group=False,
+            team=Team(),
+            readers=Team(),
+            readers_group=None,
+            owns_default_group=False,
         )
     owns_default_group = not dist.is_initialized()
     if owns_default_group:
         _start_default_group(place, backend, device, timedelta(seconds=settings.collective_timeout_seconds))
+    replicas = [layout.ranks_of_replica(replica) for replica in range(layout.replica)]
+    readers = layout.reading_teams(sharded=settings.weights != "replicated")
+    timeout = timedelta(seconds=settings.leader_timeout_seconds)
     return Session(
         rank=dist.get_rank(),
         local_rank=place.local_rank,
@@ -122,9 +157,10 @@ def start_session(settings: ParallelSettings, *, num_heads: int | None = None) -
         device=device,
         backend=backend,
         mesh=build_mesh(layout, device),
-        reading_team=_reading_team(layout, sharded=settings.weights != "replicated"),
-        _decide=_leader_of_replica(layout, settings.leader_timeout_seconds),
-        _owns_default_group=owns_default_group,
+        team=_join_team(replicas, timeout),
+        readers=_join_team(readers, timeout),
+        readers_group=_join_group(readers),
+        owns_default_group=owns_default_group,
     )
 
 
@@ -212,19 +248,21 @@ def _start_default_group(place: _Place, backend: str, device: torch.device, time
         ) from error
 
 
-def _leader_of_replica(layout: Layout, timeout_seconds: float) -> Callable[[Callable[[], T]], T]:
-    if layout.ranks_per_replica == 1:
-        return decide_alone
-    groups = [layout.ranks_of_replica(replica) for replica in range(layout.replica)]
-    mine, _ = dist.new_subgroups_by_enumeration(groups, timeout=timedelta(seconds=timeout_seconds), backend="gloo")
-    return LeaderDecides(mine, keep_alive_seconds=timeout_seconds / _SIGNS_OF_LIFE_PER_TIMEOUT)
+def _join_team(teams: list[list[int]], timeout: timedelta) -> Team:
+    """This rank's team out of a partition of all ranks. Collective over all of them."""
+    control = _join_group(teams, timeout=timeout, backend="gloo")
+    if control is None:
+        return Team()
+    keep_alive_seconds = timeout.total_seconds() / _SIGNS_OF_LIFE_PER_TIMEOUT
+    decide = LeaderDecides(control, keep_alive_seconds=keep_alive_seconds)
+    return Team(size=control.size(), rank=control.rank(), control=control, decide=decide)
 
 
-def _reading_team(layout: Layout, *, sharded: bool) -> Axis:
-    teams = layout.reading_teams(sharded=sharded)
+def _join_group(
+    teams: list[list[int]], *, timeout: timedelta | None = None, backend: str | None = None
+) -> dist.ProcessGroup | None:
+    """The process group of this rank's team, None for a team of one. Collective over all ranks."""
     if max(map(len, teams)) == 1:
-        return Axis(name="reading_team")
-    mine, _ = dist.new_subgroups_by_enumeration(teams)
-    if mine.size() == 1:
-        return Axis(name="reading_team")
-    return Axis(name="reading_team", size=mine.size(), rank=mine.rank(), group=mine)
+        return None
+    mine, _ = dist.new_subgroups_by_enumeration(teams, timeout=timeout, backend=backend)
+    return mine if mine.size() > 1 else None

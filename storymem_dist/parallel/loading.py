@@ -1,0 +1,107 @@
+"""Builds an expert for a session: empty model, parallelized, memory for this rank's part only, then that part read.
+
+Wraps ``storymem_dist.models.loading`` with what it does not know: which rows of a parameter this rank holds, and that
+ranks of one node which need the same part may let one of them read it. Knows nothing about checkpoints' formats.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from storymem_dist.diffusion.experts import AllResident, HostSwap, Residency
+from storymem_dist.models.attention import Attend
+from storymem_dist.models.loading import (
+    LoadReport,
+    LocalPart,
+    TensorSource,
+    WeightDelta,
+    load_dit_weights,
+    whole_parameter,
+)
+from storymem_dist.models.wan.dit import CrossAttention, DiTConfig, SelfAttention, WanDiT
+from storymem_dist.parallel.fsdp import ShardSwap, share_streams
+from storymem_dist.parallel.parallelize import parallelize
+from storymem_dist.parallel.session import Session
+from storymem_dist.parallel.settings import ParallelSettings
+
+Progress = Callable[[int, int], None]
+
+
+def build_expert(
+    config: DiTConfig,
+    source: TensorSource,
+    deltas: Sequence[WeightDelta] = (),
+    *,
+    session: Session,
+    settings: ParallelSettings,
+    dtype: torch.dtype = torch.bfloat16,
+    attention: str = "auto",
+    share_reads: bool | None = None,
+    progress: Progress | None = None,
+) -> tuple[WanDiT, LoadReport]:
+    """An expert with its weights, ready for forwards on every rank of the replica. Collective over the replica.
+
+    Memory is taken for this rank's part alone, and no tensor larger than a chunk of one is ever held beside it.
+    ``deltas`` (LoRAs) are merged into that part. ``share_reads`` (None: as ``settings`` say) lets one rank per node
+    read for all that need the same part; it makes the call collective over the replicas of the node, so it is for the
+    start of a job, where all of them load the same weights.
+
+    Raises ``CheckpointError`` (on every rank of the reading team when weights are shared).
+    """
+    with torch.device("meta"):
+        dit = WanDiT(config, dtype=dtype)
+    for module in list(dit.modules()):
+        if isinstance(module, SelfAttention | CrossAttention):
+            module.attend = Attend(attention)
+    if settings.weights == "zero3":
+        from storymem_dist.parallel.zero3 import load_zero3
+
+        return load_zero3(dit, source, deltas, session=session, settings=settings, progress=progress)
+    parallelize(dit, session.mesh, settings)
+    dit.to_empty(device="cpu" if settings.weights == "fsdp_offload" else session.device)
+    if share_reads is None:
+        share_reads = settings.share_reads
+    if share_reads and session.readers.size > 1:
+        return dit, _read_for_all(dit, source, deltas, session, progress)
+    return dit, session.all_or_none(
+        lambda: load_dit_weights(dit, source, deltas, local_part=local_part, progress=progress)
+    )
+
+
+def place_experts(experts: Mapping[str, nn.Module], *, device: torch.device, weights: str, swap: bool) -> Residency:
+    """Decide where the experts of ``build_expert`` wait while they are idle.
+
+    ``swap``: the idle one costs no device memory. Offloaded weights (``fsdp_offload``, ``zero3``) never do.
+    """
+    share_streams(experts)
+    if not swap or weights in ("fsdp_offload", "zero3"):
+        return AllResident()
+    return ShardSwap(experts, device) if weights == "fsdp" else HostSwap(experts, device)
+
+
+def local_part(name: str, parameter: nn.Parameter) -> LocalPart:
+    """Which rows of ``parameter`` this rank holds, and where: all of a plain one, its shard of a ``DTensor``."""
+    if not isinstance(parameter, DTensor):
+        return whole_parameter(name, parameter)
+    shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    return LocalPart(tensor=parameter.to_local(), row_offset=offset[0], num_rows=shape[0])
+
+
+def _read_for_all(
+    dit: WanDiT, source: TensorSource, deltas: Sequence[WeightDelta], session: Session, progress: Progress | None
+) -> LoadReport:
+    """One rank reads and merges, the others of its team receive finished parameters; an error reaches all of them."""
+    report: LoadReport = session.readers.decide(
+        lambda: load_dit_weights(dit, source, deltas, local_part=local_part, progress=progress)
+    )
+    for name, parameter in dit.named_parameters():
+        part = local_part(name, parameter).tensor.detach()
+        if part.numel():
+            group = session.readers_group if part.is_cuda else session.readers.control
+            dist.broadcast(part, group=group, group_src=0)
+    return report if session.readers.rank == 0 else replace(report, bytes_read=0)

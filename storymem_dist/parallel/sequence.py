@@ -1,0 +1,207 @@
+"""Sequence parallelism for a finished ``WanDiT``: Ulysses, ring, or both (USP), applied through the model's seams.
+
+Tokens are cut into equal runs, one per rank of the ``sequence`` axis (ring x ulysses, ulysses fastest), right after the
+patch embedding, and joined after the head; everything in between works token by token, apart from self-attention. There
+a Ulysses all-to-all trades tokens for heads (q, k and v packed into one message), and a ring passes keys and values on
+while each rank attends to those it holds, merging partial results by their log-sum-exp. The last run is filled up with
+zero tokens; they are cut off *before* attention, so no mask is needed and nothing attends to padding.
+
+Knows nothing about weights, guidance or replicas.
+
+Legend: B batch, L tokens of the whole sequence, l tokens per rank, N heads, n heads per ulysses rank, H head width,
+R ring size, U ulysses size.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from storymem_dist.errors import LayoutError
+from storymem_dist.models.attention import Attend, attend_with_lse
+from storymem_dist.models.wan.dit import SelfAttention, WanDiT
+from storymem_dist.parallel.mesh import Axis, ReplicaMesh
+
+
+class TokenSplit:
+    """How the tokens of the running forward are spread over the ``sequence`` axis.
+
+    ``num_tokens`` is set when a forward's tokens are split; all else follows from it.
+    """
+
+    def __init__(self, mesh: ReplicaMesh) -> None:
+        self.ring, self.ulysses, self.sequence = mesh.ring, mesh.ulysses, mesh.sequence
+        self.num_tokens = 0
+
+    @property
+    def tokens_per_rank(self) -> int:
+        """l: rows that every rank works on, the padding of the last ones included."""
+        return -(-self.num_tokens // self.sequence.size)
+
+    def tokens_on_ring(self, ring_rank: int) -> int:
+        """Real tokens of the run that the ulysses group at ``ring_rank`` holds together (0 is possible)."""
+        run = self.ulysses.size * self.tokens_per_rank
+        return max(0, min(run, self.num_tokens - ring_rank * run))
+
+    def cut(self, x: Tensor, dim: int) -> Tensor:
+        """This rank's run of ``x`` along ``dim`` (of size ``num_tokens``), zero-padded, in memory of its own."""
+        length = self.tokens_per_rank
+        start = min(self.sequence.rank * length, self.num_tokens)
+        stop = min(start + length, self.num_tokens)
+        run = x.narrow(dim, start, stop - start)
+        if stop - start == length:
+            return run.clone(memory_format=torch.contiguous_format)
+        padding = list(x.shape)
+        padding[dim] = length - (stop - start)
+        return torch.cat([run, x.new_zeros(padding)], dim)
+
+    def join(self, x_BlX: Tensor) -> Tensor:
+        """The whole sequence ``[B, L, X]`` on every rank, without the padding."""
+        runs = [torch.empty_like(x_BlX) for _ in range(self.sequence.size)]
+        dist.all_gather(runs, x_BlX.contiguous(), group=self.sequence.group)
+        return torch.cat(runs, dim=1)[:, : self.num_tokens]
+
+
+class SequenceParallelAttend(Attend):
+    """Takes the place of a self-attention's ``attend`` where tokens are spread over ranks."""
+
+    def __init__(self, attend: Attend, split: TokenSplit) -> None:
+        super().__init__(attend.backend)
+        self.attend = attend
+        self.split = split
+
+    def forward(self, q_BlNH: Tensor, k_BlNH: Tensor, v_BlNH: Tensor) -> Tensor:
+        """Attention of this rank's tokens to all tokens, ``[B, l, N, H]``. Collective over the ``sequence`` axis."""
+        split = self.split
+        num_tokens = split.tokens_on_ring(split.ring.rank)
+        if split.ulysses.size == 1:
+            q, k, v = (x[:, :num_tokens] for x in (q_BlNH, k_BlNH, v_BlNH))
+        else:
+            q, k, v = _trade_tokens_for_heads(q_BlNH, k_BlNH, v_BlNH, split.ulysses, num_tokens)
+        if split.ring.size == 1:
+            out = self.attend(q, k, v)
+        else:
+            lengths = [split.tokens_on_ring(ring_rank) for ring_rank in range(split.ring.size)]
+            out = ring_attention(q, k, v, split.ring, lengths, self.backend)
+        padding = split.ulysses.size * q_BlNH.shape[1] - num_tokens
+        if padding:
+            out = F.pad(out, (0, 0, 0, 0, 0, padding))
+        return out if split.ulysses.size == 1 else _trade_heads_for_tokens(out, split.ulysses)
+
+
+def apply_sequence_parallel(dit: WanDiT, mesh: ReplicaMesh) -> None:
+    """Spread the tokens of every later forward of ``dit`` over the ``sequence`` axis. Nothing to do where it has size 1.
+
+    Parameter names do not change. Raises ``LayoutError`` when ulysses does not divide the heads.
+    """
+    if mesh.sequence.size == 1:
+        return
+    if dit.config.num_heads % mesh.ulysses.size:
+        raise LayoutError(f"ulysses={mesh.ulysses.size} does not divide the model's {dit.config.num_heads} heads")
+    split = TokenSplit(mesh)
+
+    def cut_tokens(_module: nn.Module, _args: tuple[Tensor, ...], tokens_BLD: Tensor) -> Tensor:
+        split.num_tokens = tokens_BLD.shape[1]
+        return split.cut(tokens_BLD, 1)
+
+    def cut_tables(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        tokens_BlD, rope_cos_LP, rope_sin_LP, *rest = args
+        return tokens_BlD, split.cut(rope_cos_LP, 0), split.cut(rope_sin_LP, 0), *rest
+
+    def join_values(_module: nn.Module, _args: tuple[Tensor, ...], values_BlX: Tensor) -> Tensor:
+        return split.join(values_BlX)
+
+    dit.patch_embedding.register_forward_hook(cut_tokens)
+    dit.blocks.register_forward_pre_hook(cut_tables)
+    dit.head.register_forward_hook(join_values)
+    for module in dit.blocks.modules():
+        if isinstance(module, SelfAttention):
+            module.attend = SequenceParallelAttend(module.attend, split)
+
+
+def _trade_tokens_for_heads(
+    q_BlNH: Tensor, k_BlNH: Tensor, v_BlNH: Tensor, ulysses: Axis, num_tokens: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v of ``num_tokens`` tokens for this rank's heads, each ``[B, num_tokens, n, H]``; one all-to-all.
+
+    The result is three strided views of what arrived: with a batch of one, nothing is copied after the exchange.
+    """
+    by_rank = [x.unflatten(2, (ulysses.size, -1)).permute(2, 0, 1, 3, 4) for x in (q_BlNH, k_BlNH, v_BlNH)]
+    sent_UBl3nH = torch.stack(by_rank, dim=3)
+    received_UBl3nH = torch.empty_like(sent_UBl3nH)
+    dist.all_to_all_single(received_UBl3nH, sent_UBl3nH, group=ulysses.group)
+    q, k, v = received_UBl3nH.transpose(0, 1).flatten(1, 2)[:, :num_tokens].unbind(2)
+    return q, k, v
+
+
+def _trade_heads_for_tokens(out_BLnH: Tensor, ulysses: Axis) -> Tensor:
+    """The inverse, for attention's output with its rows padded to U*l again: ``[B, l, N, H]``; one all-to-all."""
+    sent_UBlnH = out_BLnH.unflatten(1, (ulysses.size, -1)).transpose(0, 1).contiguous()
+    received_UBlnH = torch.empty_like(sent_UBlnH)
+    dist.all_to_all_single(received_UBlnH, sent_UBlnH, group=ulysses.group)
+    return received_UBlnH.permute(1, 2, 0, 3, 4).flatten(2, 3)
+
+
+@torch.compiler.disable(reason="point-to-point messages cannot be traced")  # type: ignore[untyped-decorator]
+def ring_attention(
+    q_BLNH: Tensor, k_BLNH: Tensor, v_BLNH: Tensor, ring: Axis, lengths: list[int], backend: str = "auto"
+) -> Tensor:
+    """Attention of this rank's queries to the keys of the whole ring: same shape and dtype as ``q_BLNH``.
+
+    Rank r of the ring holds ``lengths[r]`` tokens (they may differ, and be 0); this rank's inputs have its length. Keys
+    and values travel packed, to the next rank, while the ones at hand are attended to. Partial results are merged in
+    fp32.
+    """
+    batch, num_mine, *heads = q_BLNH.shape
+    merged = _MergedAttention(q_BLNH)
+    held = torch.stack([k_BLNH, v_BLNH])
+    for step in range(ring.size):
+        source = (ring.rank - step) % ring.size
+        works, arriving = [], held
+        if step + 1 < ring.size:
+            arriving = held.new_empty(2, batch, lengths[source - 1], *heads)
+            works = _pass_on(held, arriving, ring)
+        if num_mine and lengths[source]:
+            merged.add(*attend_with_lse(q_BLNH, held[0], held[1], backend))
+        for work in works:
+            work.wait()
+        held = arriving
+    return merged.result()
+
+
+def _pass_on(held: Tensor, arriving: Tensor, ring: Axis) -> list[dist.Work]:
+    """Start sending ``held`` to the next rank and receiving ``arriving`` from the previous one (empty: no message)."""
+    ops = []
+    if held.numel():
+        ops.append(dist.P2POp(dist.isend, held, group=ring.group, group_peer=(ring.rank + 1) % ring.size))
+    if arriving.numel():
+        ops.append(dist.P2POp(dist.irecv, arriving, group=ring.group, group_peer=(ring.rank - 1) % ring.size))
+    return dist.batch_isend_irecv(ops) if ops else []
+
+
+class _MergedAttention:
+    """Attention over a growing set of keys, from partial outputs and their log-sum-exp."""
+
+    def __init__(self, q_BLNH: Tensor) -> None:
+        self._like = q_BLNH
+        self._out_BLNH: Tensor | None = None
+        self._lse_BLN1: Tensor | None = None
+
+    def add(self, out_BLNH: Tensor, lse_BNL: Tensor) -> None:
+        """Take in the result over one more part of the keys.
+
+        Weights are exp(lse) over their sum, so the newcomer's share is the sigmoid of the difference.
+        """
+        out_BLNH, lse_BLN1 = out_BLNH.float(), lse_BNL.transpose(1, 2)[..., None]
+        if self._out_BLNH is None or self._lse_BLN1 is None:
+            self._out_BLNH, self._lse_BLN1 = out_BLNH, lse_BLN1
+            return
+        share_BLN1 = torch.sigmoid(lse_BLN1 - self._lse_BLN1)
+        self._out_BLNH = torch.lerp(self._out_BLNH, out_BLNH, share_BLN1)
+        self._lse_BLN1 = torch.logaddexp(self._lse_BLN1, lse_BLN1)
+
+    def result(self) -> Tensor:
+        """The merged output in the queries' dtype."""
+        if self._out_BLNH is None:
+            return torch.empty_like(self._like)  # no queries here
+        return self._out_BLNH.to(self._like.dtype)
