@@ -16,12 +16,14 @@ Paths are relative to the run folder, with forward slashes.
 This module knows nothing of files, threads, torch or who listens.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
+import time
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -410,6 +412,26 @@ class StampedEvent:
     writer: str
     replica: int
     sequence: int
+
+
+@contextlib.contextmanager
+def timed_stage(
+    observer: Observer,
+    stage: str,
+    *,
+    story_id: str | None = None,
+    shot_id: str | None = None,
+    totals: MutableMapping[str, float] | None = None,
+) -> Iterator[None]:
+    """Send ``StageStarted`` and, unless the body raises, ``StageFinished``; add the seconds to ``totals[stage]``."""
+    assert stage in STAGES, stage
+    observer.notify(StageStarted(stage=stage, story_id=story_id, shot_id=shot_id))
+    began = time.perf_counter()
+    yield
+    elapsed = time.perf_counter() - began
+    if totals is not None:
+        totals[stage] = totals.get(stage, 0.0) + elapsed
+    observer.notify(StageFinished(stage=stage, elapsed_seconds=elapsed, story_id=story_id, shot_id=shot_id))
 
 
 # -- to and from JSON --------------------------------------------------------------------------------------------------

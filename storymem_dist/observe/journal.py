@@ -21,14 +21,16 @@ MAX_PENDING_BYTES = 64 * 2**20
 """How much is kept in memory while the disk refuses writes (about 300,000 events)."""
 
 
-def new_writer_id(replica: int, rank: int = 0) -> str:
+def new_writer_id(replica: int, *, rank: int | None = None, suffix: str = "") -> str:
     """Return a name for an event file that no other process uses, now or after a restart; safe as a file name.
 
     It sorts by start time: ``20260101T120000-node7-r3-4711-9f2c`` (UTC, host, replica, process, four random digits).
+    ``rank`` (for ranks that are no leaders) and ``suffix`` tell people what else writes.
     """
     host = "".join(c if c.isalnum() else "_" for c in socket.gethostname().split(".")[0])[:32]
     started = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
-    return f"{started}-{host}-r{replica}-{rank}-{os.getpid()}-{secrets.token_hex(2)}"
+    what = (f"-rank{rank}" if rank is not None else "") + (f"-{suffix}" if suffix else "")
+    return f"{started}-{host}-r{replica}{what}-{os.getpid()}-{secrets.token_hex(2)}"
 
 
 class JournalWriter:

@@ -8,7 +8,7 @@ Words: a *row* is one replica of one job over all its starts; an *attempt* is on
 """
 
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from storymem_dist.observe import events as ev
 
@@ -210,6 +210,7 @@ class RunState:
         self.first_time: float | None = None
         self.last_time = 0.0
         self.num_events = 0
+        self.keyframe_scores: dict[tuple[str, int, int], ev.MemoryDecided] = {}
         self._row_of_writer: dict[str, RowKey] = {}
 
     # -- reading -------------------------------------------------------------------------------------------------------
@@ -227,6 +228,21 @@ class RunState:
     def attempts(self) -> list[Attempt]:
         """All attempts, story by story in chain order."""
         return [a for story in self.stories.values() for shot in story.shots.values() for a in shot.attempts]
+
+    def with_scores(self, event: ev.MemoryDecided) -> ev.MemoryDecided:
+        """Give a decision about a keyframe of the bank the scores with which that keyframe was once kept."""
+        if event.verdict not in ("recalled", "evicted") or event.slot is None:
+            return event
+        kept = self.keyframe_scores.get((event.story_id, event.source_shot_index, event.slot))
+        if kept is None:
+            return event
+        return replace(
+            event,
+            similarity=kept.similarity if event.similarity is None else event.similarity,
+            bank_similarity=kept.bank_similarity if event.bank_similarity is None else event.bank_similarity,
+            against=kept.against if event.against is None else event.against,
+            quality=kept.quality if event.quality is None else event.quality,
+        )
 
     def row_label(self, key: RowKey) -> str:
         """``replica 0``, with the job's name in front when several jobs share the folder."""
@@ -302,6 +318,9 @@ class RunState:
         self.num_events += 1
         self.first_time = now if self.first_time is None else min(self.first_time, now)
         self.last_time = max(self.last_time, now)
+        if isinstance(event, ev.WarningIssued):  # also from writers that render nothing
+            self.warnings.append((now, event.message))
+            return
         if isinstance(event, ev.SystemSampled):
             self.systems[(event.host, event.rank)] = event
             self._see(stamped)
@@ -332,9 +351,7 @@ class RunState:
             case ev.StepFinished():
                 self._step_finished(row, event)
             case ev.MemoryDecided():
-                attempt = self._attempt(row, event.story_id, event.shot_id)
-                if attempt is not None:
-                    attempt.decisions.append(event)
+                self._memory_decided(row, event)
             case ev.WeightsProgress():
                 row.weights[event.what] = event
                 if event.bytes_done >= event.bytes_total:
@@ -346,8 +363,6 @@ class RunState:
                 row.spans.append(Span(kind="wait", start=now - event.elapsed_seconds, end=now))
             case ev.StoryboardRejected():
                 self.failures.append(Failure(wall_time=now, story_id=event.source, shot_id="", reason=event.message))
-            case ev.WarningIssued():
-                self.warnings.append((now, event.message))
             case ev.StopRequested():
                 self.stops.append((now, event.reason))
 
@@ -498,6 +513,13 @@ class RunState:
         attempt.step_seconds += event.elapsed_seconds
         steps, seconds = attempt.expert_steps.get(event.expert, (0, 0.0))
         attempt.expert_steps[event.expert] = (steps + 1, seconds + event.elapsed_seconds)
+
+    def _memory_decided(self, row: Row, event: ev.MemoryDecided) -> None:
+        attempt = self._attempt(row, event.story_id, event.shot_id)
+        if attempt is not None:
+            attempt.decisions.append(event)
+        if event.verdict.startswith("kept") and event.slot is not None:
+            self.keyframe_scores[(event.story_id, event.source_shot_index, event.slot)] = event
 
     def _throughput(self, row: Row, event: ev.ThroughputSampled) -> None:
         if event.gpu_memory_gib is not None:

@@ -1,0 +1,476 @@
+"""One Weights & Biases run, fed from the event files of one run folder. The only module that imports wandb.
+
+Everything logged is a function of the events so far: axes count events, not calls. A feed that starts again folds what
+it logged before (``wandb/feed.json`` says how far that was) and goes on behind it, with the same run id.
+
+Series and their axes: ``step/*`` over ``step/done`` (finished denoising steps of the run), ``shot/*`` over
+``shot/done``, ``replica_N/*`` over ``replica_N/steps_done``, and ``run/*``, ``system/*``, ``weights/*`` and
+``throughput/*`` over ``run/elapsed_seconds``. Tables: ``memory_frames``, ``failures``, ``story/ID``.
+
+Knows W&B and the events; ``feeder.py`` decides when and where it runs.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import wandb
+import yaml
+
+from storymem_dist.observe import events as ev
+from storymem_dist.observe.journal import JournalTail
+from storymem_dist.observe.run_files import RunFiles
+from storymem_dist.observe.run_state import Attempt, RunState, StoryState
+from storymem_dist.observe.settings import WandbSettings
+from storymem_dist.observe.thumbnails import Thumbnails
+
+MEMORY_COLUMNS = (
+    "frame",
+    "story",
+    "shot",
+    "verdict",
+    "source_shot",
+    "source_frame",
+    "slot",
+    "position",
+    "similarity",
+    "bank_similarity",
+    "against",
+    "quality",
+    "why",
+    "wall_time",
+)
+"""Columns of the ``memory_frames`` table: one row per memory decision, in the order of the event files."""
+
+STORY_COLUMNS = ("frame", "shot", "mode", "seed", "prompt", "status", "seconds", "seconds_per_step", "recalled", "kept")
+FAILURE_COLUMNS = ("wall_time", "story", "shot", "stage", "reason", "tried_again")
+
+INIT_TIMEOUT_SECONDS = 30.0
+"""How long an online start may take before the run is kept offline."""
+
+TABLE_GROWTH = 1.5
+"""The memory table is logged anew when it has grown by this factor: the work stays linear in its size."""
+
+FIRST_TABLE_ROWS = 20
+
+
+class WandbFeed:
+    """Feeds one W&B run from one run folder.
+
+    ``mode`` is ``online`` or ``offline``; an online run that cannot be opened is kept offline and ``warnings`` says so.
+    ``process_id`` is the process whose CPU and GPU use W&B's own system metrics show. ``poll`` logs what is new and
+    returns how many events that were; ``finish`` logs the tables and the summary and ends the run. Raises
+    ``RunFolderError`` when the folder is not a run folder.
+    """
+
+    def __init__(self, run_folder: Path, settings: WandbSettings, *, mode: str, process_id: int | None = None) -> None:
+        self._run_folder = run_folder
+        self._files = RunFiles(run_folder)
+        self._settings = settings
+        self._tail = JournalTail(run_folder / "events")
+        self._state = RunState()
+        self._progress_file = run_folder / "wandb" / "feed.json"
+        progress = self._load_progress()
+        self._logged: dict[str, int] = progress["logged"]
+        self._num_videos: dict[str, int] = progress["videos"]
+        self._steps_done = 0
+        self._steps_of: dict[str, int] = {}
+        self._shots_done = 0
+        self._stories_done = 0
+        self._memory_rows: list[ev.MemoryDecided] = []
+        self._memory_times: list[float] = []
+        self._rows_in_last_table = 0
+        self._rates_cost = (0.0, 0.0)
+        self._defined_replicas: set[str] = set()
+        self._thumbnails = Thumbnails(run_folder, settings.thumbnail_height)
+        self.warnings: list[str] = []
+        self._run = self._open_run(mode, process_id)
+        self._row = max(progress["row"], self._run.step)
+        self._define_axes()
+
+    # -- the run -------------------------------------------------------------------------------------------------------
+
+    def _open_run(self, mode: str, process_id: int | None) -> Any:
+        if mode != "online":
+            return self._init("offline", process_id)
+        try:
+            return self._init("online", process_id)
+        except Exception as error:
+            first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            self.warnings.append(f"Weights & Biases cannot be reached, the run is kept offline: {first_line}")
+            wandb.teardown()
+            return self._init("offline", process_id)
+
+    def _init(self, mode: Literal["online", "offline"], process_id: int | None) -> Any:
+        settings = self._settings
+        return wandb.init(
+            project=settings.project,
+            entity=settings.entity,
+            group=settings.group,
+            name=settings.name or self._run_folder.resolve().name,
+            notes=settings.notes,
+            tags=settings.tags or None,
+            id=re.sub(r"[^A-Za-z0-9_-]", "-", self._files.run_id),
+            resume="allow",
+            mode=mode,
+            dir=str(self._run_folder),
+            config=self._config(),
+            allow_val_change=True,
+            settings=wandb.Settings(
+                console="off",
+                silent=True,
+                init_timeout=INIT_TIMEOUT_SECONDS,
+                finish_timeout=settings.finish_timeout_seconds,
+                x_stats_pid=process_id or os.getpid(),
+                save_code=False,
+                disable_job_creation=True,
+            ),
+        )
+
+    def _config(self) -> dict[str, Any]:
+        """The newest resolved configuration of the run folder, and what it runs on."""
+        config: dict[str, Any] = {"run_folder": str(self._run_folder)}
+        config_hash, text = self._files.newest_config()
+        with contextlib.suppress(ValueError, yaml.YAMLError):
+            config.update(yaml.safe_load(text) or {})
+        config["config_hash"] = config_hash
+        return config
+
+    def _define_axes(self) -> None:
+        for axis, series in (
+            ("step/done", ("step/*",)),
+            ("shot/done", ("shot/*",)),
+            ("story/done", ("story/*",)),
+            ("run/elapsed_seconds", ("run/*", "system/*", "weights/*", "throughput/*")),
+        ):
+            self._run.define_metric(axis)
+            for name in series:
+                self._run.define_metric(name, step_metric=axis)
+
+    def _log(self, values: dict[str, Any]) -> None:
+        self._run.log({key: value for key, value in values.items() if value is not None}, step=self._row)
+        self._row += 1
+
+    # -- events --------------------------------------------------------------------------------------------------------
+
+    def poll(self) -> int:
+        """Log everything that is new in the event files; returns the number of events."""
+        num_new = 0
+        while events := self._tail.poll():
+            for stamped in events:
+                num_new += self._take(stamped)
+        if num_new:
+            grown = len(self._memory_rows) >= max(FIRST_TABLE_ROWS, TABLE_GROWTH * self._rows_in_last_table)
+            if grown:
+                self._log_memory_table()
+            self._save_progress()
+        return num_new
+
+    def _take(self, stamped: ev.StampedEvent) -> bool:
+        event = stamped.event
+        self._state.apply(stamped)
+        replica = f"replica_{stamped.replica}"
+        if isinstance(event, ev.StepFinished):
+            self._steps_done += 1
+            self._steps_of[replica] = self._steps_of.get(replica, 0) + 1
+        elif isinstance(event, ev.ShotFinished):
+            self._shots_done += 1
+        elif isinstance(event, ev.StoryFinished):
+            self._stories_done += 1
+        elif isinstance(event, ev.MemoryDecided):
+            self._memory_rows.append(event)
+            self._memory_times.append(stamped.wall_time)
+        if stamped.sequence <= self._logged.get(stamped.writer, -1):
+            return False
+        self._log_event(stamped, replica)
+        self._logged[stamped.writer] = stamped.sequence
+        return True
+
+    def _log_event(self, stamped: ev.StampedEvent, replica: str) -> None:
+        event = stamped.event
+        elapsed = stamped.wall_time - (self._state.first_time or stamped.wall_time)
+        match event:
+            case ev.JobStarted():
+                self._job_started(event)
+            case ev.StepFinished():
+                self._log(self._step_values(event, stamped, replica))
+            case ev.ShotFinished():
+                self._log(self._shot_values(event, replica))
+                self._log(self._run_values(elapsed))
+            case ev.StoryFinished():
+                self._log_story(event)
+            case ev.ShotFailed() | ev.StoryboardRejected():
+                self._log({"run/elapsed_seconds": elapsed, "run/failures": len(self._state.failures)})
+            case ev.WeightsProgress():
+                key = re.sub(r"[^A-Za-z0-9_]+", "_", event.what)
+                rate = event.bytes_done / event.elapsed_seconds / 1e9 if event.elapsed_seconds > 0 else None
+                self._log(
+                    {
+                        "run/elapsed_seconds": elapsed,
+                        f"weights/{replica}/{key}_gb": event.bytes_done / 1e9,
+                        f"weights/{replica}/gb_per_second": rate,
+                    }
+                )
+            case ev.ThroughputSampled() | ev.SystemSampled() | ev.ReplicaWaited():
+                self._log({"run/elapsed_seconds": elapsed, **self._sample_values(event, replica)})
+
+    def _job_started(self, event: ev.JobStarted) -> None:
+        told: dict[str, Any] = {"versions": dict(event.versions), "device": event.device, "layout": event.layout}
+        told |= {"job": event.job, "num_replicas": event.num_replicas, "num_devices_per_replica": event.num_devices}
+        self._run.config.update({**self._config(), **told}, allow_val_change=True)
+
+    def _step_values(self, event: ev.StepFinished, stamped: ev.StampedEvent, replica: str) -> dict[str, Any]:
+        axis = f"{replica}/steps_done"
+        if axis not in self._defined_replicas:
+            self._run.define_metric(axis)
+            self._run.define_metric(f"{replica}/*", step_metric=axis)
+            self._defined_replicas.add(axis)
+        attempt = self._attempt_of(event.story_id, event.shot_id)
+        tokens = attempt.started.num_tokens if attempt is not None else None
+        return {
+            "step/done": self._steps_done,
+            "step/seconds": event.elapsed_seconds,
+            "step/step": event.step,
+            "step/timestep": event.timestep,
+            "step/expert": event.expert,
+            "step/shot": f"{event.story_id}/{event.shot_id}",
+            "step/replica": stamped.replica,
+            "step/gpu_memory_gib": event.gpu_memory_gib,
+            "step/tokens_per_second": tokens / event.elapsed_seconds if tokens and event.elapsed_seconds > 0 else None,
+            axis: self._steps_of[replica],
+            f"{replica}/seconds_per_step": event.elapsed_seconds,
+        }
+
+    def _shot_values(self, event: ev.ShotFinished, replica: str) -> dict[str, Any]:
+        attempt = self._attempt_of(event.story_id, event.shot_id)
+        values: dict[str, Any] = {
+            "shot/done": self._shots_done,
+            "shot/name": f"{event.story_id}/{event.shot_id}",
+            "shot/replica": replica,
+            "shot/seconds": event.elapsed_seconds,
+            "shot/num_kept": len(event.keyframes),
+        }
+        values |= {f"shot/stage_seconds/{stage}": seconds for stage, seconds in event.stage_seconds.items()}
+        caption = f"{event.story_id}/{event.shot_id}"
+        if attempt is not None:
+            values |= {
+                "shot/mode": attempt.started.mode,
+                "shot/seed": attempt.started.seed,
+                "shot/num_memory": attempt.started.num_memory,
+                "shot/seconds_per_step": attempt.seconds_per_step,
+            }
+            for verdict in ev.MEMORY_VERDICTS:
+                values[f"shot/memory/{verdict}"] = sum(d.verdict == verdict for d in attempt.decisions)
+            caption += f" · {attempt.started.mode} · seed {attempt.started.seed} · {attempt.started.prompt}"
+        values["shot/video"] = self._video("shot", self._settings.num_shot_videos, event.clip, caption)
+        return values
+
+    def _run_values(self, elapsed: float) -> dict[str, Any]:
+        """Figures over the whole run; left out while computing them would take more than a twentieth of the time."""
+        last, cost = self._rates_cost
+        began = time.monotonic()
+        values: dict[str, Any] = {"run/elapsed_seconds": elapsed}
+        if began - last < 20 * cost:
+            return values
+        rates = self._state.rates()
+        values |= {
+            "run/shots_finished": self._state.count("finished"),
+            "run/clips_per_gpu_hour": rates.clips_per_gpu_hour,
+            "run/seconds_per_step": rates.seconds_per_step,
+            "run/tokens_per_second": rates.tokens_per_second,
+            "run/flop_utilisation": rates.flop_utilisation,
+            "run/wait_ratio": rates.wait_ratio,
+        }
+        self._rates_cost = (time.monotonic(), time.monotonic() - began)
+        return values
+
+    @staticmethod
+    def _sample_values(
+        event: ev.ThroughputSampled | ev.SystemSampled | ev.ReplicaWaited, replica: str
+    ) -> dict[str, float | int | None]:
+        if isinstance(event, ev.ReplicaWaited):
+            return {f"throughput/{replica}/waited_seconds": event.elapsed_seconds}
+        values = {key: value for key, value in ev.event_to_dict(event).items() if isinstance(value, int | float)}
+        if isinstance(event, ev.SystemSampled):
+            values.pop("rank")
+            return {f"system/{event.host}/rank_{event.rank}/{key}": value for key, value in values.items()}
+        return {f"throughput/{replica}/{key}": value for key, value in values.items()}
+
+    def _attempt_of(self, story_id: str, shot_id: str) -> Attempt | None:
+        story = self._state.stories.get(story_id)
+        shot = story.shots.get(shot_id) if story is not None else None
+        return shot.last if shot is not None else None
+
+    # -- media and tables ----------------------------------------------------------------------------------------------
+
+    def _video(self, kind: str, limit: int, path: str | None, caption: str) -> Any:
+        """The video as W&B media, or None when it is over a limit or not there."""
+        file = self._run_folder / path if path else None
+        if file is None or not file.is_file() or file.stat().st_size > self._settings.max_video_mib * 2**20:
+            return None
+        if 0 <= limit <= self._num_videos.get(kind, 0):
+            return None
+        self._num_videos[kind] = self._num_videos.get(kind, 0) + 1
+        return wandb.Video(str(file), caption=caption, format="mp4")
+
+    def _image(self, jpeg: bytes | None) -> Any:
+        """The thumbnail as W&B media. The files lie in the run folder, so that offline runs hold all they need."""
+        if jpeg is None:
+            return None
+        folder = self._run_folder / "wandb" / "thumbnails"
+        folder.mkdir(exist_ok=True)
+        path = folder / f"{hashlib.sha256(jpeg).hexdigest()[:16]}.jpg"
+        if not path.exists():
+            path.write_bytes(jpeg)
+        return wandb.Image(str(path))
+
+    def _log_memory_table(self) -> None:
+        table = wandb.Table(columns=list(MEMORY_COLUMNS))
+        frames = self._memory_frames()
+        for event, when, frame in zip(self._memory_rows, self._memory_times, frames, strict=True):
+            scored = self._state.with_scores(event)
+            table.add_data(
+                frame,
+                event.story_id,
+                event.shot_id,
+                event.verdict,
+                _source_name(event.source_shot_index),
+                event.source_frame_index,
+                event.slot,
+                event.position,
+                scored.similarity,
+                scored.bank_similarity,
+                scored.against,
+                scored.quality,
+                event.why,
+                when,
+            )
+        self._log({"memory_frames": table})
+        self._rows_in_last_table = len(self._memory_rows)
+
+    def _memory_frames(self) -> list[Any]:
+        """One image (or None) per memory row. Keyframes of the bank come first where images are limited."""
+        limit = self._settings.num_memory_images
+        images: dict[tuple[str, int, int], Any] = {}
+        by_clip: dict[str, list[int]] = {}
+        order = sorted(range(len(self._memory_rows)), key=lambda i: self._memory_rows[i].slot is None)
+        for index in order:
+            clip = self._clip_of(self._memory_rows[index])
+            if clip is not None:
+                by_clip.setdefault(clip, []).append(self._memory_rows[index].source_frame_index)
+        for clip, indices in by_clip.items():
+            self._thumbnails.decode(clip, indices)
+        for index in order:
+            event = self._memory_rows[index]
+            key = (event.story_id, event.source_shot_index, event.source_frame_index)
+            clip = self._clip_of(event)
+            if key in images or (0 <= limit <= len(images)):
+                continue
+            jpeg = self._reference(event) if clip is None else self._thumbnails.frame(clip, event.source_frame_index)
+            if jpeg is not None:
+                images[key] = self._image(jpeg)
+        return [images.get((e.story_id, e.source_shot_index, e.source_frame_index)) for e in self._memory_rows]
+
+    def _clip_of(self, event: ev.MemoryDecided) -> str | None:
+        """Path of the clip that the frame of this decision comes from."""
+        story = self._state.stories.get(event.story_id)
+        for shot in story.shots.values() if story is not None else ():
+            if shot.shot_index == event.source_shot_index:
+                done = [a.finished for a in shot.attempts if a.finished is not None]
+                return done[-1].clip if done and done[-1].clip else None
+        return None
+
+    def _reference(self, event: ev.MemoryDecided) -> bytes | None:
+        """Thumbnail of a story's reference image, from the storyboard as it was read."""
+        if event.source_shot_index >= 0 or event.slot is None:
+            return None
+        storyboard = self._run_folder / "stories" / event.story_id / "storyboard.json"
+        with contextlib.suppress(OSError, ValueError, KeyError, IndexError, TypeError):
+            images = json.loads(storyboard.read_text(encoding="utf-8"))["reference_images"]
+            return self._thumbnails.image(str(images[event.slot]))
+        return None
+
+    def _log_story(self, event: ev.StoryFinished) -> None:
+        story = self._state.stories[event.story_id]
+        values: dict[str, Any] = {"story/done": self._stories_done, f"story/{event.story_id}": self._story_table(story)}
+        caption = f"{event.story_id} · {story.name}"
+        values["story/video"] = self._video("story", self._settings.num_story_videos, event.video, caption)
+        self._log(values)
+
+    def _story_table(self, story: StoryState) -> Any:
+        table = wandb.Table(columns=list(STORY_COLUMNS))
+        for shot in sorted(story.shots.values(), key=lambda shot: shot.shot_index):
+            attempt = shot.last
+            if attempt is None:
+                table.add_data(None, shot.shot_id, "", None, "", shot.status, None, None, "", "")
+                continue
+            clip = attempt.finished.clip if attempt.finished is not None else ""
+            seconds = attempt.end - attempt.start if attempt.end is not None else None
+            table.add_data(
+                self._image(self._thumbnails.frame(clip, 0)) if clip else None,
+                shot.shot_id,
+                attempt.started.mode,
+                attempt.started.seed,
+                attempt.started.prompt,
+                shot.status if shot.status != "failed" else f"failed: {shot.reason}",
+                seconds,
+                attempt.seconds_per_step,
+                ", ".join(_frame_name(d) for d in attempt.decisions if d.verdict == "recalled"),
+                ", ".join(_frame_name(d) for d in attempt.decisions if d.verdict.startswith("kept")),
+            )
+        return table
+
+    def finish(self) -> None:
+        """Log what is only known at the end, and end the W&B run (uploads are given the configured time)."""
+        self.poll()
+        if len(self._memory_rows) > self._rows_in_last_table:
+            self._log_memory_table()
+        for story in self._state.stories.values():
+            if story.outcome == "" and story.shots:
+                self._log({"story/done": self._stories_done, f"story/{story.story_id}": self._story_table(story)})
+        if self._state.failures:
+            table = wandb.Table(columns=list(FAILURE_COLUMNS))
+            for failure in self._state.failures:
+                table.add_data(
+                    failure.wall_time,
+                    failure.story_id,
+                    failure.shot_id,
+                    failure.stage,
+                    failure.reason,
+                    failure.will_retry,
+                )
+            self._log({"failures": table})
+        rates = asdict(self._state.rates())
+        self._run.summary.update({f"total/{key}": value for key, value in rates.items() if value is not None})
+        self._run.summary["total/num_failures"] = len(self._state.failures)
+        self._save_progress()
+        self._run.finish()
+
+    # -- progress ------------------------------------------------------------------------------------------------------
+
+    def _load_progress(self) -> dict[str, Any]:
+        try:
+            progress = json.loads(self._progress_file.read_text(encoding="utf-8"))
+            return {key: progress[key] for key in ("logged", "videos", "row")}
+        except (OSError, ValueError, KeyError, TypeError):
+            return {"logged": {}, "videos": {}, "row": 0}
+
+    def _save_progress(self) -> None:
+        values = {"logged": self._logged, "videos": self._num_videos, "row": self._row}
+        temporary = self._progress_file.with_suffix(".tmp")
+        temporary.write_text(json.dumps(values), encoding="utf-8")
+        temporary.replace(self._progress_file)
+
+
+def _source_name(shot_index: int) -> str:
+    return "reference" if shot_index < 0 else f"shot_{shot_index + 1:02d}"
+
+
+def _frame_name(event: ev.MemoryDecided) -> str:
+    return f"{_source_name(event.source_shot_index)} #{event.slot}"
