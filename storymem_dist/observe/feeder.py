@@ -33,7 +33,7 @@ from storymem_dist.observe.run_files import RunFiles
 from storymem_dist.observe.settings import WandbSettings
 
 
-def choose_mode(mode: str, environment: Mapping[str, str]) -> str:
+def choose_mode(mode: str, environment: Mapping[str, str] = os.environ) -> str:
     """Return ``online``, ``offline`` or ``off`` for the setting ``mode``.
 
     ``auto`` follows ``WANDB_MODE`` if that is set, else is online exactly when an API key is at hand.
@@ -132,7 +132,7 @@ def feed(
         RunFolderError: not a run folder.
     """
     RunFiles(run_folder)
-    mode = choose_mode(settings.mode, os.environ)
+    mode = choose_mode(settings.mode)
     if mode == "off":
         return
     os.environ.setdefault("WANDB_DATA_DIR", str(run_folder / "wandb" / "data"))

@@ -51,8 +51,8 @@ class Observers:
     """Passes every event to the journal and to all back ends.
 
     ``writer`` and ``replica`` go into each event's stamp. ``journal`` may be None (library use without a run folder).
-    ``report_line`` gets the one line about a back end that failed; by default it goes to standard error.
-    Use it as a context manager or call ``close``.
+    ``report_line`` gets the one line about a back end that failed; by default it goes to standard error. ``clock``
+    gives the wall time in seconds. Use it as a context manager or call ``close``.
     """
 
     def __init__(
@@ -64,6 +64,7 @@ class Observers:
         replica: int = 0,
         queue_size: int = QUEUE_SIZE,
         report_line: Callable[[str], None] | None = None,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self.writer = writer
         self.replica = replica
@@ -73,6 +74,7 @@ class Observers:
         self._sequence = 0
         self._closed = False
         self._report_line = report_line or _print_to_stderr
+        self._clock = clock
         self._lanes = [_Lane(back_end, queue_size, self._warn) for back_end in back_ends]
 
     def notify(self, event: Event) -> None:
@@ -106,7 +108,7 @@ class Observers:
             if self._closed:
                 return
             stamped = StampedEvent(
-                event=event, wall_time=time.time(), writer=self.writer, replica=self.replica, sequence=self._sequence
+                event=event, wall_time=self._clock(), writer=self.writer, replica=self.replica, sequence=self._sequence
             )
             self._sequence += 1
             if self._journal is not None:

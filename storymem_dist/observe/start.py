@@ -1,0 +1,159 @@
+"""From the ``tracking`` settings and a rank's place in the job to its observers. Decides who shows what, once.
+
+Every rank samples its system; each replica leader writes events and its own console lines; the first leader of a job
+shows the whole batch, feeds Weights & Biases and writes the report. Knows places in a job, not how they came about.
+"""
+
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TextIO
+
+from rich.console import Console
+
+from storymem_dist.observe.console import LiveConsole, PlainConsole
+from storymem_dist.observe.events import NullObserver, Observer
+from storymem_dist.observe.feeder import WandbProcess, choose_mode
+from storymem_dist.observe.journal import JournalTail, JournalWriter, new_writer_id
+from storymem_dist.observe.observers import BackEnd, Observers
+from storymem_dist.observe.run_state import RunState
+from storymem_dist.observe.settings import ConsoleSettings, TrackingSettings
+from storymem_dist.observe.system import SystemSampler
+
+SILENCE_SECONDS = 90.0
+"""A replica that sent nothing for so long (system samples included) is not waited for at the end."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Place:
+    """A rank's place in its job. ``job`` is the same on all ranks of a job, also after a restart."""
+
+    job: str = ""
+    rank: int = 0
+    replica: int = 0
+    num_replicas: int = 1
+    is_leader: bool = True
+
+    @property
+    def is_first_leader(self) -> bool:
+        """Whether this rank speaks for the whole job."""
+        return self.is_leader and self.replica == 0
+
+
+class RenderObservers:
+    """What one rank observes with. Give ``observer`` to the code that renders; close it when the job ends.
+
+    As a context manager: leaving it on an exception does not wait for the other replicas.
+    """
+
+    def __init__(self, settings: TrackingSettings, run_folder: Path, place: Place, *, stream: TextIO) -> None:
+        self._settings = settings
+        self._run_folder = run_folder
+        self._place = place
+        events = run_folder / "events"
+        self._writer = new_writer_id(place.replica, rank=None if place.is_leader else place.rank)
+        journal = JournalWriter(events, self._writer)
+        self._observers = Observers(
+            self._back_ends(stream), journal=journal, writer=self._writer, replica=place.replica
+        )
+        self.observer: Observer = self._observers if place.is_leader else NullObserver()
+        self._sampler: SystemSampler | None = None
+        if settings.system_interval_seconds > 0:
+            self._sampler = SystemSampler(
+                self._observers, rank=place.rank, interval_seconds=settings.system_interval_seconds
+            )
+
+    def close(self, *, wait_for_replicas: bool = True) -> None:
+        """End all observing. The first leader of a job waits for its other replicas, so that nothing is missed."""
+        if self._place.is_first_leader and wait_for_replicas and self._place.num_replicas > 1:
+            wait_for_replicas_of(self._run_folder, self._place)
+        if self._sampler is not None:
+            self._sampler.close()
+        self._observers.close(self._settings.wandb.finish_timeout_seconds + 30.0)
+        if self._place.is_first_leader and self._settings.report:
+            self._write_report()
+
+    def __enter__(self) -> "RenderObservers":
+        return self
+
+    def __exit__(self, error_type: object, *rest: object) -> None:
+        self.close(wait_for_replicas=error_type is None)
+
+    def _back_ends(self, stream: TextIO) -> list[BackEnd]:
+        place, settings = self._place, self._settings
+        if not place.is_leader:
+            return []
+        back_ends: list[BackEnd] = []
+        tail = JournalTail(self._run_folder / "events", skip=(self._writer,)) if place.is_first_leader else None
+        console = make_console(settings.console, stream, tail, is_first_leader=place.is_first_leader)
+        if console is not None:
+            back_ends.append(console)
+        if place.is_first_leader and choose_mode(settings.wandb.mode) != "off":
+            try:
+                back_ends.append(WandbProcess(self._run_folder, settings.wandb))
+            except OSError as error:
+                sys.stderr.write(f"storymem: Weights & Biases is off, its feeder cannot be started: {error}\n")
+        return back_ends
+
+    def _write_report(self) -> None:
+        from storymem_dist.observe.report import write_report
+
+        try:
+            write_report(self._run_folder, self._run_folder / "report.html")
+        except Exception as error:  # a report that cannot be made must not fail a batch that was rendered
+            sys.stderr.write(f"storymem: report.html could not be written: {type(error).__name__}: {error}\n")
+
+
+def start_observers(
+    settings: TrackingSettings,
+    run_folder: Path,
+    place: Place,
+    *,
+    sweep: str | None = None,
+    stream: TextIO | None = None,
+) -> RenderObservers:
+    """Start what the settings ask for on this rank.
+
+    ``run_folder`` is an opened run folder; ``sweep`` names the sweep this run belongs to, if any (W&B group);
+    ``stream`` is where the console writes, standard error by default. Raises ``OSError`` when the folder cannot be
+    written.
+    """
+    if sweep is not None and settings.wandb.group is None:
+        settings = replace(settings, wandb=replace(settings.wandb, group=sweep))
+    return RenderObservers(settings, run_folder, place, stream=stream or sys.stderr)
+
+
+def make_console(
+    settings: ConsoleSettings, stream: TextIO, tail: JournalTail | None = None, *, is_first_leader: bool = True
+) -> BackEnd | None:
+    """Return the console back end for ``stream``, or None when nothing is to be shown here.
+
+    On a terminal only the first leader draws: its view shows the other replicas too.
+    """
+    mode = settings.mode
+    if mode == "auto":
+        mode = "live" if stream.isatty() and settings.level != "quiet" else "plain"
+    if mode == "off" or (mode == "live" and not is_first_leader):
+        return None
+    if mode == "live":
+        return LiveConsole(Console(file=stream, force_terminal=True), level=settings.level, tail=tail)
+    return PlainConsole(stream, level=settings.level, line_interval_seconds=settings.line_interval_seconds, tail=tail)
+
+
+def wait_for_replicas_of(run_folder: Path, place: Place, *, silence_seconds: float = SILENCE_SECONDS) -> None:
+    """Wait until every other replica of this job says that it is finished, or shows no sign of life any more."""
+    tail = JournalTail(run_folder / "events")
+    state = RunState()
+    began = time.time()
+    keys = [(place.job, number) for number in range(place.num_replicas) if number != place.replica]
+    while True:
+        while events := tail.poll():
+            for stamped in events:
+                state.apply(stamped)
+        rows = [state.rows.get(key) for key in keys]
+        waiting = [row for row in rows if row is None or not row.is_over]
+        last_signs = [max(began, row.last_seen if row is not None else 0.0) for row in waiting]
+        if all(time.time() - last > silence_seconds for last in last_signs):
+            return
+        time.sleep(1.0)

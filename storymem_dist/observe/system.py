@@ -1,0 +1,119 @@
+"""How a rank's process and device are doing, sampled now and then; and what is known about devices and versions.
+
+Works without a GPU and without torch in the process (then those figures are None). Knows nothing of who listens.
+"""
+
+import contextlib
+import importlib.metadata
+import os
+import socket
+import sys
+import threading
+import time
+from typing import Any
+
+from storymem_dist.observe.events import Observer, SystemSampled
+
+GIB = 2**30
+
+PEAK_BF16_TFLOPS = (
+    ("B200", 2250.0),
+    ("GH200", 989.0),
+    ("H200", 989.0),
+    ("H100 PCIe", 756.0),
+    ("H100 NVL", 835.0),
+    ("H100", 989.0),
+    ("H20", 148.0),
+    ("A100", 312.0),
+    ("A800", 312.0),
+    ("L40S", 362.0),
+    ("RTX 4090", 165.0),
+)
+"""Dense bf16 TFLOP/s with fp32 accumulation, from the makers' data sheets. The first entry that fits counts."""
+
+PACKAGES = (
+    "storymem_dist",
+    "torch",
+    "diffusers",
+    "transformers",
+    "peft",
+    "accelerate",
+    "deepspeed",
+    "flash-attn",
+    "av",
+)
+
+
+def peak_tflops(device_name: str) -> float | None:
+    """Return the dense bf16 peak of a device in TFLOP/s, None when it is not in ``PEAK_BF16_TFLOPS``."""
+    return next((peak for name, peak in PEAK_BF16_TFLOPS if name in device_name), None)
+
+
+def package_versions() -> dict[str, str]:
+    """Return the versions of the packages that matter for a render, as far as they are installed."""
+    versions = {"python": sys.version.split()[0]}
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return versions
+
+
+class SystemSampler:
+    """Sends a ``SystemSampled`` every ``interval_seconds`` from a thread of its own, until it is closed."""
+
+    def __init__(self, observer: Observer, *, rank: int, interval_seconds: float) -> None:
+        self._observer = observer
+        self._rank = rank
+        self._interval = interval_seconds
+        self._host = socket.gethostname()
+        self._last_cpu = (time.monotonic(), _cpu_seconds())
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="observe-system", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop sampling."""
+        self._closing.set()
+        self._thread.join(timeout=5.0)
+
+    def sample(self) -> SystemSampled:
+        """Measure now. ``cpu_ratio`` is CPU seconds per second since the sample before (1.0: one core busy)."""
+        now, used = time.monotonic(), _cpu_seconds()
+        before, used_before = self._last_cpu
+        self._last_cpu = (now, used)
+        memory, busy = _gpu()
+        return SystemSampled(
+            rank=self._rank,
+            host=self._host,
+            host_memory_gib=_resident_gib(),
+            cpu_ratio=(used - used_before) / (now - before) if now > before else None,
+            gpu_memory_gib=memory,
+            gpu_busy_ratio=busy,
+        )
+
+    def _run(self) -> None:
+        while not self._closing.wait(self._interval):
+            self._observer.notify(self.sample())
+
+
+def _cpu_seconds() -> float:
+    times = os.times()
+    return times.user + times.system
+
+
+def _resident_gib() -> float | None:
+    with contextlib.suppress(OSError, ValueError, IndexError), open("/proc/self/statm", encoding="ascii") as file:  # noqa: PTH123
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / GIB
+    return None
+
+
+def _gpu() -> tuple[float | None, float | None]:
+    """Memory in use by this process on its current device in GiB, and how busy the device is (0 to 1)."""
+    torch: Any = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available() or not torch.cuda.is_initialized():
+        return None, None
+    memory = torch.cuda.memory_reserved() / GIB
+    try:
+        return memory, torch.cuda.utilization() / 100.0
+    except Exception:  # needs nvidia-ml-py, which not every machine has
+        return memory, None
