@@ -1,0 +1,53 @@
+"""Who may import what, where import-linter (see pyproject.toml) cannot look: submodules of other packages."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[2] / "storymem_dist"
+
+RULES = {
+    "torch.distributed": ("parallel/", "selftest.py"),
+    "hydra": ("cli.py", "build.py", "config.py", "launch/"),
+    "omegaconf": ("cli.py", "build.py", "config.py", "launch/"),
+    "wandb": ("observe/wandb.py",),
+    "diffusers": ("models/wan/", "diffusion/solver.py", "parallel/vae.py"),
+    "deepspeed": ("parallel/zero3.py",),
+    "accelerate": ("parallel/",),
+}
+
+
+def imports_of(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("module", RULES)
+def test_a_library_is_imported_only_where_it_belongs(module: str) -> None:
+    offenders = {
+        f"{where}: {name}"
+        for path in PACKAGE.rglob("*.py")
+        if not (where := path.relative_to(PACKAGE).as_posix()).startswith(RULES[module])
+        for name in imports_of(path)
+        if name == module or name.startswith(f"{module}.")
+    }
+    assert not offenders
+
+
+def test_the_check_sees_imports_of_every_form(tmp_path: Path) -> None:
+    source = tmp_path / "module.py"
+    source.write_text("def f():\n    import torch.distributed as dist\n\nfrom torch import distributed\n")
+    assert {"torch.distributed"} <= set(imports_of(source))
+    source.write_text("from torch import distributed\n")
+    assert "torch.distributed" in set(imports_of(source))
+
+
+def test_every_module_says_what_it_does() -> None:
+    silent = [str(path) for path in PACKAGE.rglob("*.py") if not ast.get_docstring(ast.parse(path.read_text()))]
+    assert not silent
