@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from storymem_dist.errors import ExtraNotInstalled, WeightsNotFound
+from storymem_dist.errors import CheckpointError, ExtraNotInstalled, WeightsNotFound
 from storymem_dist.memory.frames import PATCH, resize_for_selection
 from storymem_dist.memory.settings import DEFAULT_QUALITY_THRESHOLDS, MemorySettings
 
@@ -56,7 +56,7 @@ class Quality(Protocol):
 
 
 def build_similarity(settings: MemorySettings, device: torch.device) -> Similarity:
-    """The similarity that ``settings`` name. Raises ``WeightsNotFound`` when its model is not on this machine."""
+    """The similarity that ``settings`` name. Raises ``WeightsNotFound`` or ``CheckpointError``."""
     if settings.similarity == "hsv":
         return HsvSimilarity()
     return ClipSimilarity.from_pretrained(settings.clip_model, device)
@@ -77,31 +77,47 @@ def build_quality(settings: MemorySettings, device: torch.device) -> Quality:
 class ClipSimilarity:
     """Cosine of CLIP image embeddings, fp32."""
 
-    def __init__(self, vision_model: torch.nn.Module, device: torch.device) -> None:
-        """``vision_model`` is transformers' ``CLIPVisionModelWithProjection``."""
-        self._model = vision_model.to(device=device, dtype=torch.float32).eval().requires_grad_(False)
+    def __init__(self, model: Any, device: torch.device) -> None:
+        """``model`` is transformers' ``CLIPModel``, of which only the image half is kept."""
+        self._vision = model.vision_model.to(device=device, dtype=torch.float32).eval()
+        self._projection = model.visual_projection.to(device=device, dtype=torch.float32)
         self._device = device
 
     @classmethod
     def from_pretrained(cls, path_or_id: str, device: torch.device) -> "ClipSimilarity":
-        """Load from a folder, or from the local cache of the hub; never downloads. Raises ``WeightsNotFound``."""
-        from transformers import CLIPVisionModelWithProjection
+        """Load from a folder, or from the local cache of the hub; never downloads.
+
+        Raises ``WeightsNotFound`` when there is no model, ``CheckpointError`` when it is damaged or another model.
+        """
+        from transformers import CLIPModel
 
         try:
-            model = CLIPVisionModelWithProjection.from_pretrained(path_or_id, local_files_only=True)
-        except (OSError, ValueError) as error:
+            loaded: Any = CLIPModel.from_pretrained(path_or_id, local_files_only=True, output_loading_info=True)
+            model, report = loaded
+        except OSError as error:
             raise WeightsNotFound(
-                f"memory.clip_model={path_or_id!r}: no CLIP model there ({' '.join(str(error).split())[:200]});"
+                f"memory.clip_model={path_or_id!r}: no CLIP model there ({_shortened(error)});"
                 f" give a folder, or run: hf download {MemorySettings().clip_model}"
                 " (or use memory.similarity=hsv, which needs no weights)"
             ) from None
+        except Exception as error:  # the loaders raise their own types: SafetensorError, UnpicklingError, RuntimeError
+            raise CheckpointError(
+                f"memory.clip_model={path_or_id!r} cannot be loaded ({_shortened(error)});"
+                f" to get it again, run: hf download --force-download {MemorySettings().clip_model}"
+            ) from None
+        missing = sorted(report["missing_keys"])
+        if missing:  # transformers fills these with random numbers
+            raise CheckpointError(
+                f"memory.clip_model={path_or_id!r} is not a complete CLIP model: {len(missing)} weights are missing,"
+                f" first {', '.join(missing[:3])}"
+            )
         return cls(model, device)
 
     @torch.no_grad()
     def describe(self, frames_NCHW: Tensor) -> Tensor:
         """Unit vectors ``float32 [N, D]``."""
         embeddings = [
-            self._model(pixel_values=clip_pixels(batch.to(self._device))).image_embeds
+            self._projection(self._vision(pixel_values=clip_pixels(batch.to(self._device))).pooler_output)
             for batch in frames_NCHW.split(CLIP_BATCH)
         ]
         return F.normalize(torch.cat(embeddings), dim=-1).cpu()
@@ -259,3 +275,7 @@ def _cached(repo_id: str, filename: str) -> str:
             f"memory.quality=hpsv3 needs {filename} of {repo_id}, which is not in the local cache;"
             f" run: hf download {repo_id} (or use memory.quality=sharpness, which needs no weights)"
         ) from None
+
+
+def _shortened(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
