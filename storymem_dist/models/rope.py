@@ -48,11 +48,20 @@ def rope_tables(
 
 
 def apply_rope(x_BLNH: Tensor, cos_LP: Tensor, sin_LP: Tensor) -> Tensor:
-    """Rotate adjacent channel pairs ``(2k, 2k+1)`` of every head, in fp32; returns fp32 ``[B, L, N, H]``."""
-    even_BLNP, odd_BLNP = x_BLNH.float().unflatten(-1, (-1, 2)).unbind(-1)
-    cos_L1P, sin_L1P = cos_LP[:, None], sin_LP[:, None]
-    rotated = torch.stack(
-        [even_BLNP * cos_L1P - odd_BLNP * sin_L1P, even_BLNP * sin_L1P + odd_BLNP * cos_L1P],
-        dim=-1,
-    )
-    return rotated.flatten(-2)
+    """Rotate adjacent channel pairs ``(2k, 2k+1)`` of every head, in fp32; returns fp32 ``[B, L, N, H]``.
+
+    Eager runs one complex product, a single pass over memory. torch.compile has no code for complex numbers but fuses
+    real ones with what surrounds them, so a compiled region gets the same formula written out.
+    """
+    pairs_BLNP2 = x_BLNH.float().unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():
+        return _rotate_real(pairs_BLNP2, cos_LP[:, None], sin_LP[:, None]).flatten(-2)
+    rotation_L1P = torch.complex(cos_LP, sin_LP)[:, None]
+    return torch.view_as_real(torch.view_as_complex(pairs_BLNP2) * rotation_L1P).flatten(-2)
+
+
+def _rotate_real(pairs_BLNP2: Tensor, cos_L1P: Tensor, sin_L1P: Tensor) -> Tensor:
+    even_BLNP, odd_BLNP = pairs_BLNP2.unbind(-1)
+    rotated_even_BLNP = even_BLNP * cos_L1P - odd_BLNP * sin_L1P
+    rotated_odd_BLNP = even_BLNP * sin_L1P + odd_BLNP * cos_L1P
+    return torch.stack([rotated_even_BLNP, rotated_odd_BLNP], dim=-1)

@@ -34,11 +34,17 @@ def test_tables_hold_every_axis_position_times_its_frequency() -> None:
     assert row == len(cos)
 
 
-def test_adjacent_pairs_are_rotated_as_complex_numbers() -> None:
+@pytest.mark.parametrize("compiled", [False, True])
+def test_adjacent_pairs_are_rotated_as_a_plane(compiled: bool) -> None:
     x = torch.randn(2, 24, 3, 20, generator=torch.Generator().manual_seed(0))
     cos, sin = rope_tables(torch.arange(4), 3, 2, 20, device="cpu")
-    expected = torch.view_as_complex(x.unflatten(-1, (-1, 2))) * torch.complex(cos, sin)[:, None]
-    torch.testing.assert_close(apply_rope(x, cos, sin), torch.view_as_real(expected).flatten(-2))
+    rotate = torch.compile(apply_rope, fullgraph=True, backend="eager") if compiled else apply_rope
+    rotated = rotate(x, cos, sin)
+    for k in range(10):
+        c, s = cos[:, k, None], sin[:, k, None]
+        even, odd = x[..., 2 * k], x[..., 2 * k + 1]
+        torch.testing.assert_close(rotated[..., 2 * k], even * c - odd * s)
+        torch.testing.assert_close(rotated[..., 2 * k + 1], even * s + odd * c)
 
 
 def test_rotation_of_half_precision_is_computed_and_returned_in_fp32() -> None:

@@ -1,0 +1,132 @@
+"""What the benchmark scripts share: fair timing of rivals, peak memory, and a JSON file beside the printed table."""
+
+import json
+import platform
+import statistics
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+def device_name(device: torch.device) -> str:
+    """The device in words, for tables and files."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    model = next(
+        (line.partition(":")[2].strip() for line in _read_lines("/proc/cpuinfo") if line.startswith("model name")),
+        platform.machine(),
+    )
+    return f"{model}, {torch.get_num_threads()} threads"
+
+
+def interleaved_seconds(
+    rivals: Sequence[Callable[[], Any]], *, repeats: int, device: torch.device
+) -> list[tuple[float, ...]]:
+    """Run all rivals in turn, ``repeats`` times, after one warm-up of each; one tuple of seconds per round.
+
+    Whatever disturbs the machine disturbs all rivals of a round alike, so compare within rounds. Every other round runs
+    in reverse, so that nobody always comes first.
+    """
+    for rival in rivals:
+        rival()
+    rounds = []
+    for index in range(repeats):
+        order = range(len(rivals)) if index % 2 == 0 else reversed(range(len(rivals)))
+        seconds = {position: _seconds(rivals[position], device) for position in order}
+        rounds.append(tuple(seconds[position] for position in range(len(rivals))))
+    return rounds
+
+
+def median_ratio(rounds: Sequence[tuple[float, ...]], numerator: int, denominator: int) -> float:
+    """Median over the rounds of one rival's time over another's."""
+    return statistics.median(times[numerator] / times[denominator] for times in rounds)
+
+
+def peak_gib(run: Callable[[], Any], device: torch.device) -> float:
+    """Peak GiB of what ``run`` allocates on top of what is there.
+
+    On CUDA that is the allocator's own count. On the CPU it is the peak of live tensors (scratch space inside an
+    operator is not seen).
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        return (torch.cuda.max_memory_allocated(device) - before) / 2**30
+    with _LiveTensors() as live:
+        run()
+    return live.peak_bytes / 2**30
+
+
+def print_table(rows: Sequence[dict[str, Any]]) -> None:
+    """Print rows under the keys of the first one, columns aligned."""
+    cells = [list(rows[0]), *([_text(row.get(key, "")) for key in rows[0]] for row in rows)]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
+    for line in cells:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def write_json(path: Path | None, results: dict[str, Any], device: torch.device) -> None:
+    """Write results with the device's name and torch's version, if a path was given."""
+    if path is not None:
+        header = {"device": device_name(device), "torch": torch.__version__}
+        path.write_text(json.dumps(header | results, indent=2) + "\n")
+
+
+class _LiveTensors(TorchDispatchMode):
+    """Counts the bytes of storages that operators return, from their creation until they are freed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak_bytes = 0
+        self._live_bytes = 0
+        self._known: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        existing = {
+            id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)
+        }
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                storage = leaf.untyped_storage()
+                if id(storage) not in self._known and id(storage) not in existing:
+                    self._watch(storage)
+        return result
+
+    def _watch(self, storage: torch.UntypedStorage) -> None:
+        key, num_bytes = id(storage), storage.nbytes()
+
+        def freed(_reference: Any) -> None:
+            self._live_bytes -= num_bytes
+            del self._known[key]
+
+        self._known[key] = weakref.ref(storage, freed)
+        self._live_bytes += num_bytes
+        self.peak_bytes = max(self.peak_bytes, self._live_bytes)
+
+
+def _seconds(run: Callable[[], Any], device: torch.device) -> float:
+    start = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def _read_lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError:
+        return []
+
+
+def _text(value: Any) -> str:
+    return f"{value:.3f}" if isinstance(value, float) else str(value)

@@ -1,0 +1,90 @@
+"""Our transformer and diffusers', built with the same random weights, for the benchmarks that compare them."""
+
+from dataclasses import dataclass
+
+import torch
+from diffusers import WanTransformer3DModel
+from torch import Tensor, nn
+
+from storymem_dist.models.wan.dit import DiTConfig, WanDiT
+from storymem_dist.models.wan.key_maps import diffusers_dit_key
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """One forward's inputs: latents ``[1, in_dim, T, h, w]``, timestep, text (full length), contiguous positions."""
+
+    latents: Tensor
+    timestep: Tensor
+    context: Tensor
+    positions: Tensor
+
+
+def make_ours(config: DiTConfig, dtype: torch.dtype, device: torch.device, seed: int = 0) -> WanDiT:
+    """Our transformer with random weights of the usual size, made on the device."""
+    with torch.device("meta"):
+        dit = WanDiT(config, dtype=dtype)
+    dit.to_empty(device=device).requires_grad_(False).eval()
+    generator = torch.Generator(device).manual_seed(seed)
+    for name, parameter in dit.named_parameters():
+        if parameter.ndim == 1 and "norm" in name and name.endswith("weight"):
+            parameter.fill_(1)
+        else:
+            parameter.normal_(std=0.02, generator=generator)
+    return dit
+
+
+def make_diffusers(ours: WanDiT) -> WanTransformer3DModel:
+    """diffusers' transformer with the weights of ``ours``, in the types its own loader would give them.
+
+    Weights of the same type are shared, so that both fit on one device.
+    """
+    config = ours.config
+    with torch.device("meta"):
+        theirs = WanTransformer3DModel(
+            patch_size=config.patch_size,
+            num_attention_heads=config.num_heads,
+            attention_head_dim=config.head_dim,
+            in_channels=config.in_dim,
+            out_channels=config.out_dim,
+            text_dim=config.text_dim,
+            freq_dim=config.freq_dim,
+            ffn_dim=config.ffn_dim,
+            num_layers=config.num_layers,
+            eps=config.eps,
+        )
+    kept = WanTransformer3DModel._keep_in_fp32_modules
+
+    def type_of(key: str) -> torch.dtype:
+        return torch.float32 if any(part in key.split(".") for part in kept) else ours.dtype
+
+    state = {diffusers_dit_key(key): value for key, value in ours.state_dict().items()}
+    theirs.load_state_dict({key: value.to(type_of(key)) for key, value in state.items()}, strict=True, assign=True)
+    device = ours.head.modulation.device
+    with torch.device(device):  # rotary tables are buffers, computed when the module is built
+        theirs.rope = type(theirs.rope)(config.head_dim, config.patch_size, theirs.config.rope_max_seq_len)
+    return theirs.requires_grad_(False).eval()
+
+
+def make_inputs(config: DiTConfig, latent_size: tuple[int, int, int], device: torch.device, seed: int = 1) -> Inputs:
+    """Random fp32 inputs for latents of ``(frames, height, width)``."""
+    generator = torch.Generator(device).manual_seed(seed)
+    return Inputs(
+        latents=torch.randn(1, config.in_dim, *latent_size, generator=generator, device=device),
+        timestep=torch.tensor([900], device=device),
+        context=torch.randn(1, config.text_len, config.text_dim, generator=generator, device=device),
+        positions=torch.arange(latent_size[0], device=device),
+    )
+
+
+def run_ours(dit: nn.Module, inputs: Inputs) -> Tensor:
+    """One forward of ours."""
+    with torch.no_grad():
+        return dit(inputs.latents, inputs.timestep, inputs.context, inputs.positions)
+
+
+def run_diffusers(transformer: nn.Module, inputs: Inputs, dtype: torch.dtype) -> Tensor:
+    """One forward of diffusers', fed as its pipeline feeds it (latents and text in the model's type)."""
+    with torch.no_grad():
+        latents, context = inputs.latents.to(dtype), inputs.context.to(dtype)
+        return transformer(latents, inputs.timestep, context, return_dict=False)[0]
