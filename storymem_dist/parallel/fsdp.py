@@ -54,29 +54,40 @@ def share_streams(experts: Mapping[str, nn.Module]) -> None:
         share_comm_ctx(sharded)
 
 
-class ShardSwap:
-    """Residency of two sharded experts: the shards of the idle one wait in host memory and cost no device memory.
+class ShardResidency:
+    """Where the shards of sharded experts are: on the device, or in host memory where they cost no device memory.
 
-    Every rank moves its own shards; no collective is involved. See ``storymem_dist.diffusion.experts.Residency``.
+    With ``swap`` only the expert that computes has its shards on the device; without, all do until they are asked to
+    idle. Every rank moves its own shards; no collective is involved. See ``storymem_dist.diffusion.experts.Residency``.
     """
 
-    def __init__(self, experts: Mapping[str, nn.Module], device: torch.device) -> None:
+    def __init__(self, experts: Mapping[str, nn.Module], device: torch.device, *, swap: bool) -> None:
+        """The shards are on ``device``."""
         self._experts = dict(experts)
         self._device = device
-        self._active: str | None = None
-        for module in self._experts.values():
-            module.to("cpu")
+        self._swap = swap
+        self._on_device = set(experts)
+        if swap:
+            self.idle()
 
     def activate(self, name: str) -> None:
-        """Bring the shards of ``name`` onto the device, after sending the other ones away."""
-        if name == self._active:
-            return
-        if self._active is not None:
-            self._experts[self._active].to("cpu")
-        self._experts[name].to(self._device)
-        self._active = name
+        """Bring the shards of ``name`` onto the device, where others must leave it after sending those away."""
+        if self._swap:
+            self._move_away(self._on_device - {name})
+        if name not in self._on_device:
+            self._experts[name].to(self._device)
+            self._on_device.add(name)
+
+    def idle(self) -> None:
+        """Send all shards to host memory until the next ``activate``."""
+        self._move_away(set(self._on_device))
 
     def release(self) -> None:
         """Forget the experts; their memory is freed with the last reference to them."""
         self._experts.clear()
-        self._active = None
+        self._on_device.clear()
+
+    def _move_away(self, names: set[str]) -> None:
+        for name in names:
+            self._experts[name].to("cpu")
+        self._on_device -= names

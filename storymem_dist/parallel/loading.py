@@ -24,7 +24,7 @@ from storymem_dist.models.loading import (
     whole_parameter,
 )
 from storymem_dist.models.wan.dit import CrossAttention, DiTConfig, SelfAttention, WanDiT
-from storymem_dist.parallel.fsdp import ShardSwap, share_streams
+from storymem_dist.parallel.fsdp import ShardResidency, share_streams
 from storymem_dist.parallel.parallelize import parallelize
 from storymem_dist.parallel.session import Session
 from storymem_dist.parallel.settings import ParallelSettings
@@ -74,14 +74,18 @@ def build_expert(
 
 
 def place_experts(experts: Mapping[str, nn.Module], *, device: torch.device, weights: str, swap: bool) -> Residency:
-    """Decide where the experts of ``build_expert`` wait while they are idle.
+    """Decide where the experts of ``build_expert`` wait while they are idle. To be called before the first forward.
 
     ``swap``: the idle one costs no device memory. Offloaded weights (``fsdp_offload``, ``zero3``) never do.
     """
     share_streams(experts)
-    if not swap or weights in ("fsdp_offload", "zero3"):
+    if weights in ("fsdp_offload", "zero3"):
         return AllResident()
-    return ShardSwap(experts, device) if weights == "fsdp" else HostSwap(experts, device)
+    if weights == "fsdp":
+        return ShardResidency(experts, device, swap=swap)
+    if swap:
+        return HostSwap(experts, device)
+    return AllResident(experts, device) if device.type == "cuda" else AllResident()
 
 
 def local_part(name: str, parameter: nn.Parameter) -> LocalPart:

@@ -71,26 +71,26 @@ class SequenceParallelAttend(Attend):
         self.split = split
 
     def forward(self, q_BlNH: Tensor, k_BlNH: Tensor, v_BlNH: Tensor) -> Tensor:
-        """Attention of this rank's tokens to all tokens, ``[B, l, N, H]``. Collective over the ``sequence`` axis."""
-        split = self.split
-        num_tokens = split.tokens_on_ring(split.ring.rank)
-        if split.ulysses.size == 1:
+        """This rank's tokens attend to all tokens: ``[B, l, N, H]``. Collective over the ``sequence`` axis."""
+        split, ring, ulysses = self.split, self.split.ring, self.split.ulysses
+        num_tokens = split.tokens_on_ring(ring.rank)
+        if ulysses.size == 1:
             q, k, v = (x[:, :num_tokens] for x in (q_BlNH, k_BlNH, v_BlNH))
         else:
-            q, k, v = _trade_tokens_for_heads(q_BlNH, k_BlNH, v_BlNH, split.ulysses, num_tokens)
-        if split.ring.size == 1:
+            q, k, v = _trade_tokens_for_heads(q_BlNH, k_BlNH, v_BlNH, ulysses, num_tokens)
+        if ring.size == 1:
             out = self.attend(q, k, v)
         else:
-            lengths = [split.tokens_on_ring(ring_rank) for ring_rank in range(split.ring.size)]
-            out = ring_attention(q, k, v, split.ring, lengths, self.backend)
-        padding = split.ulysses.size * q_BlNH.shape[1] - num_tokens
+            lengths = [split.tokens_on_ring(ring_rank) for ring_rank in range(ring.size)]
+            out = ring_attention(q, k, v, ring, lengths, self.backend)
+        padding = ulysses.size * q_BlNH.shape[1] - num_tokens
         if padding:
             out = F.pad(out, (0, 0, 0, 0, 0, padding))
-        return out if split.ulysses.size == 1 else _trade_heads_for_tokens(out, split.ulysses)
+        return out if ulysses.size == 1 else _trade_heads_for_tokens(out, ulysses)
 
 
 def apply_sequence_parallel(dit: WanDiT, mesh: ReplicaMesh) -> None:
-    """Spread the tokens of every later forward of ``dit`` over the ``sequence`` axis. Nothing to do where it has size 1.
+    """Spread the tokens of every later forward of ``dit`` over the ``sequence`` axis (of size 1: do nothing).
 
     Parameter names do not change. Raises ``LayoutError`` when ulysses does not divide the heads.
     """

@@ -1,15 +1,17 @@
 """A ``WanDiT`` whose tokens are spread over ranks computes what one device computes."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
+from storymem_dist.parallel import sequence
 from storymem_dist.parallel.parallelize import parallelize
 from storymem_dist.parallel.session import Session, start_session
 from storymem_dist.parallel.settings import ParallelSettings
 from tests.helpers.ranks import run_ranks
-from tests.helpers.tiny_dit import make_dit, make_inputs
+from tests.helpers.tiny_dit import largest_error, make_dit, make_inputs
 
 TOLERANCE = 1e-5
 SIZES = (
@@ -18,11 +20,6 @@ SIZES = (
     {"times": 1, "height": 2, "width": 10},  # 5 tokens: on 4 ranks of a ring the last holds none
     {"times": 5, "height": 2, "width": 10, "batch": 2},  # 25 tokens, both passes of guidance in one batch
 )
-
-
-def largest_error(found: Tensor, expected: Tensor) -> float:
-    """Largest difference, in units of the largest expected value."""
-    return ((found - expected).abs().max() / expected.abs().max()).item()
 
 
 def _errors_over_sizes(session: Session, settings: ParallelSettings) -> dict[str, float]:
@@ -57,3 +54,26 @@ def test_a_split_forward_equals_one_device(ring: int, ulysses: int) -> None:
         assert len(errors) == 2 * len(SIZES)
         for what, error in errors.items():
             assert error <= TOLERANCE, f"rank {rank}, {what}"
+
+
+def _leave_padding_in_attention() -> dict[str, float]:
+    def padded(split: sequence.TokenSplit, ring_rank: int) -> int:
+        return split.ulysses.size * split.tokens_per_rank
+
+    with patch.object(sequence.TokenSplit, "tokens_on_ring", padded):
+        return {name: error for ulysses in (1, 2) for name, error in _padded_errors(ulysses).items()}
+
+
+def _padded_errors(ulysses: int) -> dict[str, float]:
+    settings = ParallelSettings(ring=2 // ulysses, ulysses=ulysses)
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+    with start_session(settings) as session:
+        return {f"ulysses {ulysses} {size}": error for size, error in _errors_over_sizes(session, settings).items()}
+
+
+def test_padding_left_in_attention_would_be_seen() -> None:
+    for errors in run_ranks(_leave_padding_in_attention, 2):
+        for what, error in errors.items():
+            divides = "'times': 2, 'height': 4" in what
+            assert (error <= TOLERANCE) if divides else (error > 100 * TOLERANCE), what

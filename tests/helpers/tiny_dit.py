@@ -25,3 +25,8 @@ def make_inputs(
     timestep = torch.arange(batch) * 100 + 500
     positions = torch.tensor([-10, -5, *range(times)])[:times]
     return x, timestep, context, positions
+
+
+def largest_error(found: Tensor, expected: Tensor) -> float:
+    """Largest difference, in units of the largest expected value."""
+    return ((found - expected).abs().max() / expected.abs().max()).item()
