@@ -9,9 +9,10 @@ Knows nothing of what the files hold.
 
 import contextlib
 import json
+import math
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -129,3 +130,16 @@ def names_in(folder: Path) -> list[str]:
             return sorted(entry.name for entry in entries if not entry.name.startswith("."))
     except (FileNotFoundError, NotADirectoryError):
         return []
+
+
+def json_ready(value: Any) -> Any:
+    """Return ``value`` as JSON types: mappings, tuples and lists converted, numbers that are not finite as None."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): json_ready(item) for key, item in value.items()}
+    if isinstance(value, Iterable):
+        return [json_ready(item) for item in value]
+    return str(value)

@@ -11,6 +11,9 @@ from enum import Enum
 
 from storymem_dist.dispatch.plan import PlannedShot
 
+ShotKey = tuple[int, str, str, str]
+"""What names a planned shot in a job: part, story, shot, and the first 16 digits of its fingerprint."""
+
 
 class ShotState(Enum):
     """What is known of a shot. ``WAITING`` includes ready shots; ``LEASED`` ones are rendered by some replica."""
@@ -68,7 +71,7 @@ class ShotGraph:
         for chain in self.chains:
             self._refresh(chain)
 
-    def place(self, key: tuple[int, str, str, str]) -> tuple[Chain, int] | None:
+    def place(self, key: ShotKey) -> tuple[Chain, int] | None:
         """Return chain and index of a shot by its key, or None when it is not (or no longer) part of this job."""
         return self._places.get(key)
 
@@ -137,6 +140,6 @@ class ShotGraph:
             heapq.heappush(self._heaps.setdefault(kind, []), (-chain.remaining[front], chain.number, front))
 
 
-def shot_key(shot: PlannedShot) -> tuple[int, str, str, str]:
-    """Return what names a planned shot in a job: part, story, shot, and the first 16 digits of its fingerprint."""
+def shot_key(shot: PlannedShot) -> ShotKey:
+    """Return the key of a planned shot."""
     return shot.part, shot.story.story_id, shot.shot.shot_id, shot.fingerprint[:16]

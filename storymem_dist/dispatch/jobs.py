@@ -21,8 +21,9 @@ T = TypeVar("T")
 class ShotJob:
     """A shot to render.
 
-    ``part`` is the number of the batch part it belongs to (``dispatch.plan.BatchPart``; 0 where there is one). ``kind`` names the experts it needs (``t2v`` or ``m2v``), ``mode`` how it is conditioned (``t2v``, ``m2v``,
-    ``mi2v``, ``mm2v``). ``fingerprint`` covers everything that changes its pixels. ``attempt_id`` is new for every try.
+    ``part`` is the number of the batch part it belongs to (``dispatch.plan.BatchPart``; 0 where there is one). ``kind``
+    names the experts it needs (``t2v`` or ``m2v``), ``mode`` how it is conditioned (``t2v``, ``m2v``, ``mi2v``,
+    ``mm2v``). ``fingerprint`` covers everything that changes its pixels. ``attempt_id`` is new for every try.
     ``why`` says why a shot is rendered again that was rendered before from other inputs; else it is empty.
     """
 
@@ -75,7 +76,7 @@ class ShotRenderer(Protocol):
     retries_in_place: bool
 
     def encode_prompts(self, prompts: Sequence[str]) -> None:
-        """Encode all texts that the coming shots need, then free the encoder. Called once, before the first ``prepare``."""
+        """Encode all texts that the coming shots need, then free the encoder. Called once, before ``prepare``."""
 
     def prepare(self, kind: str) -> None:
         """Make the experts of ``kind`` (``t2v`` or ``m2v``) ready, releasing those of the other kind."""

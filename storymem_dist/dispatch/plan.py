@@ -115,9 +115,10 @@ def plan_story(
 
 
 def plan_part(part: int, batch: BatchPart) -> Iterator[tuple[Story, tuple[PlannedShot, ...] | StoryboardError]]:
-    """Plan all stories of a part, drawing negative seeds once per run folder; a story that cannot be planned has an error.
+    """Plan all stories of a part, drawing negative seeds once per run folder.
 
-    Reads the run folder (drawn seeds, forced re-renders) and the reference images.
+    Yields each story with its planned shots, or with the error that keeps it from being planned. Reads the run folder
+    (drawn seeds, forced re-renders) and the reference images.
     """
     generations = batch.run.rerender_generations()
     for story in batch.stories:

@@ -22,6 +22,7 @@ class CostModel:
 
     ``passes_per_step``: 2 with classifier-free guidance, 1 without. ``max_keyframes``: most that are recalled.
     ``keyframes_per_shot``: how many a shot is expected to add (StoryMem keeps up to three; some are duplicates).
+    ``is_a14b``: whether that is the model; the ratios serve others as well, the TFLOP then mean nothing.
     """
 
     num_frames: int = 81
@@ -31,6 +32,7 @@ class CostModel:
     passes_per_step: int = 2
     max_keyframes: int = 10
     keyframes_per_shot: float = 2.5
+    is_a14b: bool = True
 
     def num_tokens(self, num_keyframes: float) -> float:
         """Tokens of one forward with ``num_keyframes`` in memory: 1560 per latent time at 832x480."""

@@ -1,0 +1,577 @@
+"""The leader's desk: everything of a batch that touches the run folder.
+
+``render_batch`` runs on all ranks of a replica; what it asks of the desk goes through ``leader_decides``, so only the
+leader's desk is ever opened. Every method returns plain values that can be sent to the other ranks, tensors on the CPU.
+Knows the queue, the run folder and the observers; nothing of ranks, models or how a shot is rendered.
+"""
+
+import contextlib
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from storymem_dist.artifacts.records import DamagedRecord, ShotRecord
+from storymem_dist.artifacts.run_folder import Failure
+from storymem_dist.artifacts.shot_folder import ShotFolder, new_attempt_id
+from storymem_dist.diffusion.denoise import DenoiseState
+from storymem_dist.dispatch.graph import Chain, ShotState
+from storymem_dist.dispatch.jobs import RenderedShot, ShotHistory, ShotJob
+from storymem_dist.dispatch.joining import is_joined, join_story
+from storymem_dist.dispatch.leases import Owner
+from storymem_dist.dispatch.opening import OpenBatch, open_batch, why_again
+from storymem_dist.dispatch.plan import M2V, BatchPart, PlannedShot
+from storymem_dist.dispatch.queue import Claim, ShotQueue
+from storymem_dist.dispatch.saving import save_shot
+from storymem_dist.dispatch.settings import DispatchSettings
+from storymem_dist.dispatch.stop import StopSwitch
+from storymem_dist.dispatch.summary import DONE, FAILED, STOPPED, BatchSummary, Replica, Tally
+from storymem_dist.errors import RunFolderError
+from storymem_dist.memory.bank import Keyframe
+from storymem_dist.observe.events import (
+    JobFinished,
+    ReplicaWaited,
+    ShotFailed,
+    ShotFinished,
+    ShotResumed,
+    ShotStarted,
+    StopRequested,
+    StoryFinished,
+    ThroughputSampled,
+    WarningIssued,
+    timed_stage,
+)
+
+_LONGEST_PAUSE = 4.0  # between two looks while there is nothing to do, in units of poll_seconds
+_LEASE_LOOK_SECONDS = 1.0  # between two looks at the own lease while a shot is rendered
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Opening:
+    """What is to do: ``prompts`` of all shots that are not committed, in order, each once."""
+
+    prompts: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Assignment:
+    """A shot for this replica, with all that rendering it needs."""
+
+    job: ShotJob
+    history: ShotHistory
+    resume: DenoiseState | None
+    low_memory: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class End:
+    """No more shots for this replica. ``state``: ``done``, ``stopped`` or ``failed``."""
+
+    state: str
+    reason: str = ""
+
+
+class Desk:
+    """The leader's view of a batch. Making one touches nothing; ``open`` does."""
+
+    def __init__(
+        self,
+        *,
+        parts: Sequence[BatchPart],
+        settings: DispatchSettings,
+        replica: Replica,
+        stop: StopSwitch,
+        check_contents: bool,
+    ) -> None:
+        self._parts = parts
+        self._settings = settings
+        self._replica = replica
+        self._stop = stop
+        self._check_contents = check_contents
+        self._owner = Owner.this_process(replica.job_id, replica.index)
+        self._batch: OpenBatch | None = None
+        self._claim: Claim | None = None
+        self._attempt_id = ""
+        self._resumed_at: int | None = None
+        self._lost = False
+        self._next_lease_look = 0.0
+        self._end: End | None = None
+        self._announced_stop = False
+        self._tally = Tally()
+        self._began = time.monotonic()
+        self._shot_began = 0.0
+
+    # -- begin and end -------------------------------------------------------------------------------------------------
+
+    def open(self) -> Opening:
+        """Open the run folders and find out what is to do. Raises as ``open_batch``."""
+        self._stop.reason()  # a stop file that is there now belongs to an earlier job
+        self._batch = open_batch(
+            self._parts,
+            self._settings,
+            self._replica,
+            self._owner,
+            check_contents=self._check_contents,
+            stop_reason=self._stop.reason,
+        )
+        self._tally.num_skipped = self._batch.num_skipped
+        if self._replica.index == 0:
+            for part, leases in zip(self._parts, self._batch.leases, strict=True):
+                if not leases.others_working():
+                    part.run.remove_stop()
+        prompts = [
+            shot.shot.prompt
+            for chain in self._queue.graph.chains
+            for shot, state in zip(chain.shots, chain.states, strict=True)
+            if state is not ShotState.COMMITTED
+        ]
+        return Opening(prompts=tuple(dict.fromkeys(prompts)))
+
+    def finish(self, end: End) -> BatchSummary:
+        """Write ``stop.json``, tell the observers, release what is held, and sum up."""
+        summary = self._summary(end)
+        details = {
+            "reason": end.reason,
+            "job_id": self._owner.job_id,
+            "replica": self._replica.index,
+            "num_stories": summary.num_stories,
+            "num_stories_done": summary.num_stories_done,
+            "num_failed": summary.num_failed,
+            "num_blocked": summary.num_blocked,
+        }
+        outcome = {DONE: "finished", STOPPED: "stopped", FAILED: "failed"}[end.state]
+        for part in self._parts:
+            try:
+                part.run.write_stop(end.state, **details)
+            except OSError as error:
+                self._warn(part, f"stop.json cannot be written: {error}", "save")
+            part.observers.notify(
+                JobFinished(
+                    outcome=outcome,
+                    num_rendered=summary.num_rendered,
+                    num_resumed=summary.num_resumed,
+                    num_skipped=summary.num_skipped,
+                    num_failed=summary.num_failed,
+                    elapsed_seconds=summary.elapsed_seconds,
+                    message=end.reason,
+                )
+            )
+        self.close()
+        return summary
+
+    def close(self, *, crashed: bool = False) -> None:
+        """Release everything that is held; after a crash leave the lease behind, so that the next one can count it."""
+        if self._batch is not None:
+            for leases in self._batch.leases:
+                leases.close(release=not crashed)
+            self._batch = None
+
+    # -- the next shot -------------------------------------------------------------------------------------------------
+
+    def next_assignment(self, loaded: str | None) -> Assignment | End:
+        """Wait for a shot that this replica can render; ``loaded`` is the kind whose experts it has."""
+        began, pause = time.monotonic(), self._settings.poll_seconds
+        while self._end is None:
+            if reason := self._stop.reason():
+                self._announce_stop(reason)
+                return End(state=STOPPED, reason=reason)
+            try:
+                claim = self._queue.claim(loaded)
+                if claim is not None:
+                    assignment = self._assign(claim)
+                    if assignment is not None:
+                        self._note_wait(began)
+                        return assignment
+                    continue
+                if self._queue.graph.is_finished and self._join_what_is_left():
+                    self._note_wait(began)
+                    return self._outcome()
+            except OSError as error:
+                self._end = End(state=FAILED, reason=f"the run folder cannot be used any more: {error}")
+                break
+            time.sleep(pause)
+            pause = min(1.5 * pause, _LONGEST_PAUSE * self._settings.poll_seconds)
+        return self._end
+
+    def _assign(self, claim: Claim) -> Assignment | None:
+        """Gather what rendering the claimed shot needs; None when a record before it turned out to be damaged."""
+        shot, part = claim.shot, self._parts[claim.shot.part]
+        folder = self._folder(shot)
+        folder.discard_orphans(shot.fingerprint)
+        part.run.write_storyboard(shot.story)
+        history = self._history(claim)
+        if history is None:
+            return None
+        self._claim, self._lost, self._next_lease_look = claim, False, 0.0
+        self._shot_began = time.monotonic()
+        self._attempt_id = new_attempt_id(shot.fingerprint, self._owner.owner_id)
+        why = why_again(part, shot)
+        job = ShotJob(
+            part=shot.part,
+            story=shot.story,
+            shot=shot.shot,
+            kind=shot.kind,
+            mode=shot.mode,
+            seed=shot.seed,
+            fingerprint=shot.fingerprint,
+            attempt_id=self._attempt_id,
+            why=why,
+        )
+        part.observers.notify(self._started(job, part, history))
+        part.observers.notify(
+            ThroughputSampled(
+                queue_depth=self._queue.graph.num_ready("t2v") + self._queue.graph.num_ready("m2v"),
+                num_running=len(self._queue.graph.leased()),
+            )
+        )
+        resume = self._checkpoint(shot, part)
+        self._resumed_at = None if resume is None else resume.step
+        if resume is not None:
+            part.observers.notify(
+                ShotResumed(
+                    story_id=shot.story.story_id,
+                    shot_id=shot.shot.shot_id,
+                    step=resume.step,
+                    num_steps=resume.num_steps,
+                )
+            )
+        return Assignment(job=job, history=history, resume=resume, low_memory=claim.low_memory)
+
+    def _history(self, claim: Claim) -> ShotHistory | None:
+        chain = self._queue.graph.chain_of(claim.shot)
+        keyframes: list[Keyframe] = []
+        tail = None
+        if claim.shot.kind == M2V:
+            for before in chain.shots[: claim.shot.shot.index]:
+                folder = self._folder(before)
+                try:
+                    record = folder.read_record(before.fingerprint)
+                    if record is None:
+                        raise DamagedRecord(f"the record of {chain.story_id}:{before.shot.shot_id} has disappeared")
+                    images, tail = folder.read_images(record)
+                except DamagedRecord as damage:
+                    part = self._parts[before.part]
+                    self._warn(part, f"{damage}; the shot is rendered again", "resume")
+                    self._queue.release(claim, ShotState.WAITING)
+                    self._queue.graph.set_state(before, ShotState.WAITING)
+                    return None
+                keyframes += [
+                    Keyframe(image=image, shot_index=before.shot.index, slot=kept.slot, frame_index=kept.frame_index)
+                    for image, kept in zip(images, record.keyframes, strict=True)
+                ]
+        return ShotHistory(keyframes=tuple(keyframes), tail=tail)
+
+    def _checkpoint(self, shot: PlannedShot, part: BatchPart) -> DenoiseState | None:
+        path = part.run.checkpoint(shot.story.story_id, shot.shot.shot_id, shot.fingerprint)
+        if not path.exists():
+            return None
+        try:
+            return DenoiseState.load(path, fingerprint=shot.fingerprint)
+        except RunFolderError as error:
+            self._warn(part, f"{error}; the shot starts again", "resume")
+            path.unlink(missing_ok=True)
+            return None
+
+    def _started(self, job: ShotJob, part: BatchPart, history: ShotHistory) -> ShotStarted:
+        cost = part.cost
+        num_memory = 0
+        if job.kind == M2V:
+            num_memory = min(cost.max_keyframes, len(job.story.reference_images) + len(history.keyframes))
+        tflop = cost.passes_per_step * cost.forward_tflop(num_memory) if cost.is_a14b else None
+        return ShotStarted(
+            story_id=job.story.story_id,
+            shot_id=job.shot.shot_id,
+            shot_index=job.shot.index,
+            mode=job.mode,
+            seed=job.seed,
+            attempt_id=job.attempt_id,
+            prompt=job.shot.prompt,
+            num_memory=num_memory,
+            num_steps=cost.num_inference_steps,
+            num_frames=cost.num_frames,
+            height=cost.height,
+            width=cost.width,
+            num_tokens=int(cost.num_tokens(num_memory)),
+            tflop_per_step=tflop,
+            why=job.why,
+        )
+
+    # -- while a shot is rendered --------------------------------------------------------------------------------------
+
+    def should_stop(self) -> bool:
+        """Whether the running shot is to be left between two steps: a stop was asked for, or another replica has it."""
+        now = time.monotonic()
+        if now >= self._next_lease_look and not self._lost:
+            self._next_lease_look = now + _LEASE_LOOK_SECONDS
+            self._lost = not self._still_held()
+        if reason := self._stop.reason():
+            self._announce_stop(reason)
+            return True
+        return self._lost
+
+    def save_checkpoint(self, state: DenoiseState) -> None:
+        """Save the running shot between two steps. A failure is a warning: the render goes on without."""
+        shot, part = self._held.shot, self._parts[self._held.shot.part]
+        path = part.run.checkpoint(shot.story.story_id, shot.shot.shot_id, shot.fingerprint)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            state.save(path)
+        except (OSError, RunFolderError) as error:
+            self._warn(part, f"{error}; the render goes on without this step checkpoint", "save")
+
+    def note_prepared(self, elapsed_seconds: float, *, swapped: bool) -> None:
+        """Learn how long loading experts took; ``swapped``: others were there before."""
+        self._tally.add_stages({"load": elapsed_seconds})
+        if swapped:
+            self._queue.note_swapped(elapsed_seconds)
+
+    # -- how a shot ended ----------------------------------------------------------------------------------------------
+
+    def shot_stopped(self, state: DenoiseState) -> None:
+        """The running shot was left between two steps: save it for later, unless another replica has taken it over."""
+        if self._still_held():
+            self.save_checkpoint(state)
+            self._let_go(ShotState.WAITING)
+        else:
+            self._say_lost()
+
+    def shot_rendered(self, rendered: RenderedShot) -> None:
+        """Save and publish a rendered shot; when that is impossible, the shot has failed."""
+        shot, part, folder = self._held.shot, self._parts[self._held.shot.part], self._folder(self._held.shot)
+        story_id, shot_id = shot.story.story_id, shot.shot.shot_id
+        seconds = dict(rendered.stage_seconds)
+        try:
+            with timed_stage(part.observers, "save", story_id=story_id, shot_id=shot_id, totals=seconds):
+                host = {
+                    "replica": self._replica.index,
+                    "job_id": self._owner.job_id,
+                    "resumed_at_step": self._resumed_at,
+                }
+                record = save_shot(
+                    folder,
+                    part,
+                    shot,
+                    rendered,
+                    attempt_id=self._attempt_id,
+                    stage_seconds=rendered.stage_seconds,
+                    host=host,
+                )
+                published = folder.publish(record, may_publish=self._still_held)
+        except OSError as error:
+            folder.discard_attempt(self._attempt_id)
+            self.shot_failed(f"the shot cannot be saved: {error}", type(error).__name__)
+            return
+        if not published:
+            self._say_lost()
+            return
+        try:
+            folder.repair_views(record)
+            part.run.checkpoint(story_id, shot_id, shot.fingerprint).unlink(missing_ok=True)
+        except OSError as error:
+            self._warn(
+                part, f"{story_id}:{shot_id} is committed, but what people open is not up to date: {error}", "save"
+            )
+        elapsed = time.monotonic() - self._shot_began
+        self._tally.num_rendered += 1
+        self._tally.num_resumed += self._resumed_at is not None
+        self._tally.add_stages(seconds)
+        self._queue.note_rendered(shot, elapsed)
+        part.observers.notify(self._finished(record, part, elapsed, seconds))
+        self._let_go(ShotState.COMMITTED)
+        chain = self._queue.graph.chain_of(shot)
+        if chain.is_complete:
+            self._join(chain)
+
+    def shot_failed(self, reason: str, error_type: str, *, details: str = "", low_memory_next: bool = False) -> None:
+        """The held shot cannot be rendered: mark it, and so all after it; or have it tried again with less memory."""
+        shot, part = self._held.shot, self._parts[self._held.shot.part]
+        failure = Failure(
+            story_id=shot.story.story_id,
+            shot_id=shot.shot.shot_id,
+            fingerprint=shot.fingerprint,
+            reason=reason,
+            error_type=error_type,
+            is_final=not low_memory_next,
+            low_memory=low_memory_next,
+            job_id=self._owner.job_id,
+            details=details,
+        )
+        self._say_failed(shot.part, self._attempt_id, failure)
+        try:
+            self._queue.mark_failed(failure, shot)
+        except OSError as error:
+            self._end = End(
+                state=FAILED, reason=f"{failure.story_id}:{failure.shot_id}: {reason}; nor can that be noted: {error}"
+            )
+        self._let_go(ShotState.FAILED if failure.is_final else ShotState.WAITING)
+        chain = self._queue.graph.chain_of(shot)
+        if chain.is_blocked:
+            message = f"{shot.shot.shot_id} failed: {reason}"
+            part.observers.notify(
+                StoryFinished(story_id=chain.story_id, outcome="failed", num_shots=len(chain.shots), message=message)
+            )
+
+    def note_out_of_memory(self, assignment: Assignment, reason: str) -> None:
+        """Leave a note for after the restart: try the shot with less memory, or not at all if that was it.
+
+        The one thing that any rank may write, because the rank that ran out of memory is the only one that knows.
+        """
+        job = assignment.job
+        failure = Failure(
+            story_id=job.story.story_id,
+            shot_id=job.shot.shot_id,
+            fingerprint=job.fingerprint,
+            reason=reason,
+            error_type="OutOfMemoryError",
+            is_final=assignment.low_memory,
+            low_memory=True,
+            job_id=self._owner.job_id,
+        )
+        self._say_failed(job.part, job.attempt_id, failure)
+        with contextlib.suppress(OSError):  # then the restarted job tries once more as before
+            self._parts[job.part].run.write_failure(failure)
+
+    # -- the end of chains ---------------------------------------------------------------------------------------------
+
+    def _join_what_is_left(self) -> bool:
+        """Join the complete stories that nobody has joined; False when a damaged record turned up instead."""
+        chains = self._queue.graph.chains
+        first = len(chains) * self._replica.index // self._replica.count  # replicas begin at different places
+        whole = [self._join(chain) for chain in chains[first:] + chains[:first] if chain.is_complete]
+        return all(whole)
+
+    def _join(self, chain: Chain) -> bool:
+        """Join the clips of a complete chain if that is to be done; False when one of its records is damaged."""
+        part = self._parts[chain.part]
+        if is_joined(part.run, chain.story_id, [shot.fingerprint for shot in chain.shots]):
+            return True
+        began, records = time.monotonic(), []
+        for shot in chain.shots:
+            try:
+                record = self._folder(shot).read_record(shot.fingerprint)
+                if record is None:
+                    raise DamagedRecord(f"the record of {chain.story_id}:{shot.shot.shot_id} has disappeared")
+            except DamagedRecord as damage:
+                self._warn(part, f"{damage}; the shot is rendered again", "join")
+                self._queue.graph.set_state(shot, ShotState.WAITING)
+                return False
+            records.append(record)
+        stage: dict[str, float] = {}
+        try:
+            with timed_stage(part.observers, "join", story_id=chain.story_id, totals=stage):
+                join_story(part.run, chain.story_id, records)
+        except (OSError, RunFolderError) as error:
+            self._warn(part, f"the clips of {chain.story_id} are there but cannot be joined: {error}", "join")
+            return True
+        self._tally.add_stages(stage)
+        part.observers.notify(
+            StoryFinished(
+                story_id=chain.story_id,
+                video=str(part.run.story_video(chain.story_id).relative_to(part.run.root)),
+                num_shots=len(chain.shots),
+                elapsed_seconds=time.monotonic() - began,
+            )
+        )
+        return True
+
+    # -- inside --------------------------------------------------------------------------------------------------------
+
+    @property
+    def _queue(self) -> ShotQueue:
+        assert self._batch is not None, "the desk is not open"
+        return self._batch.queue
+
+    @property
+    def _held(self) -> Claim:
+        assert self._claim is not None, "no shot is held"
+        return self._claim
+
+    def _folder(self, shot: PlannedShot) -> ShotFolder:
+        return self._parts[shot.part].run.shot(shot.story.story_id, shot.shot.shot_id)
+
+    def _still_held(self) -> bool:
+        return self._queue.still_held(self._held)
+
+    def _let_go(self, state: ShotState) -> None:
+        self._queue.release(self._held, state)
+        self._claim = None
+
+    def _say_lost(self) -> None:
+        """Another replica has the held shot: this one was silent for too long."""
+        shot, part = self._held.shot, self._parts[self._held.shot.part]
+        where = f"{shot.story.story_id}:{shot.shot.shot_id}"
+        self._warn(
+            part, f"{where} was taken over by another replica, because this one showed no sign of life", "dispatch"
+        )
+        self._let_go(ShotState.LEASED)
+
+    def _say_failed(self, part: int, attempt_id: str, failure: Failure) -> None:
+        self._parts[part].observers.notify(
+            ShotFailed(
+                story_id=failure.story_id,
+                shot_id=failure.shot_id,
+                reason=failure.reason,
+                error_type=failure.error_type,
+                attempt_id=attempt_id,
+                will_retry=not failure.is_final,
+            )
+        )
+
+    def _announce_stop(self, reason: str) -> None:
+        if not self._announced_stop:
+            self._announced_stop = True
+            for part in self._parts:
+                part.observers.notify(StopRequested(reason=reason))
+
+    def _note_wait(self, began: float) -> None:
+        waited = time.monotonic() - began
+        if waited >= self._settings.poll_seconds / 2:
+            self._tally.waited_seconds += waited
+            for part in self._parts:
+                part.observers.notify(ReplicaWaited(elapsed_seconds=waited))
+
+    def _warn(self, part: BatchPart, message: str, source: str) -> None:
+        part.observers.notify(WarningIssued(message=message, source=source))
+
+    def _finished(
+        self, record: ShotRecord, part: BatchPart, elapsed: float, stage_seconds: Mapping[str, float]
+    ) -> ShotFinished:
+        root, files = part.run.root, part.run.shot(record.story_id, record.shot_id).files_of(record)
+        return ShotFinished(
+            story_id=record.story_id,
+            shot_id=record.shot_id,
+            attempt_id=record.attempt_id,
+            fingerprint=record.fingerprint,
+            clip=(files / record.clip).relative_to(root).as_posix(),
+            keyframes=tuple((files / kept.file).relative_to(root).as_posix() for kept in record.keyframes),
+            num_frames=record.num_frames,
+            fps=float(record.fps),
+            elapsed_seconds=elapsed,
+            stage_seconds=stage_seconds,
+        )
+
+    def _outcome(self) -> End:
+        blocked = [chain for chain in self._queue.graph.chains if chain.is_blocked]
+        rejected = self._batch.rejected if self._batch else ()
+        if not blocked and not rejected:
+            return End(state=DONE)
+        return End(state=FAILED, reason=f"{len(blocked) + len(rejected)} stories could not be rendered to their end")
+
+    def _summary(self, end: End) -> BatchSummary:
+        graph, rejected = self._queue.graph, self._batch.rejected if self._batch else ()
+        failures = [failure for failure in self._queue.failures.values() if failure.is_final]
+        blocked = sum(len(chain.shots) - chain.front - 1 for chain in graph.chains if chain.is_blocked)
+        return BatchSummary(
+            state=end.state,
+            reason=end.reason,
+            num_stories=len(graph.chains) + len(rejected),
+            num_stories_done=sum(chain.is_complete for chain in graph.chains),
+            num_rendered=self._tally.num_rendered,
+            num_resumed=self._tally.num_resumed,
+            num_skipped=self._tally.num_skipped,
+            num_failed=len(failures) + len(rejected),
+            num_blocked=blocked,
+            elapsed_seconds=time.monotonic() - self._began,
+            waited_seconds=self._tally.waited_seconds,
+            stage_seconds=dict(self._tally.stage_seconds),
+            failures=(*rejected, *failures),
+        )

@@ -1,0 +1,197 @@
+"""Starting (or resuming) a batch: open the run folders, plan all shots, and find out what is already done.
+
+Resuming is nothing but this: the same shots are planned, and those whose record is there are committed. Runs on replica
+leaders only; several of them, of one or several jobs, may do it at once. Knows nothing of ranks or models.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from storymem_dist.artifacts.fingerprint import differences
+from storymem_dist.artifacts.records import DamagedRecord
+from storymem_dist.artifacts.run_folder import Failure, RunFolder, shot_ids
+from storymem_dist.dispatch.graph import Chain, ShotGraph, ShotState
+from storymem_dist.dispatch.leases import WAITING, WORKING, LeaseFolder, Owner
+from storymem_dist.dispatch.plan import BatchPart, PlannedShot, plan_part
+from storymem_dist.dispatch.queue import ShotQueue
+from storymem_dist.dispatch.settings import DispatchSettings
+from storymem_dist.dispatch.summary import Replica
+from storymem_dist.errors import RunFolderError, StoryboardError
+from storymem_dist.observe.events import ShotSkipped, StoryFinished, StoryStarted, WarningIssued
+
+_MAX_SHOWN = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenBatch:
+    """A batch that this replica takes part in. ``rejected``: stories that could not be planned."""
+
+    queue: ShotQueue
+    leases: Sequence[LeaseFolder]
+    rejected: Sequence[Failure]
+    num_skipped: int
+
+
+def open_batch(
+    parts: Sequence[BatchPart],
+    settings: DispatchSettings,
+    replica: Replica,
+    owner: Owner,
+    *,
+    check_contents: bool,
+    stop_reason: Callable[[], str | None],
+) -> OpenBatch:
+    """Open run folders, wait for their turn, plan, and read what is committed.
+
+    Raises ``RunFolderError`` when a folder cannot be used, another job works there (``on_busy=refuse``), or records
+    differ from the settings (``resume=strict``), and ``StoryMemError`` for settings that do not fit the stories.
+    """
+    for part in parts:
+        part.run.open()
+        part.run.write_config(part.config_hash, part.config_text)
+    leases = [
+        LeaseFolder(folder=part.run.leases_folder, owner=owner, lease_seconds=settings.lease_seconds) for part in parts
+    ]
+    try:
+        for part, folder in zip(parts, leases, strict=True):
+            _enter(part.run, folder, settings, stop_reason)
+        _force_rerenders(parts, settings, owner.job_id)
+        chains, rejected = _plan(parts, replica, owner.job_id)
+        graph = ShotGraph(chains)
+        runs = [part.run for part in parts]
+        queue = ShotQueue(graph=graph, runs=runs, leases=leases, settings=settings, job_id=owner.job_id)
+        queue.read_committed()
+        if settings.resume == "strict":
+            _refuse_differences(parts, graph)
+        for folder in leases:
+            folder.remove_dead_owners()
+        num_skipped = sum(
+            _check_chain(parts[chain.part], chain, queue, check_contents) for chain in _share(graph, replica)
+        )
+        queue.scan(force=True)
+    except BaseException:
+        for folder in leases:
+            folder.close()
+        raise
+    return OpenBatch(queue=queue, leases=leases, rejected=rejected, num_skipped=num_skipped)
+
+
+def why_again(part: BatchPart, shot: PlannedShot) -> str:
+    """Say why ``shot`` is to be rendered although a record of it is there: what changed. Empty when there is none."""
+    other = part.run.shot(shot.story.story_id, shot.shot.shot_id).newest_other_record(shot.fingerprint)
+    if other is None:
+        return ""
+    changes = differences(other.inputs, shot.inputs)
+    if not changes and other.predecessor != shot.predecessor:
+        changes = ["a shot before it is rendered again"]
+    return "; ".join(changes)
+
+
+def _enter(
+    run: RunFolder, leases: LeaseFolder, settings: DispatchSettings, stop_reason: Callable[[], str | None]
+) -> None:
+    """Begin to work in a folder: at once (``join``), or when no other job does."""
+    if settings.on_busy == "join":
+        leases.start(WORKING)
+        return
+    leases.start(WAITING)
+    pause = settings.lease_seconds / 4
+    while True:
+        others = leases.others_working()
+        if not others:
+            leases.set_state(WORKING)
+            others = leases.others_working()  # two jobs may come at once; each then sees the other, and both step back
+            if not others:
+                return
+            leases.set_state(WAITING)
+        if settings.on_busy == "refuse" and (busy := leases.surely_working(others)):
+            raise RunFolderError(
+                f"output={run.root} is in use by another job (process {busy.pid} on {busy.host}); "
+                "stop it, give another output, or set dispatch.on_busy=join or wait"
+            )
+        if reason := stop_reason():
+            raise RunFolderError(f"stopped ({reason}) while waiting for output={run.root}, which another job uses")
+        time.sleep(min(pause, settings.poll_seconds))
+
+
+def _force_rerenders(parts: Sequence[BatchPart], settings: DispatchSettings, job_id: str) -> None:
+    if not settings.rerender:
+        return
+    for part in parts:
+        known = [(story.story_id, [shot.shot_id for shot in story.shots]) for story in part.stories]
+        part.run.rerender(shot_ids(settings.rerender, known), job_id)
+
+
+def _plan(
+    parts: Sequence[BatchPart], replica: Replica, job_id: str
+) -> tuple[list[tuple[PlannedShot, ...]], list[Failure]]:
+    chains: list[tuple[PlannedShot, ...]] = []
+    rejected: list[Failure] = []
+    for number, part in enumerate(parts):
+        for position, (story, planned) in enumerate(plan_part(number, part)):
+            speaks = position % replica.count == replica.index
+            if speaks:
+                part.observers.notify(
+                    StoryStarted(story_id=story.story_id, name=story.name, num_shots=len(story.shots))
+                )
+            if not isinstance(planned, StoryboardError):
+                chains.append(planned)
+                continue
+            failure = Failure(
+                story_id=story.story_id,
+                shot_id=story.shots[0].shot_id,
+                fingerprint="",
+                reason=str(planned),
+                error_type=type(planned).__name__,
+                is_final=True,
+                low_memory=False,
+                job_id=job_id,
+            )
+            rejected.append(failure)
+            if speaks:
+                part.observers.notify(StoryFinished(story_id=story.story_id, outcome="failed", message=failure.reason))
+    return chains, rejected
+
+
+def _refuse_differences(parts: Sequence[BatchPart], graph: ShotGraph) -> None:
+    found = []
+    for chain in graph.chains:
+        for shot, state in zip(chain.shots, chain.states, strict=True):
+            if state is not ShotState.COMMITTED and (why := why_again(parts[chain.part], shot)):
+                found.append(f"{chain.story_id}:{shot.shot.shot_id}: {why}")
+    if found:
+        more = f"\n  and {len(found) - _MAX_SHOWN} more" if len(found) > _MAX_SHOWN else ""
+        raise RunFolderError(
+            f"output={parts[0].run.root} holds shots made from other inputs, and dispatch.resume=strict allows no "
+            "difference; use dispatch.resume=continue to render them again, or another output:\n  "
+            + "\n  ".join(found[:_MAX_SHOWN])
+            + more
+        )
+
+
+def _share(graph: ShotGraph, replica: Replica) -> Iterator[Chain]:
+    """The chains whose records this replica checks at the start."""
+    return (chain for chain in graph.chains if chain.number % replica.count == replica.index)
+
+
+def _check_chain(part: BatchPart, chain: Chain, queue: ShotQueue, check_contents: bool) -> int:
+    """Check the committed shots of a chain against their files and repair their views; return how many are good."""
+    good = 0
+    for shot, state in zip(chain.shots, list(chain.states), strict=True):
+        if state is not ShotState.COMMITTED:
+            continue
+        folder = part.run.shot(chain.story_id, shot.shot.shot_id)
+        try:
+            record = folder.read_record(shot.fingerprint, check_contents=check_contents)
+            if record is None:
+                raise DamagedRecord(f"the record of {chain.story_id}:{shot.shot.shot_id} has disappeared")
+            folder.discard_orphans(shot.fingerprint)
+            folder.repair_views(record)
+        except DamagedRecord as damage:
+            part.observers.notify(WarningIssued(message=f"{damage}; the shot is rendered again", source="resume"))
+            queue.graph.set_state(shot, ShotState.WAITING)
+        else:
+            good += 1
+            part.observers.notify(ShotSkipped(story_id=chain.story_id, shot_id=shot.shot.shot_id))
+    return good

@@ -1,0 +1,293 @@
+"""Hands out shots: which shot this replica renders next, and the proof that it may.
+
+One ``ShotQueue`` belongs to the leader of one replica. It knows the graph of all chains and the lease folders, which it
+shares with the other replicas of its job and with other jobs; each folder is scanned at most once per
+``poll_seconds``. What it believes between scans may be out of date; the lease and the look at the record that follow
+every claim make it true. Knows nothing of pixels, ranks or models.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from storymem_dist.artifacts.files import names_in
+from storymem_dist.artifacts.run_folder import Failure, RunFolder
+from storymem_dist.dispatch.graph import ShotGraph, ShotKey, ShotState, shot_key
+from storymem_dist.dispatch.leases import Lease, LeaseFolder
+from storymem_dist.dispatch.plan import M2V, T2V, PlannedShot
+from storymem_dist.dispatch.settings import DispatchSettings
+
+_OWNERS_PER_SCAN = 64  # leases of others that are looked at for signs of life in one scan
+_OVERDUE = 3.0  # a shot that takes so many times its estimate is not waited for
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Claim:
+    """A shot that this replica holds, until the lease is released or taken over."""
+
+    shot: PlannedShot
+    lease: Lease
+    low_memory: bool
+
+
+class ShotQueue:
+    """Claims shots of ``graph`` for one replica.
+
+    ``runs`` and ``leases`` have one entry for each batch part. ``job_id`` tells failures of this job from earlier ones.
+    ``clock`` is monotonic, in seconds.
+    """
+
+    def __init__(
+        self,
+        *,
+        graph: ShotGraph,
+        runs: Sequence[RunFolder],
+        leases: Sequence[LeaseFolder],
+        settings: DispatchSettings,
+        job_id: str,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.graph = graph
+        self._runs = runs
+        self._leases = leases
+        self._settings = settings
+        self._job_id = job_id
+        self._clock = clock
+        self._next_scan = -float("inf")
+        self._generations: dict[ShotKey, int] = {}  # leases of others, by shot, as last scanned
+        self._failure_names: list[set[str]] = [set() for _ in runs]
+        self._leased_since: dict[ShotKey, float] = {}
+        self._own: set[ShotKey] = set()
+        self._turn = 0
+        self._seconds_per_tflop: float | None = None
+        self._swap_seconds = settings.swap_seconds
+        self.failures: dict[ShotKey, Failure] = {}
+        self.num_scans = 0
+
+    # -- the state of the folders --------------------------------------------------------------------------------------
+
+    def read_committed(self) -> None:
+        """Look for the record of every planned shot. Called once, at the start: later changes are followed by scans."""
+        for chain in self.graph.chains:
+            run = self._runs[chain.part]
+            if run.story_folder(chain.story_id).exists():
+                for shot in chain.shots:
+                    if run.shot(chain.story_id, shot.shot.shot_id).is_committed(shot.fingerprint):
+                        self.graph.set_state(shot, ShotState.COMMITTED)
+
+    def scan(self, *, force: bool = False) -> bool:
+        """Bring the picture of leases and failures up to date, if ``poll_seconds`` have passed; say whether it was."""
+        now = self._clock()
+        if now < self._next_scan and not force:
+            return False
+        self._next_scan = now + self._settings.poll_seconds
+        self.num_scans += 1
+        found: dict[ShotKey, int] = {}
+        for part, folder in enumerate(self._leases):
+            for name, generation in folder.scan().items():
+                if (parsed := parse_lease_key(name)) is not None:
+                    found[(part, *parsed)] = generation
+        for part in range(len(self._runs)):
+            self._follow_failures(part)
+        gone = self._generations.keys() - found.keys()
+        self._generations = found
+        for key in gone:
+            self._leased_since.pop(key, None)
+            self._look_again(key)
+        for key in found:
+            place = self.graph.place(key)
+            if place is not None and key not in self._own:
+                chain, index = place
+                self._leased_since.setdefault(key, now)
+                if chain.states[index] is ShotState.WAITING:
+                    self.graph.set_state(chain.shots[index], ShotState.LEASED)
+        self._free_leases_of_the_dead()
+        return True
+
+    # -- claiming ------------------------------------------------------------------------------------------------------
+
+    def claim(self, loaded: str | None) -> Claim | None:
+        """Take the best shot for a replica that has the experts of kind ``loaded``; None when there is none for now.
+
+        Raises ``OSError`` when the folder cannot be written.
+        """
+        self.scan()
+        while (shot := self._choose(loaded)) is not None:
+            key = shot_key(shot)
+            leases = self._leases[shot.part]
+            lease = leases.try_claim(lease_key(shot), self._generations.get(key))
+            if lease is None:
+                self._leased_since.setdefault(key, self._clock())
+                self.graph.set_state(shot, ShotState.LEASED)
+                continue
+            if self._find_committed(shot) or self._has_failed(shot) or self._has_killed_too_many(shot, lease):
+                leases.release(lease)
+                continue
+            self._own.add(key)
+            self.graph.set_state(shot, ShotState.LEASED)
+            failure = self.failures.get(key)
+            return Claim(shot=shot, lease=lease, low_memory=failure is not None and failure.low_memory)
+        return None
+
+    def still_held(self, claim: Claim) -> bool:
+        """Whether the claim still stands: nobody has taken it over."""
+        return self._leases[claim.shot.part].is_held(claim.lease)
+
+    def release(self, claim: Claim, state: ShotState) -> None:
+        """Give a claim back and note what became of the shot."""
+        key = shot_key(claim.shot)
+        self._own.discard(key)
+        self._generations.pop(key, None)
+        self._leased_since.pop(key, None)
+        self._leases[claim.shot.part].release(claim.lease)
+        self.graph.set_state(claim.shot, state)
+
+    def mark_failed(self, failure: Failure, shot: PlannedShot) -> None:
+        """Note that ``shot`` failed, here and in the folder for all to see. Raises ``OSError`` when it cannot."""
+        self.failures[shot_key(shot)] = failure
+        self._runs[shot.part].write_failure(failure)
+
+    def mark_damaged(self, shot: PlannedShot) -> None:
+        """Note that a record turned out to be unusable: the shot is to be rendered again."""
+        self.graph.set_state(shot, ShotState.WAITING)
+
+    # -- what is learnt ------------------------------------------------------------------------------------------------
+
+    def note_rendered(self, shot: PlannedShot, elapsed_seconds: float) -> None:
+        """Learn how fast shots are rendered."""
+        rate = elapsed_seconds / shot.cost
+        before = self._seconds_per_tflop
+        self._seconds_per_tflop = rate if before is None else 0.7 * before + 0.3 * rate
+
+    def note_swapped(self, elapsed_seconds: float) -> None:
+        """Learn how long it takes to load the experts of the other kind."""
+        self._swap_seconds = elapsed_seconds
+
+    # -- inside --------------------------------------------------------------------------------------------------------
+
+    def _choose(self, loaded: str | None) -> PlannedShot | None:
+        """Shots for the loaded experts first; for others when none is ready, unless one will be sooner than a swap."""
+        if loaded is None:
+            return self.graph.best_ready(T2V) or self.graph.best_ready(M2V)
+        if (shot := self.graph.best_ready(loaded)) is not None:
+            return shot
+        other = self.graph.best_ready(M2V if loaded == T2V else T2V)
+        if other is not None and self._expected_wait(loaded) < 2 * self._swap_seconds:
+            return None
+        return other
+
+    def _expected_wait(self, kind: str) -> float:
+        """Seconds until a running shot is expected to make one of ``kind`` ready; infinity when none will, or none can
+        be estimated yet.
+        """
+        if self._seconds_per_tflop is None:
+            return float("inf")
+        now, shortest = self._clock(), float("inf")
+        for key, since in self._leased_since.items():
+            place = self.graph.place(key)
+            if place is None or key in self._own:
+                continue
+            chain, index = place
+            if index + 1 < len(chain.shots) and chain.shots[index + 1].kind == kind:
+                estimate = chain.shots[index].cost * self._seconds_per_tflop
+                elapsed = now - since
+                if elapsed < _OVERDUE * estimate:
+                    shortest = min(shortest, max(estimate - elapsed, 0.0))
+        return shortest
+
+    def _find_committed(self, shot: PlannedShot) -> bool:
+        """Whether ``shot`` was committed by somebody in the meantime; if so, look at those after it too."""
+        chain, index = self.graph.chain_of(shot), shot.shot.index
+        run, found = self._runs[shot.part], False
+        for later in chain.shots[index:]:
+            if not run.shot(later.story.story_id, later.shot.shot_id).is_committed(later.fingerprint):
+                break
+            self.graph.set_state(later, ShotState.COMMITTED)
+            found = True
+        return found
+
+    def _has_failed(self, shot: PlannedShot) -> bool:
+        run = self._runs[shot.part]
+        failure = run.read_failure(shot.story.story_id, shot.shot.shot_id, shot.fingerprint)
+        if failure is None:
+            self.failures.pop(shot_key(shot), None)
+            return False
+        if failure.is_final and self._settings.retry_failed and failure.job_id != self._job_id:
+            run.remove_failure(shot.story.story_id, shot.shot.shot_id, shot.fingerprint)
+            self.failures.pop(shot_key(shot), None)
+            return False
+        self.failures[shot_key(shot)] = failure
+        if failure.is_final:
+            self.graph.set_state(shot, ShotState.FAILED)
+        return failure.is_final
+
+    def _has_killed_too_many(self, shot: PlannedShot, lease: Lease) -> bool:
+        if lease.generation < self._settings.max_attempts:
+            return False
+        failure = Failure(
+            story_id=shot.story.story_id,
+            shot_id=shot.shot.shot_id,
+            fingerprint=shot.fingerprint,
+            reason=f"{lease.generation} processes died while rendering it (dispatch.max_attempts); their logs say why",
+            error_type="ProcessDied",
+            is_final=True,
+            low_memory=False,
+            job_id=self._job_id,
+        )
+        self.mark_failed(failure, shot)
+        self.graph.set_state(shot, ShotState.FAILED)
+        return True
+
+    def _look_again(self, key: ShotKey) -> None:
+        """A lease is gone: its shot is committed, has failed, or is free again."""
+        place = self.graph.place(key)
+        if place is None or key in self._own:
+            return
+        chain, index = place
+        shot = chain.shots[index]
+        if chain.states[index] is ShotState.LEASED and not self._find_committed(shot) and not self._has_failed(shot):
+            self.graph.set_state(shot, ShotState.WAITING)
+
+    def _follow_failures(self, part: int) -> None:
+        names = set(names_in(self._runs[part].failures_folder))
+        for name in names ^ self._failure_names[part]:
+            key = parse_lease_key(name.removesuffix(".json"))
+            place = self.graph.place((part, *key)) if key else None
+            if place is None:
+                continue
+            chain, index = place
+            shot, state = chain.shots[index], chain.states[index]
+            if state is ShotState.WAITING and name in names:
+                self._has_failed(shot)
+            elif state is ShotState.FAILED and name not in names:
+                self.graph.set_state(shot, ShotState.WAITING)
+        self._failure_names[part] = names
+
+    def _free_leases_of_the_dead(self) -> None:
+        """Make shots ready again whose holders are dead: a few in each scan, in turns."""
+        others = [shot for shot in self.graph.leased() if shot_key(shot) not in self._own]
+        for shot in _turn(others, self._turn, _OWNERS_PER_SCAN):
+            generation = self._generations.get(shot_key(shot))
+            if generation is None:
+                self._look_again(shot_key(shot))
+            elif self._leases[shot.part].holder_is_dead(lease_key(shot), generation):
+                self.graph.set_state(shot, ShotState.WAITING)
+        self._turn += _OWNERS_PER_SCAN
+
+
+def lease_key(shot: PlannedShot) -> str:
+    """Name of a shot's lease in its part's folder."""
+    return f"{shot.story.story_id}.{shot.shot.shot_id}.{shot.fingerprint[:16]}"
+
+
+def parse_lease_key(name: str) -> tuple[str, str, str] | None:
+    """Split a lease's name into story, shot and fingerprint digits; None when it is not the name of a shot's lease."""
+    parts = name.rsplit(".", 2)
+    return (parts[0], parts[1], parts[2]) if len(parts) == 3 else None
+
+
+def _turn(items: Sequence[PlannedShot], start: int, count: int) -> list[PlannedShot]:
+    """``count`` items from ``start`` on, going round."""
+    if len(items) <= count:
+        return list(items)
+    return [items[(start + offset) % len(items)] for offset in range(count)]

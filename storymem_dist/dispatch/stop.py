@@ -1,0 +1,74 @@
+"""When to stop: a signal, or a file ``STOP`` in the run folder.
+
+A request is only noted; the batch loop asks between two denoising steps. Knows nothing of what is stopped.
+"""
+
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+
+class StopSwitch:
+    """Notes requests to stop.
+
+    ``stop_files`` are looked at at most once per ``file_seconds``. A stop file that is already there at the first look
+    belongs to an earlier job and does not count until it is touched again, unless ``restarted`` says that this process
+    continues the same job, which may not have seen it yet.
+    """
+
+    def __init__(
+        self,
+        stop_files: Sequence[Path] = (),
+        *,
+        restarted: bool = False,
+        file_seconds: float = 1.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._files = tuple(stop_files)
+        self._file_seconds = file_seconds
+        self._clock = clock
+        self._reason: str | None = None
+        self._next_look = -float("inf")
+        self._old: dict[Path, tuple[int, int] | None] | None = dict.fromkeys(self._files) if restarted else None
+
+    def request(self, reason: str) -> None:
+        """Ask for a stop. The first reason is kept."""
+        self._reason = self._reason or reason
+
+    def reason(self) -> str | None:
+        """Return why to stop (``SIGTERM``, ``SIGINT``, ``STOP file``), or None to go on."""
+        if self._reason is None and self._files and self._clock() >= self._next_look:
+            self._next_look = self._clock() + self._file_seconds
+            found = {path: _identity(path) for path in self._files}
+            if self._old is None:
+                self._old = found
+            if any(found[path] is not None and found[path] != self._old[path] for path in self._files):
+                self.request("STOP file")
+        return self._reason
+
+    @contextmanager
+    def listening(self) -> Iterator["StopSwitch"]:
+        """Note SIGTERM and SIGINT while the body runs; a second SIGINT interrupts at once. Main thread only."""
+
+        def note(number: int, frame: FrameType | None) -> None:
+            self.request(signal.Signals(number).name)
+            if number == signal.SIGINT:
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+
+        before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns
