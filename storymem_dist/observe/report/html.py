@@ -1,0 +1,75 @@
+"""Small pieces of HTML. All text that comes from a run goes through ``esc``. Knows nothing of runs."""
+
+import html
+from collections.abc import Iterable, Sequence
+
+from storymem_dist.observe.format import DASH
+
+
+def esc(value: object) -> str:
+    """Return ``value`` as text that is safe in HTML, in attributes too."""
+    return html.escape(str(value), quote=True)
+
+
+def table(
+    caption: str,
+    heads: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    *,
+    numeric: Iterable[int] = (),
+    compact: bool = False,
+) -> str:
+    """Return a table that scrolls sideways where it must. Cells are HTML; the columns in ``numeric`` align right."""
+    right = set(numeric)
+
+    def cells(kind: str, values: Sequence[str]) -> str:
+        parts = []
+        for index, value in enumerate(values):
+            name = ' class="num"' if index in right else ""
+            if kind == "th":
+                parts.append(f'<th scope="col"{name}>{value}</th>')
+            elif index == 0:
+                parts.append(f'<th scope="row"{name}>{value or DASH}</th>')
+            else:
+                parts.append(f"<td{name}>{value or DASH}</td>")
+        return f"<tr>{''.join(parts)}</tr>"
+
+    body = "".join(cells("td", row) for row in rows)
+    name = "scroll compact" if compact else "scroll"
+    return (
+        f'<div class="{name}" role="region" aria-label="{esc(caption)}" tabindex="0"><table>'
+        f'<caption class="hidden">{esc(caption)}</caption>'
+        f"<thead>{cells('th', heads)}</thead><tbody>{body}</tbody></table></div>"
+    )
+
+
+def details(summary: str, body: str) -> str:
+    """Return a part that opens on demand."""
+    return f"<details><summary>{esc(summary)}</summary>{body}</details>"
+
+
+def tile(label: str, value: str, note: str = "") -> str:
+    """Return one key figure."""
+    small = f'<span class="note">{esc(note)}</span>' if note else ""
+    return f'<div class="tile"><dt>{esc(label)}</dt><dd>{esc(value)}{small}</dd></div>'
+
+
+def chip(text: str, kind: str) -> str:
+    """Return a short marked word; ``kind`` chooses its colour (``good``, ``bad``, ``busy``, ``calm``)."""
+    return f'<span class="chip {kind}">{esc(text)}</span>'
+
+
+def document(*, title: str, style: str, script: str, body: str) -> str:
+    """Return a whole page. Its policy forbids everything that is not in the page or a file beside it."""
+    policy = (
+        "default-src 'none'; img-src 'self' data: file:; media-src 'self' data: file:; "
+        "style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+    )
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">'
+        f"<title>{esc(title)}</title><style>{style}</style></head>\n<body>\n{body}\n<script>{script}</script>\n"
+        "</body></html>\n"
+    )

@@ -1,0 +1,271 @@
+"""What a report says about a run, gathered from its event files and records alone.
+
+Works on a run that is still going and on one that broke: records count where there are any, events tell the rest.
+Knows nothing of HTML.
+"""
+
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from storymem_dist.artifacts.records import ShotRecord
+from storymem_dist.observe import events as ev
+from storymem_dist.observe.journal import read_journal
+from storymem_dist.observe.run_files import RunFiles, StoryFiles
+from storymem_dist.observe.run_state import RunState, ShotState
+
+ALIVE_SECONDS = 120.0
+"""A replica that said something within this time is taken for running."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KeyframeView:
+    """A keyframe of the memory bank. ``image`` is a path relative to the run folder, None when it cannot be found.
+
+    ``shot_index`` is -1 for reference images. The scores are those with which it was kept.
+    """
+
+    shot_index: int
+    slot: int
+    frame_index: int
+    image: str | None
+    similarity: float | None
+    bank_similarity: float | None
+    against: str | None
+    quality: float | None
+    why: str
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """What identifies it in its story."""
+        return (self.shot_index, self.slot)
+
+    @property
+    def name(self) -> str:
+        """Its name for people."""
+        if self.shot_index < 0:
+            return f"reference image {self.slot + 1}"
+        return f"shot_{self.shot_index + 1:02d} keyframe {self.slot}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShotView:
+    """One shot. ``status``: ``finished``, ``running``, ``failed``, ``blocked`` or ``waiting``.
+
+    ``decisions`` are those of the current record, or of the newest attempt where there is no record.
+    """
+
+    shot_id: str
+    shot_index: int
+    scene_num: int
+    prompt: str
+    cut: bool
+    status: str
+    reason: str
+    mode: str
+    seed: int | None
+    clip: str | None
+    fps: float
+    num_frames: int
+    height: int
+    width: int
+    seconds: float | None
+    stage_seconds: dict[str, float]
+    seconds_per_step: float | None
+    step: int
+    num_steps: int
+    num_attempts: int
+    why: str
+    decisions: tuple[ev.MemoryDecided, ...]
+
+    @property
+    def recalled(self) -> tuple[ev.MemoryDecided, ...]:
+        """Keyframes that the shot was shown, in their order."""
+        return tuple(decision for decision in self.decisions if decision.verdict == "recalled")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoryView:
+    """One story: its shots in chain order and the keyframes of its memory bank, oldest first."""
+
+    story_id: str
+    name: str
+    overview: str
+    video: str | None
+    message: str
+    shots: tuple[ShotView, ...]
+    keyframes: tuple[KeyframeView, ...]
+
+    @property
+    def num_finished(self) -> int:
+        """Shots that are committed."""
+        return sum(shot.status == "finished" for shot in self.shots)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunView:
+    """Everything a report shows. ``status``: ``finished``, ``running``, ``stopped``, ``incomplete`` or ``empty``."""
+
+    root: Path
+    name: str
+    run_id: str
+    created: str
+    status: str
+    written_at: float
+    stories: tuple[StoryView, ...]
+    state: RunState
+    config_hash: str
+    config: str
+
+    @property
+    def shots(self) -> tuple[ShotView, ...]:
+        """All shots of all stories."""
+        return tuple(shot for story in self.stories for shot in story.shots)
+
+
+def read_run(root: Path, *, now: float | None = None) -> RunView:
+    """Read the run folder at ``root``; ``now`` (seconds since the epoch) decides what still runs.
+
+    Raises:
+        RunFolderError: ``root`` is not a run folder.
+    """
+    files = RunFiles(root)
+    state = RunState()
+    for stamped in read_journal(files.events_folder):
+        state.apply(stamped)
+    folders = {story.story_id: story for story in files.stories()}
+    nothing = {name: StoryFiles(story_id=name, storyboard={}, records={}, video=None) for name in state.stories}
+    stories = tuple(_story(files, folder, state) for _, folder in sorted({**nothing, **folders}.items()))
+    moment = time.time() if now is None else now
+    config_hash, config = files.newest_config()
+    return RunView(
+        root=root,
+        name=root.resolve().name,
+        run_id=files.run_id,
+        created=files.created,
+        status=_status(state, stories, moment),
+        written_at=moment,
+        stories=stories,
+        state=state,
+        config_hash=config_hash,
+        config=config,
+    )
+
+
+def _status(state: RunState, stories: tuple[StoryView, ...], now: float) -> str:
+    shots = [shot for story in stories for shot in story.shots]
+    if any(not row.is_over and now - row.last_seen < ALIVE_SECONDS for row in state.rows.values()):
+        return "running"
+    if not shots:
+        return "empty"
+    if all(shot.status == "finished" for shot in shots):
+        return "finished"
+    outcomes = [row.starts[-1].outcome for row in state.rows.values() if row.starts]
+    return "stopped" if outcomes and all(outcome == "stopped" for outcome in outcomes) else "incomplete"
+
+
+def _story(files: RunFiles, folder: StoryFiles, state: RunState) -> StoryView:
+    told = state.stories.get(folder.story_id)
+    planned = _planned_shots(folder.storyboard)
+    told_shots = told.shots if told is not None else {}
+    known = {**dict.fromkeys(planned), **dict.fromkeys(folder.records), **dict.fromkeys(told_shots)}
+    shots = [
+        _shot(files, name, planned.get(name, {}), folder.records.get(name), told_shots.get(name)) for name in known
+    ]
+    shots.sort(key=lambda shot: (shot.shot_index, shot.shot_id))
+    board = folder.storyboard
+    return StoryView(
+        story_id=folder.story_id,
+        name=str(board.get("name") or (told.name if told else "") or folder.story_id),
+        overview=str(board.get("overview", "")),
+        video=folder.video,
+        message=told.message if told else "",
+        shots=tuple(shots),
+        keyframes=_keyframes(files, folder, shots),
+    )
+
+
+def _planned_shots(storyboard: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Shots by id as ``RunFolder.write_storyboard`` keeps them."""
+    planned = {}
+    for scene in storyboard.get("scenes", ()):
+        for shot in scene.get("shots", ()):
+            planned[f"shot_{shot['index'] + 1:02d}"] = shot
+    return planned
+
+
+def _shot(
+    files: RunFiles, shot_id: str, planned: dict[str, Any], record: ShotRecord | None, told: ShotState | None
+) -> ShotView:
+    attempt = told.last if told is not None else None
+    started = attempt.started if attempt is not None else None
+    status = told.status if told is not None else "waiting"
+    # A record is the truth unless something newer is under way, or failed, for which there is none.
+    if record is not None and status == "waiting":
+        status = "finished"
+    if record is None and status == "finished":
+        status = "waiting"
+    shot_index = int(shot_id.removeprefix("shot_")) - 1 if shot_id.removeprefix("shot_").isdecimal() else 0
+    decisions: tuple[ev.MemoryDecided, ...] = tuple(attempt.decisions) if attempt is not None else ()
+    stage_seconds = dict(attempt.stage_seconds) if attempt is not None else {}
+    if record is not None:
+        shot_index = record.shot_index
+        decisions = ev.memory_events(record.story_id, shot_id, record.shot_index, record.memory)
+        recorded = record.timing.get("stage_seconds", {})
+        stage_seconds = {str(name): float(seconds) for name, seconds in recorded.items()} or stage_seconds
+    duration = attempt.end - attempt.start if attempt is not None and attempt.end is not None else None
+    return ShotView(
+        shot_id=shot_id,
+        shot_index=shot_index,
+        scene_num=record.scene_num if record else int(planned.get("scene_num", 0)),
+        prompt=record.prompt if record else str(planned.get("prompt", started.prompt if started else "")),
+        cut=record.cut if record else bool(planned.get("cut", True)),
+        status=status,
+        reason=told.reason if told is not None else "",
+        mode=record.mode if record else (started.mode if started else ""),
+        seed=record.seed if record else (started.seed if started else None),
+        clip=files.clip_path(record) if record else None,
+        fps=float(record.fps) if record else 16.0,
+        num_frames=record.num_frames if record else 0,
+        height=record.height if record else (started.height if started else 0),
+        width=record.width if record else (started.width if started else 0),
+        seconds=sum(stage_seconds.values()) if record and stage_seconds else duration,
+        stage_seconds=stage_seconds,
+        seconds_per_step=attempt.seconds_per_step if attempt is not None else None,
+        step=attempt.step if attempt is not None else 0,
+        num_steps=attempt.num_steps if attempt is not None else 0,
+        num_attempts=len(told.attempts) if told is not None else 0,
+        why=started.why if started is not None else "",
+        decisions=decisions,
+    )
+
+
+def _keyframes(files: RunFiles, folder: StoryFiles, shots: list[ShotView]) -> tuple[KeyframeView, ...]:
+    """Every keyframe that a shot kept or was shown."""
+    images: dict[tuple[int, int], str] = {}
+    for record in folder.records.values():
+        for slot, path in files.keyframe_paths(record).items():
+            images[(record.shot_index, slot)] = path
+    for position, path in enumerate(folder.storyboard.get("reference_images", ())):
+        images[(-1, position)] = str(path)
+    views: dict[tuple[int, int], KeyframeView] = {}
+    for shot in shots:
+        for decision in shot.decisions:
+            if decision.slot is None or decision.verdict in ("duplicate", "low_quality"):
+                continue
+            key = (decision.source_shot_index, decision.slot)
+            view = KeyframeView(
+                shot_index=key[0],
+                slot=key[1],
+                frame_index=decision.source_frame_index,
+                image=images.get(key),
+                similarity=decision.similarity,
+                bank_similarity=decision.bank_similarity,
+                against=decision.against,
+                quality=decision.quality,
+                why=decision.why,
+            )
+            if key not in views:
+                views[key] = view if decision.verdict.startswith("kept") else replace(view, why="")
+    return tuple(views[key] for key in sorted(views))

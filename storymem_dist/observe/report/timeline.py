@@ -1,0 +1,185 @@
+"""The timeline of replicas and stages: what each did when, and where devices waited.
+
+Times at which no replica was up (between a stop and a restart, say) are cut out and marked. Pieces too small to see are
+drawn together. Knows the folded events; nothing of how they came about.
+"""
+
+from dataclasses import dataclass
+
+from storymem_dist.observe import format as fmt
+from storymem_dist.observe.events import STAGES
+from storymem_dist.observe.report.html import details, esc, table
+from storymem_dist.observe.run_state import Attempt, Row, RowKey, RunState, Span
+
+SMALLEST_SHARE = 0.0004
+"""Pieces shorter than this share of the whole (half a pixel) are joined to equal neighbours, or left out."""
+
+KINDS = (*STAGES, "wait")
+MAX_ROWS = 64
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Axis:
+    """Wall time on the page: the stretches in which something ran, one after the other, as shares of the width."""
+
+    stretches: tuple[tuple[float, float], ...]
+
+    @property
+    def seconds(self) -> float:
+        """Time shown in all."""
+        return sum(end - start for start, end in self.stretches) or 1.0
+
+    def share(self, wall_time: float) -> float:
+        """Where ``wall_time`` lies, 0 to 1."""
+        before = 0.0
+        for start, end in self.stretches:
+            if wall_time <= end:
+                return (before + max(0.0, wall_time - start)) / self.seconds
+            before += end - start
+        return 1.0
+
+
+def make_axis(state: RunState) -> Axis:
+    """Join the times at which any replica was up."""
+    starts = sorted((s.start, s.last_seen) for row in state.rows.values() for s in row.starts)
+    stretches: list[tuple[float, float]] = []
+    gap = 0.02 * sum(end - start for start, end in starts)
+    for start, end in starts:
+        if stretches and start - stretches[-1][1] <= gap:
+            stretches[-1] = (stretches[-1][0], max(stretches[-1][1], end))
+        else:
+            stretches.append((start, end))
+    return Axis(stretches=tuple(stretches))
+
+
+def timeline(state: RunState) -> str:
+    """Return the picture and its table as HTML."""
+    if not any(row.starts for row in state.rows.values()):
+        return '<p class="quiet">No replica has started yet.</p>'
+    axis = make_axis(state)
+    rows = sorted(state.rows.items())
+    attempts: dict[RowKey, list[Attempt]] = {}
+    for attempt in state.attempts():
+        attempts.setdefault(attempt.row, []).append(attempt)
+    tracks = "".join(_track(state, key, row, attempts.get(key, []), axis) for key, row in rows[:MAX_ROWS])
+    more = f'<p class="quiet">and {len(rows) - MAX_ROWS} more replicas</p>' if len(rows) > MAX_ROWS else ""
+    breaks = "".join(
+        f'<span class="break" style="left:{100 * axis.share(start):.2f}%" title="{esc(_pause(state, axis, n))}"></span>'
+        for n, (start, _) in enumerate(axis.stretches)
+        if n
+    )
+    scale = f'<span class="track-label"></span><div class="axis">{_ticks(axis)}{breaks}</div>'
+    return (
+        '<div class="scroll" role="region" aria-label="Timeline of replicas" tabindex="0"><div class="timeline">'
+        f'{tracks}<div class="track-row">{scale}</div></div></div>{more}'
+        + _legend(state)
+        + details("Timeline as a table", _stage_table(state))
+    )
+
+
+def stage_totals(row: Row) -> dict[str, float]:
+    """Seconds of each kind of a row's finished pieces."""
+    totals: dict[str, float] = {}
+    for span in row.spans:
+        if span.end is not None:
+            totals[span.kind] = totals.get(span.kind, 0.0) + span.end - span.start
+    return totals
+
+
+def _track(state: RunState, key: RowKey, row: Row, attempts: list[Attempt], axis: Axis) -> str:
+    label = state.row_label(key)
+    totals = stage_totals(row)
+    told = ", ".join(f"{kind} {fmt.duration(totals[kind])}" for kind in KINDS if kind in totals)
+    name = f"{label}: {fmt.count(row.num_finished, 'shot')} finished, {row.num_failed} failed. {told}"
+    shots = "".join(_shot_block(attempt, axis, state.last_time) for attempt in attempts)
+    stages = "".join(_stage_block(span, axis) for span in _merged(row, axis, state.last_time))
+    return (
+        f'<div class="track-row"><span class="track-label">{esc(label)}</span>'
+        f'<div class="track" role="img" aria-label="{esc(name)}"><div class="shots">{shots}</div>'
+        f'<div class="stages">{stages}</div></div></div>'
+    )
+
+
+def _place(start: float, end: float, axis: Axis) -> str:
+    left, right = axis.share(start), axis.share(end)
+    return f"left:{100 * left:.3f}%;width:{max(0.05, 100 * (right - left)):.3f}%"
+
+
+def _shot_block(attempt: Attempt, axis: Axis, now: float) -> str:
+    end = attempt.end if attempt.end is not None else now
+    name = f"{attempt.started.story_id}/{attempt.started.shot_id}"
+    tip = f"{name}: {attempt.outcome}, {fmt.duration(end - attempt.start)}"
+    tip += f". {attempt.reason}" if attempt.reason else ""
+    return (
+        f'<span class="shot {esc(attempt.outcome)}" style="{_place(attempt.start, end, axis)}" data-tip="{esc(tip)}">'
+        f"{esc(name)}</span>"
+    )
+
+
+def _stage_block(span: Span, axis: Axis) -> str:
+    end = span.end if span.end is not None else span.start
+    shot = f"{span.story_id}/{span.shot_id} " if span.shot_id else ""
+    tip = f"{shot}{span.kind}, {fmt.duration(end - span.start)}"
+    kind = span.kind if span.kind in KINDS else "other"
+    return f'<span class="k-{kind}" style="{_place(span.start, end, axis)}" data-tip="{esc(tip)}"></span>'
+
+
+def _merged(row: Row, axis: Axis, now: float) -> list[Span]:
+    """The row's pieces in order of time, small ones joined or left out."""
+    smallest = SMALLEST_SHARE * axis.seconds
+    open_spans = [
+        Span(kind=span.kind, start=span.start, end=now, story_id=span.story_id, shot_id=span.shot_id)
+        for span in row.open_spans
+    ]
+    merged: list[Span] = []
+    for span in sorted((*row.spans, *open_spans), key=lambda span: span.start):
+        end = span.end if span.end is not None else now
+        last = merged[-1] if merged else None
+        if last is not None and last.end is not None and last.kind == span.kind and span.start - last.end < smallest:
+            small = end - span.start < smallest or last.end - last.start < smallest
+            if small:
+                last.end = max(last.end, end)
+                continue
+        if end - span.start >= smallest:
+            merged.append(Span(kind=span.kind, start=span.start, end=end, story_id=span.story_id, shot_id=span.shot_id))
+    return merged
+
+
+def _ticks(axis: Axis) -> str:
+    step = next(
+        (
+            step
+            for step in (1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200, 14400, 43200)
+            if axis.seconds / step <= 8
+        ),
+        86400,
+    )
+    marks = []
+    second = 0.0
+    while second <= axis.seconds:
+        label = f"{second:g} s" if step < 60 else fmt.duration(second)
+        marks.append(f'<span class="tick" style="left:{100 * second / axis.seconds:.2f}%">{label}</span>')
+        second += step
+    return "".join(marks)
+
+
+def _pause(state: RunState, axis: Axis, number: int) -> str:
+    away = axis.stretches[number][0] - axis.stretches[number - 1][1]
+    return f"nothing ran for {fmt.duration(away)} here"
+
+
+def _legend(state: RunState) -> str:
+    seen = {span.kind for row in state.rows.values() for span in row.spans}
+    items = "".join(f'<li><span class="swatch k-{kind}"></span>{kind}</li>' for kind in KINDS if kind in seen)
+    return f'<ul class="legend" aria-label="Stages">{items}</ul>'
+
+
+def _stage_table(state: RunState) -> str:
+    seen = {span.kind for row in state.rows.values() for span in row.spans}
+    kinds = [kind for kind in KINDS if kind in seen]
+    rows = []
+    for key, row in sorted(state.rows.items()):
+        totals = stage_totals(row)
+        cells = [fmt.duration(totals[kind]) if kind in totals else "" for kind in kinds]
+        rows.append((esc(state.row_label(key)), fmt.duration(row.alive_seconds), *cells))
+    return table("Seconds per replica and stage", ("replica", "up", *kinds), rows, numeric=range(1, len(kinds) + 2))
