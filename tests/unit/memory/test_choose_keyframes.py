@@ -175,6 +175,22 @@ def test_only_more_than_the_threshold_is_a_duplicate(to_bank: float, verdict: st
     assert decision.verdict == verdict
 
 
+def test_a_lowered_threshold_is_for_the_choice_alone_and_not_for_duplicates() -> None:
+    gradual = [[1.0 - 0.2 * abs(one - other) for other in range(6)] for one in range(6)]
+    lookup = [[*row, *[0.0] * 249, 0.85] for row in gradual] + [[0.85] * 256] * 250
+    chosen = choose_keyframes(
+        clip_of(6),
+        bank_of_frames(255),
+        TableSimilarity(lookup),
+        NoQuality(),
+        MemorySettings(max_per_shot=2),
+        shot_index=4,
+    )
+    assert chosen.threshold < 0.85
+    assert [decision.bank_similarity for decision in chosen.decisions] == [0.85, 0.85]
+    assert kept_indices(chosen) == [0, 3]
+
+
 def test_frames_of_one_shot_are_not_duplicates_of_each_other() -> None:
     there_and_back = [[1.0, 1.0, 0.2, 1.0], [1.0, 1.0, 0.2, 1.0], [0.2, 0.2, 1.0, 0.2], [1.0, 1.0, 0.2, 1.0]]
     assert kept_indices(choose(there_and_back)) == [0, 2, 3]
