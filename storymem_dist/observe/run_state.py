@@ -221,6 +221,15 @@ class RunState:
         told = sum(max(story.num_shots, len(story.shots)) for story in self.stories.values())
         return max(told, self.announced_shots)
 
+    @property
+    def up_seconds(self) -> float:
+        """Time during which at least one replica was up: without the pauses between a stop and a restart."""
+        seconds, reached = 0.0, 0.0
+        for start, end in sorted((s.start, s.last_seen) for row in self.rows.values() for s in row.starts):
+            seconds += max(0.0, end - max(start, reached))
+            reached = max(reached, end)
+        return seconds
+
     def count(self, status: str) -> int:
         """Number of shots in ``status`` (``waiting`` counts only shots that an event has named)."""
         return sum(shot.status == status for story in self.stories.values() for shot in story.shots.values())

@@ -50,8 +50,7 @@ def _headline(state: RunState) -> Text:
     if resumed:
         text.append(f" · {resumed} resumed inside")
     text.append(f" · {failed} failed", style="bold red" if failed else "")
-    if state.first_time is not None:
-        text.append(f" · {fmt.duration(state.last_time - state.first_time)}")
+    text.append(f" · {fmt.duration(state.up_seconds)}")
     if rates.clips_per_gpu_hour is not None:
         text.append(f" · {fmt.number(rates.clips_per_gpu_hour)} clips per device-hour")
     return text

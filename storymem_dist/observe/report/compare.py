@@ -45,12 +45,11 @@ def comparison_page(left: RunView, right: RunView, left_assets: Assets, right_as
 def _figures(left: RunView, right: RunView) -> str:
     def figures(run: RunView) -> list[tuple[str, float | None]]:
         rates, state = run.state.rates(), run.state
-        elapsed = state.last_time - state.first_time if state.first_time is not None else None
         kept = sum(decision.verdict.startswith("kept") for shot in run.shots for decision in shot.decisions)
         return [
             ("shots finished", float(sum(shot.status == "finished" for shot in run.shots))),
             ("shots failed", float(sum(shot.status in ("failed", "blocked") for shot in run.shots))),
-            ("seconds in all", elapsed),
+            ("seconds in all", state.up_seconds),
             ("seconds per shot", rates.seconds_per_clip),
             ("seconds per step", rates.seconds_per_step),
             ("clips per device-hour", rates.clips_per_gpu_hour),
@@ -99,7 +98,9 @@ def _stories(left: RunView, right: RunView, left_assets: Assets, right_assets: A
     for story_id in sorted({**a, **b}):
         story = a.get(story_id) or b[story_id]
         pairs = zip_longest(a[story_id].shots if story_id in a else (), b[story_id].shots if story_id in b else ())
-        rows = "".join(_pair(story, one, other, left_assets, right_assets) for one, other in pairs)
+        rendered = [pair for pair in pairs if any(shot is not None and shot.clip for shot in pair)]
+        rows = "".join(_pair(story, one, other, left_assets, right_assets) for one, other in rendered)
+        rows = rows or '<p class="quiet">No shot is finished in either run.</p>'
         parts.append(
             f'<article class="story" id="{esc(story_id)}"><h3>{esc(story.name)} '
             f'<span class="quiet">{esc(story_id)}</span></h3>{rows}</article>'
@@ -115,10 +116,12 @@ def _pair(
         if shot is None:
             cards.append(f'<li class="card"><div class="screen">not in {side}</div></li>')
         else:
-            cards.append(shot_card(story, shot, assets, anchor=f"{side}-{story.story_id}-{shot.shot_id}"))
+            cards.append(shot_card(story, shot, assets, run=side))
     shot_id = (one or other).shot_id if one or other else ""  # type: ignore[union-attr]
     told = f"{shot_id.replace('_', ' ')}: {_memory_difference(one, other)}"
-    button = f'<button type="button" class="together" aria-label="Play both of {esc(shot_id)}">Play both</button>'
+    button = ""
+    if one is not None and other is not None and one.clip and other.clip:
+        button = f'<button type="button" class="together" aria-label="Play both of {esc(shot_id)}">Play both</button>'
     return (
         f'<div class="pair"><p class="facts">{esc(told)} {button}</p><ol class="sheet two">{"".join(cards)}</ol></div>'
     )

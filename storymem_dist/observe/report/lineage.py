@@ -11,7 +11,7 @@ from storymem_dist.observe.report.assets import KEYFRAME_HEIGHT, Assets
 from storymem_dist.observe.report.html import details, esc, table
 from storymem_dist.observe.report.model import KeyframeView, ShotView, StoryView
 
-COLUMN, ROW, HEAD, LABEL = 92, KEYFRAME_HEIGHT + 10, 40, 150
+COLUMN, ROW, HEAD, LABEL = 92, KEYFRAME_HEIGHT + 10, 40, 84
 THUMB_WIDTH = 84
 
 
@@ -31,8 +31,8 @@ def lineage(story: StoryView, assets: Assets) -> str:
         f'aria-label="{esc(told)}">{"".join(parts)}</svg>'
     )
     legend = (
-        '<p class="legend"><span class="dot shown"></span> shown to the shot '
-        '<span class="dot gone"></span> in the bank, but outside the window</p>'
+        '<ul class="legend" aria-label="Marks"><li><span class="dot shown"></span>shown to the shot</li>'
+        '<li><span class="dot gone"></span>in the bank, but outside the window</li></ul>'
     )
     return (
         f'<div class="scroll" role="region" aria-label="{esc(name)}" tabindex="0">{picture}</div>{legend}'
@@ -80,7 +80,8 @@ def _heads(story: StoryView, columns: dict[int, int], height: int) -> str:
 
 def _row(story: StoryView, keyframe: KeyframeView, columns: dict[int, int], y: int, assets: Assets) -> str:
     birth = _centre(columns.get(keyframe.shot_index, 0))
-    parts = [f'<text class="label" x="4" y="{y + 4}">{esc(keyframe.name)}</text>']
+    source = "reference" if keyframe.shot_index < 0 else f"shot_{keyframe.shot_index + 1:02d}"
+    parts = [f'<text class="label" x="8" y="{y + 4}">{source} · {keyframe.slot}</text>']
     uses = [
         (shot, decision)
         for shot in story.shots

@@ -75,13 +75,12 @@ def _header(run: RunView) -> str:
     failed = sum(shot.status in ("failed", "blocked") for shot in run.shots)
     num_shots = max(len(run.shots), state.num_shots)
     done = sum(story.num_finished == len(story.shots) > 0 for story in run.stories)
-    elapsed = state.last_time - state.first_time if state.first_time is not None else None
     left = state.seconds_left() if run.status == "running" else None
     wasted = fmt.percent(rates.wait_ratio) + " of the time" if rates.wait_ratio is not None else ""
     tiles = [
         tile("Stories", f"{done} of {max(len(run.stories), state.announced_stories)}"),
         tile("Shots", f"{finished} of {num_shots}", f"{failed} failed" if failed else ""),
-        tile("Time", fmt.duration(elapsed), f"about {fmt.duration(left)} left" if left else ""),
+        tile("Time", fmt.duration(state.up_seconds), f"about {fmt.duration(left)} left" if left else ""),
         tile("Clips per device-hour", fmt.number(rates.clips_per_gpu_hour)),
         tile("Per step", fmt.step_time(rates.seconds_per_step)),
         tile("Waited", fmt.duration(sum(row.waited_seconds for row in state.rows.values())), wasted),
@@ -130,8 +129,8 @@ def _story(story: StoryView, assets: Assets) -> str:
     )
 
 
-def shot_card(story: StoryView, shot: ShotView, assets: Assets, *, anchor: str = "") -> str:
-    """Return one shot of a contact sheet: clip, prompt and facts."""
+def shot_card(story: StoryView, shot: ShotView, assets: Assets, *, run: str = "") -> str:
+    """Return one shot of a contact sheet: clip, prompt and facts. ``run`` tells apart the cards of two runs."""
     facts = [shot.mode.upper()] if shot.mode else []
     facts += [f"seed {shot.seed}"] if shot.seed is not None else []
     facts += [fmt.duration(shot.seconds)] if shot.seconds is not None else []
@@ -140,24 +139,26 @@ def shot_card(story: StoryView, shot: ShotView, assets: Assets, *, anchor: str =
     marks = "" if shot.status == "finished" else chip(shot.status, STATUS_KINDS[shot.status])
     if not shot.cut and shot.shot_index > 0:
         marks += '<span class="chip calm" title="continues the shot before it">continues</span>'
-    identity = anchor or f"{story.story_id}-{shot.shot_id}"
+    identity = "-".join(filter(None, (run, story.story_id, shot.shot_id)))
+    name = f"{run} · " * bool(run) + shot.shot_id.replace("_", " ")
     reason = f'<p class="trouble">{esc(shot.reason)}</p>' if shot.reason else ""
     why = f'<p class="quiet">rendered again: {esc(shot.why)}</p>' if shot.why else ""
     return (
-        f'<li class="card" id="{esc(identity)}">{_screen(story, shot, assets)}'
-        f'<h4>{esc(shot.shot_id.replace("_", " "))} {marks}</h4><p class="facts">{esc(" · ".join(facts))}</p>'
+        f'<li class="card" id="{esc(identity)}">{_screen(story, shot, assets, name)}'
+        f'<h4>{esc(name)} {marks}</h4><p class="facts">{esc(" · ".join(facts))}</p>'
         f'{reason}{why}<p class="prompt">{esc(shot.prompt)}</p></li>'
     )
 
 
-def _screen(story: StoryView, shot: ShotView, assets: Assets) -> str:
-    ratio = f"aspect-ratio:{shot.width}/{shot.height}" if shot.width and shot.height else "aspect-ratio:26/15"
+def _screen(story: StoryView, shot: ShotView, assets: Assets, name: str) -> str:
+    width, height = next(((s.width, s.height) for s in (shot, *story.shots) if s.width and s.height), (26, 15))
+    ratio = f"aspect-ratio:{width}/{height}"
     if shot.clip is not None:
         poster = assets.poster(shot.clip)
         picture = f' poster="{poster}"' if poster else ""
         return (
-            f'<video controls muted loop playsinline preload="none" style="{ratio}" src="{assets.media(shot.clip)}"'
-            f'{picture} aria-label="{esc(story.name)}, {esc(shot.shot_id)}"></video>'
+            f'<div class="film"><video controls muted loop playsinline preload="none" style="{ratio}" '
+            f'src="{assets.media(shot.clip)}"{picture} aria-label="{esc(story.name)}, {esc(name)}"></video></div>'
         )
     bar = ""
     if shot.status == "running" and shot.num_steps:

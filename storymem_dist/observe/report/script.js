@@ -51,6 +51,22 @@
     });
   }
 
+  // The sheet shows pictures; controls come with the first play.
+  for (const film of document.querySelectorAll(".film")) {
+    const video = film.querySelector("video");
+    const play = document.createElement("button");
+    play.type = "button";
+    play.className = "play";
+    play.textContent = "▶\uFE0E";
+    play.setAttribute("aria-label", `Play ${video.getAttribute("aria-label")}`);
+    const begin = () => { play.remove(); video.controls = true; };
+    play.addEventListener("click", () => { begin(); video.play(); video.focus(); });
+    video.addEventListener("play", begin, { once: true });
+    video.addEventListener("seeking", begin, { once: true });
+    video.controls = false;
+    film.append(play);
+  }
+
   // Two runs: both clips of a shot from the start, together.
   for (const together of document.querySelectorAll("button.together")) {
     together.addEventListener("click", () => {
