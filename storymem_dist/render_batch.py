@@ -70,7 +70,7 @@ def render_batch(
                 leader_decides(partial(desk.note_prepared, elapsed, swapped=loaded is not None))
                 loaded = kind
             _render(assignment, parts[assignment.job.part], renderer, desk, settings, leader_decides)
-    except KeyboardInterrupt:
+    except (StoryMemError, KeyboardInterrupt):  # the shot in flight is not to blame
         desk.close()
         raise
     except BaseException:

@@ -40,20 +40,17 @@ def fsync_folder(path: Path) -> None:
         fsync_file(path)
 
 
-def replace_durably(temporary: Path, path: Path) -> None:
-    """Give the finished ``temporary`` file its name, replacing what was there, and flush both."""
-    fsync_file(temporary)
-    temporary.replace(path)
-    fsync_folder(path.parent)
-
-
 @contextlib.contextmanager
 def written_beside(path: Path) -> Iterator[Path]:
-    """Yield a temporary path to write; on success it becomes ``path`` durably, on failure it is removed."""
+    """Yield a temporary path to write; on success it is flushed and becomes ``path``, on failure it is removed.
+
+    The folder's entry is not flushed: who writes several files does that once, with ``fsync_folder``.
+    """
     temporary = temporary_beside(path)
     try:
         yield temporary
-        replace_durably(temporary, path)
+        fsync_file(temporary)
+        temporary.replace(path)
     except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -64,6 +61,7 @@ def write_bytes(path: Path, data: bytes) -> None:
     """Write ``data`` to ``path`` atomically and durably."""
     with written_beside(path) as temporary:
         temporary.write_bytes(data)
+    fsync_folder(path.parent)
 
 
 def publish_exclusively(source: Path, path: Path) -> bool:
@@ -121,6 +119,12 @@ def canonical_json(value: Any) -> bytes:
 def read_json(path: Path) -> Any:
     """Parse a JSON file. Raises ``OSError`` when it cannot be read and ``ValueError`` when it is not JSON."""
     return json.loads(path.read_bytes())
+
+
+def remove_temporaries(folder: Path, name: str) -> None:
+    """Remove half-made files for ``name`` that dead processes left. Only for who alone may write that file."""
+    for path in folder.glob(f"{TEMPORARY_PREFIX}*-{name}"):
+        path.unlink(missing_ok=True)
 
 
 def names_in(folder: Path) -> list[str]:

@@ -71,7 +71,10 @@ class ShotFolder:
     # -- writing -------------------------------------------------------------------------------------------------------
 
     def save_attempt(self, attempt_id: str, files: ClipFiles, settings: VideoSettings) -> Mapping[str, StoredFile]:
-        """Write the files of an attempt into its own folder; return their sizes and contents. Raises ``OSError``."""
+        """Write the files of an attempt into its own folder; return their sizes and contents. Raises ``OSError``.
+
+        They are durable once the attempt's record is written, which flushes the folder.
+        """
         folder = self.attempt_folder(attempt_id)
         folder.mkdir(parents=True)
         write_clip(folder / "clip.mp4", files.clip, files.fps, settings)

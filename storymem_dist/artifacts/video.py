@@ -61,7 +61,7 @@ class VideoSettings:
 
 
 def write_clip(path: Path, frames_FCHW: Tensor, fps: int, settings: VideoSettings) -> None:
-    """Encode uint8 RGB frames ``[F, 3, H, W]`` to an MP4 at ``fps`` frames per second, atomically and durably.
+    """Encode uint8 RGB frames ``[F, 3, H, W]`` to an MP4 at ``fps`` frames per second, beside and then renamed.
 
     H and W must be multiples of 16 (no padding or cropping happens). Raises ``ConfigError`` for other input and
     ``OSError`` when the file cannot be written.
@@ -167,7 +167,7 @@ def count_frames(path: Path) -> int:
 
 
 def write_png(path: Path, image_CHW: Tensor) -> None:
-    """Write a uint8 RGB image ``[3, H, W]`` losslessly, atomically and durably."""
+    """Write a uint8 RGB image ``[3, H, W]`` losslessly, beside and then renamed."""
     if image_CHW.dtype != torch.uint8 or image_CHW.ndim != 3 or image_CHW.shape[0] != 3:
         raise ConfigError(f"an image must be uint8 [3, H, W], not {image_CHW.dtype} {list(image_CHW.shape)}")
     pixels = np.ascontiguousarray(image_CHW.permute(1, 2, 0).cpu().numpy())

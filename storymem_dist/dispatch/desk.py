@@ -7,19 +7,20 @@ Knows the queue, the run folder and the observers; nothing of ranks, models or h
 
 import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from storymem_dist.artifacts.records import DamagedRecord, ShotRecord
+from storymem_dist.artifacts.records import DamagedRecord
 from storymem_dist.artifacts.run_folder import Failure
 from storymem_dist.artifacts.shot_folder import ShotFolder, new_attempt_id
 from storymem_dist.diffusion.denoise import DenoiseState
-from storymem_dist.dispatch.graph import Chain, ShotState
+from storymem_dist.dispatch import announcing
+from storymem_dist.dispatch.graph import ShotState
 from storymem_dist.dispatch.jobs import RenderedShot, ShotHistory, ShotJob
-from storymem_dist.dispatch.joining import is_joined, join_story
+from storymem_dist.dispatch.joining import Joined, StoryJoiner
 from storymem_dist.dispatch.leases import Owner
 from storymem_dist.dispatch.opening import OpenBatch, open_batch, why_again
-from storymem_dist.dispatch.plan import M2V, BatchPart, PlannedShot
+from storymem_dist.dispatch.plan import M2V, T2V, BatchPart, PlannedShot
 from storymem_dist.dispatch.queue import Claim, ShotQueue
 from storymem_dist.dispatch.saving import save_shot
 from storymem_dist.dispatch.settings import DispatchSettings
@@ -28,14 +29,9 @@ from storymem_dist.dispatch.summary import DONE, FAILED, STOPPED, BatchSummary, 
 from storymem_dist.errors import RunFolderError
 from storymem_dist.memory.bank import Keyframe
 from storymem_dist.observe.events import (
-    JobFinished,
     ReplicaWaited,
-    ShotFailed,
-    ShotFinished,
     ShotResumed,
-    ShotStarted,
     StopRequested,
-    StoryFinished,
     ThroughputSampled,
     WarningIssued,
     timed_stage,
@@ -138,23 +134,12 @@ class Desk:
             "num_failed": summary.num_failed,
             "num_blocked": summary.num_blocked,
         }
-        outcome = {DONE: "finished", STOPPED: "stopped", FAILED: "failed"}[end.state]
         for part in self._parts:
             try:
                 part.run.write_stop(end.state, **details)
             except OSError as error:
                 self._warn(part, f"stop.json cannot be written: {error}", "save")
-            part.observers.notify(
-                JobFinished(
-                    outcome=outcome,
-                    num_rendered=summary.num_rendered,
-                    num_resumed=summary.num_resumed,
-                    num_skipped=summary.num_skipped,
-                    num_failed=summary.num_failed,
-                    elapsed_seconds=summary.elapsed_seconds,
-                    message=end.reason,
-                )
-            )
+            part.observers.notify(announcing.job_finished(summary))
         self.close()
         return summary
 
@@ -216,10 +201,10 @@ class Desk:
             attempt_id=self._attempt_id,
             why=why,
         )
-        part.observers.notify(self._started(job, part, history))
+        part.observers.notify(announcing.shot_started(job, part, history))
         part.observers.notify(
             ThroughputSampled(
-                queue_depth=self._queue.graph.num_ready("t2v") + self._queue.graph.num_ready("m2v"),
+                queue_depth=self._queue.graph.num_ready(T2V) + self._queue.graph.num_ready(M2V),
                 num_running=len(self._queue.graph.leased()),
             )
         )
@@ -271,30 +256,6 @@ class Desk:
             path.unlink(missing_ok=True)
             return None
 
-    def _started(self, job: ShotJob, part: BatchPart, history: ShotHistory) -> ShotStarted:
-        cost = part.cost
-        num_memory = 0
-        if job.kind == M2V:
-            num_memory = min(cost.max_keyframes, len(job.story.reference_images) + len(history.keyframes))
-        tflop = cost.passes_per_step * cost.forward_tflop(num_memory) if cost.is_a14b else None
-        return ShotStarted(
-            story_id=job.story.story_id,
-            shot_id=job.shot.shot_id,
-            shot_index=job.shot.index,
-            mode=job.mode,
-            seed=job.seed,
-            attempt_id=job.attempt_id,
-            prompt=job.shot.prompt,
-            num_memory=num_memory,
-            num_steps=cost.num_inference_steps,
-            num_frames=cost.num_frames,
-            height=cost.height,
-            width=cost.width,
-            num_tokens=int(cost.num_tokens(num_memory)),
-            tflop_per_step=tflop,
-            why=job.why,
-        )
-
     # -- while a shot is rendered --------------------------------------------------------------------------------------
 
     def should_stop(self) -> bool:
@@ -328,11 +289,11 @@ class Desk:
 
     def shot_stopped(self, state: DenoiseState) -> None:
         """The running shot was left between two steps: save it for later, unless another replica has taken it over."""
-        if self._still_held():
-            self.save_checkpoint(state)
-            self._let_go(ShotState.WAITING)
-        else:
-            self._say_lost()
+        if not self._still_held():
+            self._give_up_lost_shot()
+            return
+        self.save_checkpoint(state)
+        self._let_go(ShotState.WAITING)
 
     def shot_rendered(self, rendered: RenderedShot) -> None:
         """Save and publish a rendered shot; when that is impossible, the shot has failed."""
@@ -341,45 +302,45 @@ class Desk:
         seconds = dict(rendered.stage_seconds)
         try:
             with timed_stage(part.observers, "save", story_id=story_id, shot_id=shot_id, totals=seconds):
-                host = {
-                    "replica": self._replica.index,
-                    "job_id": self._owner.job_id,
-                    "resumed_at_step": self._resumed_at,
-                }
                 record = save_shot(
                     folder,
                     part,
                     shot,
                     rendered,
                     attempt_id=self._attempt_id,
-                    stage_seconds=rendered.stage_seconds,
-                    host=host,
+                    host={
+                        "replica": self._replica.index,
+                        "job_id": self._owner.job_id,
+                        "resumed_at_step": self._resumed_at,
+                    },
                 )
                 published = folder.publish(record, may_publish=self._still_held)
         except OSError as error:
             folder.discard_attempt(self._attempt_id)
-            self.shot_failed(f"the shot cannot be saved: {error}", type(error).__name__)
+            if self._still_held():
+                self.shot_failed(f"the shot cannot be saved: {error}", type(error).__name__)
+            else:  # whoever took the shot over has cleared this attempt away
+                self._give_up_lost_shot()
             return
         if not published:
-            self._say_lost()
+            self._give_up_lost_shot()
             return
         try:
             folder.repair_views(record)
             part.run.checkpoint(story_id, shot_id, shot.fingerprint).unlink(missing_ok=True)
+            part.run.remove_failure(story_id, shot_id, shot.fingerprint)
         except OSError as error:
-            self._warn(
-                part, f"{story_id}:{shot_id} is committed, but what people open is not up to date: {error}", "save"
-            )
+            self._warn(part, f"{story_id}:{shot_id} is committed, but not everything is in its place: {error}", "save")
         elapsed = time.monotonic() - self._shot_began
         self._tally.num_rendered += 1
         self._tally.num_resumed += self._resumed_at is not None
         self._tally.add_stages(seconds)
         self._queue.note_rendered(shot, elapsed)
-        part.observers.notify(self._finished(record, part, elapsed, seconds))
+        part.observers.notify(announcing.shot_finished(record, part, elapsed, seconds))
         self._let_go(ShotState.COMMITTED)
         chain = self._queue.graph.chain_of(shot)
         if chain.is_complete:
-            self._join(chain)
+            self._joiner.join(chain)
 
     def shot_failed(self, reason: str, error_type: str, *, details: str = "", low_memory_next: bool = False) -> None:
         """The held shot cannot be rendered: mark it, and so all after it; or have it tried again with less memory."""
@@ -395,20 +356,17 @@ class Desk:
             job_id=self._owner.job_id,
             details=details,
         )
-        self._say_failed(shot.part, self._attempt_id, failure)
+        part.observers.notify(announcing.shot_failed(failure, self._attempt_id))
         try:
             self._queue.mark_failed(failure, shot)
         except OSError as error:
-            self._end = End(
-                state=FAILED, reason=f"{failure.story_id}:{failure.shot_id}: {reason}; nor can that be noted: {error}"
-            )
+            where = f"{failure.story_id}:{failure.shot_id}"
+            self._end = End(state=FAILED, reason=f"{where}: {reason}; nor can that be noted: {error}")
         self._let_go(ShotState.FAILED if failure.is_final else ShotState.WAITING)
         chain = self._queue.graph.chain_of(shot)
         if chain.is_blocked:
-            message = f"{shot.shot.shot_id} failed: {reason}"
-            part.observers.notify(
-                StoryFinished(story_id=chain.story_id, outcome="failed", num_shots=len(chain.shots), message=message)
-            )
+            for event in announcing.chain_blocked(chain, reason):
+                part.observers.notify(event)
 
     def note_out_of_memory(self, assignment: Assignment, reason: str) -> None:
         """Leave a note for after the restart: try the shot with less memory, or not at all if that was it.
@@ -426,52 +384,9 @@ class Desk:
             low_memory=True,
             job_id=self._owner.job_id,
         )
-        self._say_failed(job.part, job.attempt_id, failure)
+        self._parts[job.part].observers.notify(announcing.shot_failed(failure, job.attempt_id))
         with contextlib.suppress(OSError):  # then the restarted job tries once more as before
             self._parts[job.part].run.write_failure(failure)
-
-    # -- the end of chains ---------------------------------------------------------------------------------------------
-
-    def _join_what_is_left(self) -> bool:
-        """Join the complete stories that nobody has joined; False when a damaged record turned up instead."""
-        chains = self._queue.graph.chains
-        first = len(chains) * self._replica.index // self._replica.count  # replicas begin at different places
-        whole = [self._join(chain) for chain in chains[first:] + chains[:first] if chain.is_complete]
-        return all(whole)
-
-    def _join(self, chain: Chain) -> bool:
-        """Join the clips of a complete chain if that is to be done; False when one of its records is damaged."""
-        part = self._parts[chain.part]
-        if is_joined(part.run, chain.story_id, [shot.fingerprint for shot in chain.shots]):
-            return True
-        began, records = time.monotonic(), []
-        for shot in chain.shots:
-            try:
-                record = self._folder(shot).read_record(shot.fingerprint)
-                if record is None:
-                    raise DamagedRecord(f"the record of {chain.story_id}:{shot.shot.shot_id} has disappeared")
-            except DamagedRecord as damage:
-                self._warn(part, f"{damage}; the shot is rendered again", "join")
-                self._queue.graph.set_state(shot, ShotState.WAITING)
-                return False
-            records.append(record)
-        stage: dict[str, float] = {}
-        try:
-            with timed_stage(part.observers, "join", story_id=chain.story_id, totals=stage):
-                join_story(part.run, chain.story_id, records)
-        except (OSError, RunFolderError) as error:
-            self._warn(part, f"the clips of {chain.story_id} are there but cannot be joined: {error}", "join")
-            return True
-        self._tally.add_stages(stage)
-        part.observers.notify(
-            StoryFinished(
-                story_id=chain.story_id,
-                video=str(part.run.story_video(chain.story_id).relative_to(part.run.root)),
-                num_shots=len(chain.shots),
-                elapsed_seconds=time.monotonic() - began,
-            )
-        )
-        return True
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
@@ -479,6 +394,11 @@ class Desk:
     def _queue(self) -> ShotQueue:
         assert self._batch is not None, "the desk is not open"
         return self._batch.queue
+
+    @property
+    def _joiner(self) -> StoryJoiner:
+        assert self._batch is not None, "the desk is not open"
+        return StoryJoiner(parts=self._parts, leases=self._batch.leases, graph=self._batch.queue.graph)
 
     @property
     def _held(self) -> Claim:
@@ -495,26 +415,17 @@ class Desk:
         self._queue.release(self._held, state)
         self._claim = None
 
-    def _say_lost(self) -> None:
-        """Another replica has the held shot: this one was silent for too long."""
-        shot, part = self._held.shot, self._parts[self._held.shot.part]
-        where = f"{shot.story.story_id}:{shot.shot.shot_id}"
-        self._warn(
-            part, f"{where} was taken over by another replica, because this one showed no sign of life", "dispatch"
-        )
+    def _give_up_lost_shot(self) -> None:
+        shot = self._held.shot
+        self._parts[shot.part].observers.notify(announcing.shot_lost(shot, self._attempt_id))
         self._let_go(ShotState.LEASED)
 
-    def _say_failed(self, part: int, attempt_id: str, failure: Failure) -> None:
-        self._parts[part].observers.notify(
-            ShotFailed(
-                story_id=failure.story_id,
-                shot_id=failure.shot_id,
-                reason=failure.reason,
-                error_type=failure.error_type,
-                attempt_id=attempt_id,
-                will_retry=not failure.is_final,
-            )
-        )
+    def _join_what_is_left(self) -> bool:
+        """Join the complete stories that nobody has joined; False when there may be more to do after that."""
+        chains = self._queue.graph.chains
+        first = len(chains) * self._replica.index // self._replica.count  # replicas begin at different places
+        ends = [self._joiner.join(chain) for chain in chains[first:] + chains[:first] if chain.is_complete]
+        return not any(end in (Joined.ELSEWHERE, Joined.DAMAGED) for end in ends)
 
     def _announce_stop(self, reason: str) -> None:
         if not self._announced_stop:
@@ -531,23 +442,6 @@ class Desk:
 
     def _warn(self, part: BatchPart, message: str, source: str) -> None:
         part.observers.notify(WarningIssued(message=message, source=source))
-
-    def _finished(
-        self, record: ShotRecord, part: BatchPart, elapsed: float, stage_seconds: Mapping[str, float]
-    ) -> ShotFinished:
-        root, files = part.run.root, part.run.shot(record.story_id, record.shot_id).files_of(record)
-        return ShotFinished(
-            story_id=record.story_id,
-            shot_id=record.shot_id,
-            attempt_id=record.attempt_id,
-            fingerprint=record.fingerprint,
-            clip=(files / record.clip).relative_to(root).as_posix(),
-            keyframes=tuple((files / kept.file).relative_to(root).as_posix() for kept in record.keyframes),
-            num_frames=record.num_frames,
-            fps=float(record.fps),
-            elapsed_seconds=elapsed,
-            stage_seconds=stage_seconds,
-        )
 
     def _outcome(self) -> End:
         blocked = [chain for chain in self._queue.graph.chains if chain.is_blocked]

@@ -3,15 +3,89 @@
     stories/<story>/story.mp4      the clips of all shots, joined without encoding again
     stories/<story>/story.json     which records it was made of; written after it
 
-Knows a run folder and the shots of one story.
+One process joins a story at a time: it holds a lease of its own. Knows run folders, leases and chains; nothing of who
+rendered the clips.
 """
 
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
 
-from storymem_dist.artifacts.files import canonical_json, read_json, write_bytes
-from storymem_dist.artifacts.records import ShotRecord
+from storymem_dist.artifacts.files import canonical_json, read_json, remove_temporaries, write_bytes
+from storymem_dist.artifacts.records import DamagedRecord, ShotRecord
 from storymem_dist.artifacts.run_folder import RunFolder
 from storymem_dist.artifacts.video import concat_clips
+from storymem_dist.dispatch.graph import Chain, ShotGraph, ShotState
+from storymem_dist.dispatch.leases import LeaseFolder
+from storymem_dist.dispatch.plan import BatchPart
+from storymem_dist.errors import RunFolderError
+from storymem_dist.observe.events import StoryFinished, WarningIssued, timed_stage
+
+
+class Joined(Enum):
+    """How an attempt to join a story ended."""
+
+    YES = "yes"
+    ELSEWHERE = "elsewhere"  # another process is at it
+    DAMAGED = "damaged"  # a record turned out to be unusable; its shot is waiting again
+    IMPOSSIBLE = "impossible"  # the clips are there but do not go together
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoryJoiner:
+    """Joins complete chains of ``graph``; ``parts`` and ``leases`` have one entry for each part."""
+
+    parts: Sequence[BatchPart]
+    leases: Sequence[LeaseFolder]
+    graph: ShotGraph
+
+    def join(self, chain: Chain) -> Joined:
+        """Join the clips of a complete chain, unless that is done. Tells the observers. Raises ``OSError``."""
+        part, leases = self.parts[chain.part], self.leases[chain.part]
+        fingerprints = [shot.fingerprint for shot in chain.shots]
+        if is_joined(part.run, chain.story_id, fingerprints):
+            return Joined.YES
+        key = f"{chain.story_id}.story.{fingerprints[-1][:16]}"
+        lease = leases.try_claim(key, leases.scan().get(key))
+        if lease is None:
+            return Joined.ELSEWHERE
+        try:
+            if is_joined(part.run, chain.story_id, fingerprints):
+                return Joined.YES
+            return self._join(chain, part)
+        finally:
+            leases.release(lease)
+
+    def _join(self, chain: Chain, part: BatchPart) -> Joined:
+        began = time.monotonic()
+        records = self._records(chain, part)
+        if records is None:
+            return Joined.DAMAGED
+        try:
+            with timed_stage(part.observers, "join", story_id=chain.story_id):
+                join_story(part.run, chain.story_id, records)
+        except RunFolderError as error:
+            message = f"the clips of {chain.story_id} are there but cannot be joined: {error}"
+            part.observers.notify(WarningIssued(message=message, source="join"))
+            return Joined.IMPOSSIBLE
+        say_finished(part, chain, elapsed_seconds=time.monotonic() - began)
+        return Joined.YES
+
+    def _records(self, chain: Chain, part: BatchPart) -> list[ShotRecord] | None:
+        records = []
+        for shot in chain.shots:
+            try:
+                record = part.run.shot(chain.story_id, shot.shot.shot_id).read_record(shot.fingerprint)
+                if record is None:
+                    raise DamagedRecord(f"the record of {chain.story_id}:{shot.shot.shot_id} has disappeared")
+            except DamagedRecord as damage:
+                message = f"{damage}; the shot is rendered again"
+                part.observers.notify(WarningIssued(message=message, source="join"))
+                self.graph.set_state(shot, ShotState.WAITING)
+                return None
+            records.append(record)
+        return records
 
 
 def is_joined(run: RunFolder, story_id: str, fingerprints: Sequence[str]) -> bool:
@@ -27,14 +101,28 @@ def is_joined(run: RunFolder, story_id: str, fingerprints: Sequence[str]) -> boo
 def join_story(run: RunFolder, story_id: str, records: Sequence[ShotRecord]) -> int:
     """Join the clips of all ``records``, in order; return the number of frames.
 
-    Joining twice, even at once from two processes, gives the same file. Raises ``OSError`` and ``RunFolderError``.
+    For who holds the story's lease. Raises ``OSError``, and ``RunFolderError`` when the clips do not go together.
     """
+    video = run.story_video(story_id)
+    remove_temporaries(video.parent, video.name)
     clips = [run.shot(story_id, record.shot_id).files_of(record) / record.clip for record in records]
-    num_frames = concat_clips(clips, run.story_video(story_id))
+    num_frames = concat_clips(clips, video)
     made_of = {
         "fingerprints": [record.fingerprint for record in records],
-        "num_bytes": run.story_video(story_id).stat().st_size,
+        "num_bytes": video.stat().st_size,
         "num_frames": num_frames,
     }
-    write_bytes(run.story_folder(story_id) / "story.json", canonical_json(made_of))
+    write_bytes(video.with_name("story.json"), canonical_json(made_of))
     return num_frames
+
+
+def say_finished(part: BatchPart, chain: Chain, *, elapsed_seconds: float = 0.0) -> None:
+    """Tell the observers that a story is there as a whole."""
+    part.observers.notify(
+        StoryFinished(
+            story_id=chain.story_id,
+            video=part.run.story_video(chain.story_id).relative_to(part.run.root).as_posix(),
+            num_shots=len(chain.shots),
+            elapsed_seconds=elapsed_seconds,
+        )
+    )

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from storymem_dist.artifacts.fingerprint import differences
 from storymem_dist.artifacts.records import DamagedRecord
 from storymem_dist.artifacts.run_folder import Failure, RunFolder, shot_ids
-from storymem_dist.dispatch.graph import Chain, ShotGraph, ShotState
+from storymem_dist.dispatch.announcing import chain_blocked
+from storymem_dist.dispatch.graph import Chain, ShotGraph, ShotState, shot_key
+from storymem_dist.dispatch.joining import is_joined, say_finished
 from storymem_dist.dispatch.leases import WAITING, WORKING, LeaseFolder, Owner
 from storymem_dist.dispatch.plan import BatchPart, PlannedShot, plan_part
 from storymem_dist.dispatch.queue import ShotQueue
@@ -66,10 +68,11 @@ def open_batch(
             _refuse_differences(parts, graph)
         for folder in leases:
             folder.remove_dead_owners()
-        num_skipped = sum(
-            _check_chain(parts[chain.part], chain, queue, check_contents) for chain in _share(graph, replica)
-        )
+        share = list(_share(graph, replica))
+        num_skipped = sum(_check_chain(parts[chain.part], chain, queue, check_contents) for chain in share)
         queue.scan(force=True)
+        for chain in share:
+            _tell_how_it_stands(parts[chain.part], chain, queue)
     except BaseException:
         for folder in leases:
             folder.close()
@@ -195,3 +198,15 @@ def _check_chain(part: BatchPart, chain: Chain, queue: ShotQueue, check_contents
             good += 1
             part.observers.notify(ShotSkipped(story_id=chain.story_id, shot_id=shot.shot.shot_id))
     return good
+
+
+def _tell_how_it_stands(part: BatchPart, chain: Chain, queue: ShotQueue) -> None:
+    """Tell the observers of a chain that needs, or can have, nothing more."""
+    if chain.is_complete:
+        if is_joined(part.run, chain.story_id, [shot.fingerprint for shot in chain.shots]):
+            say_finished(part, chain)
+    elif chain.is_blocked:
+        front = chain.shots[chain.front]
+        part.observers.notify(ShotSkipped(story_id=chain.story_id, shot_id=front.shot.shot_id, reason="failed before"))
+        for event in chain_blocked(chain, queue.failures[shot_key(front)].reason):
+            part.observers.notify(event)

@@ -22,13 +22,11 @@ def save_shot(
     rendered: RenderedShot,
     *,
     attempt_id: str,
-    stage_seconds: Mapping[str, float],
     host: Mapping[str, Any],
 ) -> ShotRecord:
     """Write clip, keyframes and tail into the attempt's folder and return the record that names them.
 
-    ``stage_seconds`` and ``host`` go into the parts of the record that may differ between equal runs. Raises
-    ``OSError``.
+    ``host`` goes into the part of the record that may differ between equal runs. Raises ``OSError``.
     """
     began = time.monotonic()
     files = ClipFiles(
@@ -67,7 +65,7 @@ def save_shot(
         config_hash=part.config_hash,
         files=stored,
         timing={
-            "stage_seconds": {**json_ready(stage_seconds), "save": time.monotonic() - began},
+            "stage_seconds": {**json_ready(rendered.stage_seconds), "save": time.monotonic() - began},
             "committed_at": time.time(),
         },
         host=json_ready({"attempt_id": attempt_id, "host": socket.gethostname(), **part.host, **host}),

@@ -1,0 +1,105 @@
+"""The events of the batch loop, made from what it knows. Pure: values in, an event out."""
+
+from collections.abc import Mapping
+
+from storymem_dist.artifacts.records import ShotRecord
+from storymem_dist.artifacts.run_folder import Failure
+from storymem_dist.dispatch.graph import Chain
+from storymem_dist.dispatch.jobs import ShotHistory, ShotJob
+from storymem_dist.dispatch.plan import M2V, BatchPart, PlannedShot
+from storymem_dist.dispatch.summary import BatchSummary
+from storymem_dist.observe.events import JobFinished, ShotFailed, ShotFinished, ShotSkipped, ShotStarted, StoryFinished
+
+_OUTCOMES = {"done": "finished", "stopped": "stopped", "failed": "failed"}
+
+
+def shot_started(job: ShotJob, part: BatchPart, history: ShotHistory) -> ShotStarted:
+    """An attempt begins."""
+    cost = part.cost
+    num_memory = 0
+    if job.kind == M2V:
+        num_memory = min(cost.max_keyframes, len(job.story.reference_images) + len(history.keyframes))
+    return ShotStarted(
+        story_id=job.story.story_id,
+        shot_id=job.shot.shot_id,
+        shot_index=job.shot.index,
+        mode=job.mode,
+        seed=job.seed,
+        attempt_id=job.attempt_id,
+        prompt=job.shot.prompt,
+        num_memory=num_memory,
+        num_steps=cost.num_inference_steps,
+        num_frames=cost.num_frames,
+        height=cost.height,
+        width=cost.width,
+        num_tokens=int(cost.num_tokens(num_memory)),
+        tflop_per_step=cost.passes_per_step * cost.forward_tflop(num_memory) if cost.is_a14b else None,
+        why=job.why,
+    )
+
+
+def shot_finished(
+    record: ShotRecord, part: BatchPart, elapsed_seconds: float, stage_seconds: Mapping[str, float]
+) -> ShotFinished:
+    """A shot is committed."""
+    root, files = part.run.root, part.run.shot(record.story_id, record.shot_id).files_of(record)
+    return ShotFinished(
+        story_id=record.story_id,
+        shot_id=record.shot_id,
+        attempt_id=record.attempt_id,
+        fingerprint=record.fingerprint,
+        clip=(files / record.clip).relative_to(root).as_posix(),
+        keyframes=tuple((files / kept.file).relative_to(root).as_posix() for kept in record.keyframes),
+        num_frames=record.num_frames,
+        fps=float(record.fps),
+        elapsed_seconds=elapsed_seconds,
+        stage_seconds=stage_seconds,
+    )
+
+
+def shot_failed(failure: Failure, attempt_id: str) -> ShotFailed:
+    """An attempt failed; it is tried again unless the failure is final."""
+    return ShotFailed(
+        story_id=failure.story_id,
+        shot_id=failure.shot_id,
+        reason=failure.reason,
+        error_type=failure.error_type,
+        attempt_id=attempt_id,
+        will_retry=not failure.is_final,
+    )
+
+
+def shot_lost(shot: PlannedShot, attempt_id: str) -> ShotFailed:
+    """An attempt was given up because another replica has taken the shot over."""
+    return ShotFailed(
+        story_id=shot.story.story_id,
+        shot_id=shot.shot.shot_id,
+        reason="taken over by another replica, because this one showed no sign of life for too long",
+        error_type="LeaseLost",
+        attempt_id=attempt_id,
+        will_retry=True,
+    )
+
+
+def chain_blocked(chain: Chain, reason: str) -> tuple[ShotSkipped | StoryFinished, ...]:
+    """The front of ``chain`` failed: none of the shots after it can be rendered."""
+    failed, *later = chain.shots[chain.front :]
+    skipped = [
+        ShotSkipped(story_id=chain.story_id, shot_id=shot.shot.shot_id, reason="predecessor failed") for shot in later
+    ]
+    message = f"{failed.shot.shot_id} failed: {reason}"
+    story = StoryFinished(story_id=chain.story_id, outcome="failed", num_shots=len(chain.shots), message=message)
+    return (*skipped, story)
+
+
+def job_finished(summary: BatchSummary) -> JobFinished:
+    """This replica has nothing left to do."""
+    return JobFinished(
+        outcome=_OUTCOMES[summary.state],
+        num_rendered=summary.num_rendered,
+        num_resumed=summary.num_resumed,
+        num_skipped=summary.num_skipped,
+        num_failed=summary.num_failed,
+        elapsed_seconds=summary.elapsed_seconds,
+        message=summary.reason,
+    )

@@ -1,0 +1,83 @@
+"""Processes that join one run folder, each a replica with a fake renderer; they can be killed, paused and counted.
+
+Forked, so that they start in milliseconds with everything imported.
+"""
+
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from storymem_dist.dispatch.settings import DispatchSettings
+from storymem_dist.dispatch.summary import Replica
+from storymem_dist.observe.events import NullObserver, Observer
+from storymem_dist.render_batch import render_batch
+from storymem_dist.story.schema import Story
+from tests.helpers.fake_renderer import FakeRenderer, make_part
+
+
+def start_worker(
+    root: Path,
+    stories: Sequence[Story],
+    *,
+    log: Path | None = None,
+    step_seconds: float = 0.0,
+    before: Callable[[], None] = lambda: None,
+    settings: DispatchSettings | None = None,
+    replica: Replica | None = None,
+    observers: Observer | None = None,
+) -> int:
+    """Fork a process that renders ``stories`` into ``root``; return its process id. It exits as the command would.
+
+    ``before`` runs in the child first, for instance to set traps.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    child = os.fork()
+    if child:
+        return child
+    code = 70
+    try:
+        torch.set_num_threads(1)
+        before()
+        summary = render_batch(
+            parts=[make_part(root, stories, observers=observers or NullObserver())],
+            renderer=FakeRenderer(step_seconds=step_seconds, log=log),
+            settings=settings or DispatchSettings(poll_seconds=0.02, lease_seconds=1.0, checkpoint_every_steps=1),
+            replica=replica,
+        )
+        code = summary.exit_code
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def exit_code(pid: int) -> int:
+    """Wait for a worker and return its exit code (negative: the signal that killed it)."""
+    _, status = os.waitpid(pid, 0)
+    return os.waitstatus_to_exitcode(status)
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+    """Wait until ``condition`` holds; fail when it does not in time."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not within {seconds} seconds: {condition}")
+        time.sleep(0.005)
+
+
+def kill(pid: int, number: int = signal.SIGKILL) -> None:
+    """Send a signal to a worker."""
+    os.kill(pid, number)
+
+
+def begun(log: Path) -> list[str]:
+    """All shots that were begun, once for each time."""
+    return [line.split()[0] for line in log.read_text().splitlines()] if log.exists() else []
