@@ -44,6 +44,13 @@ def test_a_folder_is_its_storyboards_sorted_without_subfolders_and_hidden_files(
     assert (ids(batch), batch.rejected) == (["a", "b", "c"], ())
 
 
+def test_the_order_does_not_depend_on_the_order_in_which_the_disk_lists_files(tmp_path: Path) -> None:
+    names = [f"story_{number * 7 % 40:02d}" for number in range(40)]
+    for name in names:
+        write_story(tmp_path / f"{name}.json")
+    assert ids(load_storyboards(tmp_path)) == ids(load_storyboards(str(tmp_path / "*.json"))) == sorted(names)
+
+
 @pytest.mark.parametrize(
     ("pattern", "expected"),
     [("*.json", ["b"]), ("*", ["a", "b", "c"]), ("**/*.json", ["b", "d"]), ("[ab].*", ["a", "b"])],
