@@ -134,6 +134,7 @@ class ClipSampler:
             boundary_ratio=settings.boundary_ratio(kind),
             guidance_scale_high=settings.guidance_scale_high,
             guidance_scale_low=settings.guidance_scale_low,
+            step_cache_threshold=settings.step_cache_threshold,
         )
         condition = None
         if kind == "m2v":

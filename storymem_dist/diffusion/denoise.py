@@ -39,7 +39,7 @@ class PromptEmbeds:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepInfo:
-    """One finished step. ``step`` counts from 1.
+    """One finished step. ``step`` counts from 1; ``reused`` says that the step cache left most of its work out.
 
     ``elapsed_seconds`` is the time between this step's end and the one before it, as the host sees it: a device that
     works asynchronously may lag behind by less than a step.
@@ -50,6 +50,7 @@ class StepInfo:
     timestep: int
     expert: str
     elapsed_seconds: float
+    reused: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -155,7 +156,8 @@ def denoise(
 
     ``noise`` is ``[16, K+T, h, w]``; ``condition`` is ``[20, K+T, h, w]`` (mask, then latents), or None for T2V. Memory
     positions are denoised like the rest (``grid.clip_latents`` drops them). The solver is put at its first step, or
-    where ``resume`` was.
+    where ``resume`` was; from there on all is as if nothing had happened, bit for bit, unless steps are reused: what a
+    step cache held is not saved (gigabytes), so the first step after a stop is computed in full.
 
     ``should_stop`` is asked before every step. ``on_checkpoint`` gets the state after every ``checkpoint_every_steps``
     steps (0: never), except after the last. A state that is handed out never holds NaN or infinity.
@@ -164,6 +166,7 @@ def denoise(
     not finite, ``RunFolderError`` when ``resume`` does not belong to this shot.
     """
     device = torch.device(device)
+    experts.begin_shot()
     latents = _start(solver, noise, grid, device, resume, fingerprint)
     x_BCTHW = _model_input(condition, grid, device)
     cond_BSE = prompt.prompt_LE.to(device)[None]
@@ -202,6 +205,7 @@ def denoise(
             timestep=timesteps[index],
             expert=expert.name,
             elapsed_seconds=now - clock,
+            reused=expert.reused,
         )
         clock = now
         if on_step is not None:

@@ -7,6 +7,7 @@ bring a residency of their own. Knows nothing of prompts, latents or ranks.
 
 import gc
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from typing import Protocol
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from storymem_dist.diffusion.solver import NUM_TRAIN_TIMESTEPS
+from storymem_dist.diffusion.step_cache import StepCache, step_cache_of
+from storymem_dist.errors import ConfigError
 
 HIGH_NOISE = "high_noise"
 LOW_NOISE = "low_noise"
@@ -28,6 +31,20 @@ class Expert:
     name: str
     module: nn.Module
     guidance_scale: float
+    step_cache: StepCache | None = None
+
+    def run(
+        self, branch: str, x_BCTHW: Tensor, timestep_B: Tensor, context_BSE: Tensor, temporal_positions_T: Tensor
+    ) -> Tensor:
+        """One pass of guidance branch ``branch`` ("cond" or "uncond"): the velocity, as ``WanDiT.forward`` gives it."""
+        with nullcontext() if self.step_cache is None else self.step_cache.during(branch):
+            velocity: Tensor = self.module(x_BCTHW, timestep_B, context_BSE, temporal_positions_T)
+            return velocity
+
+    @property
+    def reused(self) -> bool:
+        """Whether the step that began last reuses an earlier one (lossy; see ``step_cache``)."""
+        return self.step_cache is not None and self.step_cache.reused
 
 
 class Residency(Protocol):
@@ -80,7 +97,8 @@ class AllResident:
 class ExpertPair:
     """High-noise and low-noise expert of one base model.
 
-    The high-noise expert works at timesteps >= ``boundary_ratio * 1000``, the other below.
+    The high-noise expert works at timesteps >= ``boundary_ratio * 1000``, the other below. A
+    ``step_cache_threshold`` above 0 is for experts with a step cache around their blocks (``attach_step_cache``).
     """
 
     def __init__(
@@ -92,16 +110,26 @@ class ExpertPair:
         guidance_scale_high: float,
         guidance_scale_low: float,
         residency: Residency | None = None,
+        step_cache_threshold: float = 0.0,
     ) -> None:
         self._boundary = boundary_ratio * NUM_TRAIN_TIMESTEPS
         self._residency = residency or AllResident()
+        self._step_cache_threshold = step_cache_threshold
         self._experts = {
-            HIGH_NOISE: Expert(name=HIGH_NOISE, module=high_noise, guidance_scale=guidance_scale_high),
-            LOW_NOISE: Expert(name=LOW_NOISE, module=low_noise, guidance_scale=guidance_scale_low),
+            name: Expert(name=name, module=module, guidance_scale=scale, step_cache=step_cache_of(module))
+            for name, module, scale in (
+                (HIGH_NOISE, high_noise, guidance_scale_high),
+                (LOW_NOISE, low_noise, guidance_scale_low),
+            )
         }
 
     def with_sampling(
-        self, *, boundary_ratio: float, guidance_scale_high: float, guidance_scale_low: float
+        self,
+        *,
+        boundary_ratio: float,
+        guidance_scale_high: float,
+        guidance_scale_low: float,
+        step_cache_threshold: float = 0.0,
     ) -> "ExpertPair":
         """The same experts, in the same memory, chosen and guided in another way."""
         return ExpertPair(
@@ -111,22 +139,47 @@ class ExpertPair:
             guidance_scale_high=guidance_scale_high,
             guidance_scale_low=guidance_scale_low,
             residency=self._residency,
+            step_cache_threshold=step_cache_threshold,
         )
+
+    def begin_shot(self) -> None:
+        """Forget what step caches hold of another shot.
+
+        Raises ``ConfigError`` when steps are to be reused and an expert has no step cache.
+        """
+        for expert in self._experts.values():
+            if expert.step_cache is not None:
+                expert.step_cache.begin_shot(self._step_cache_threshold)
+            elif self._step_cache_threshold:
+                raise ConfigError(
+                    f"sampler.step_cache_threshold={self._step_cache_threshold} needs experts with a step cache; the "
+                    f"{expert.name} expert was built without one"
+                )
 
     def name_at(self, timestep: int) -> str:
         """Name of the expert that works at ``timestep`` (0..1000)."""
         return HIGH_NOISE if timestep >= self._boundary else LOW_NOISE
 
     def select(self, timestep: int) -> Expert:
-        """The expert for ``timestep``, made ready to run."""
+        """The expert for ``timestep``, made ready to run one step."""
         name = self.name_at(timestep)
         if name not in self._experts:
             raise RuntimeError(f"the {name} expert was released")
         self._residency.activate(name)
+        for expert in self._experts.values():
+            if expert.step_cache is None:
+                continue
+            if expert.name == name:
+                expert.step_cache.begin_step()
+            else:
+                expert.step_cache.forget()
         return self._experts[name]
 
     def idle(self) -> None:
         """Make room on the device until the next ``select``, as far as the residency can."""
+        for expert in self._experts.values():
+            if expert.step_cache is not None:
+                expert.step_cache.forget()
         self._residency.idle()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -9,6 +9,7 @@ from typing import Protocol
 from torch import Tensor
 
 from storymem_dist.diffusion.experts import Expert
+from storymem_dist.diffusion.step_cache import COND, UNCOND
 from storymem_dist.errors import ConfigError
 
 
@@ -45,10 +46,11 @@ class LocalGuidance:
         temporal_positions_T: Tensor,
     ) -> Tensor:
         """See ``Guidance.velocity``."""
-        cond: Tensor = expert.module(x_BCTHW, timestep_B, cond_BSE, temporal_positions_T)
+        cond = expert.run(COND, x_BCTHW, timestep_B, cond_BSE, temporal_positions_T)
         if expert.guidance_scale == 1.0:
             return cond
-        uncond = expert.module(x_BCTHW, timestep_B, require_uncond(uncond_BSE, expert), temporal_positions_T)
+        uncond_BSE = require_uncond(uncond_BSE, expert)
+        uncond = expert.run(UNCOND, x_BCTHW, timestep_B, uncond_BSE, temporal_positions_T)
         return guide(cond, uncond, expert.guidance_scale)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from storymem_dist.diffusion.experts import Expert
 from storymem_dist.diffusion.guidance import Guidance, LocalGuidance, guide, require_uncond
+from storymem_dist.diffusion.step_cache import COND, UNCOND
 from storymem_dist.errors import LayoutError
 from storymem_dist.parallel.mesh import Axis, ReplicaMesh
 
@@ -38,8 +39,8 @@ class ParallelGuidance:
         if expert.guidance_scale == 1.0:
             raise LayoutError(f"guidance_scale=1 of the {expert.name} expert does not go with parallel.cfg=2")
         uncond_BSE = require_uncond(uncond_BSE, expert)
-        context_BSE = cond_BSE if self._cfg.rank == 0 else uncond_BSE
-        mine = expert.module(x_BCTHW, timestep_B, context_BSE, temporal_positions_T).contiguous()
+        branch, context_BSE = (COND, cond_BSE) if self._cfg.rank == 0 else (UNCOND, uncond_BSE)
+        mine = expert.run(branch, x_BCTHW, timestep_B, context_BSE, temporal_positions_T).contiguous()
         both = [torch.empty_like(mine), torch.empty_like(mine)]
         dist.all_gather(both, mine, group=self._cfg.group)
         cond, uncond = both

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from storymem_dist.diffusion.experts import AllResident, HostSwap, Residency
+from storymem_dist.diffusion.step_cache import attach_step_cache
 from storymem_dist.models.attention import Attend
 from storymem_dist.models.loading import (
     LoadReport,
@@ -58,6 +59,7 @@ def build_expert(
     for module in list(dit.modules()):
         if isinstance(module, SelfAttention | CrossAttention):
             module.attend = Attend(attention)
+    attach_step_cache(dit, session.mesh.shard.sum)
     if settings.weights == "zero3":
         from storymem_dist.parallel.zero3 import load_zero3
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from storymem_dist.parallel.layout import AXES, Layout
@@ -25,6 +26,12 @@ class Axis:
     size: int = 1
     rank: int = 0
     group: dist.ProcessGroup | None = None
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum of ``values`` over the axis, on every rank; ``values`` may be overwritten."""
+        if self.group is not None:
+            dist.all_reduce(values, group=self.group)
+        return values
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,160 @@
+"""Step cache: leave out most blocks of a forward when the first one says that little has changed (lossy, opt-in).
+
+Method ("first-block cache"): what the first block adds to the tokens, compared with what it added at the last step that
+was computed in full. Is the relative change small, the other blocks' sum of that step is added again instead of being
+computed. The change is always measured against a full step, so that small changes cannot add up unseen.
+
+Each expert has its own cache, with separate entries for the conditional and the unconditional pass. The conditional
+pass decides for both passes of a step, and sums are taken over all ranks that share the step (``add_over_ranks``), so
+every rank decides alike and a layout does not change the decision. Reading the decision is the one place where the host
+waits for the device, and only while a threshold is set. Knows nothing about ranks, prompts or solvers.
+
+Legend: B batch, L tokens (of this rank), D width, P rotary pairs.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from storymem_dist.models.wan.dit import BlockStack, WanDiT
+
+COND = "cond"
+UNCOND = "uncond"
+
+AddOverRanks = Callable[[Tensor], Tensor]
+"""Sums a small tensor over all ranks that run the same step together; every rank gets the sum."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Entry:
+    """What one pass of the last full step left: the sum added by the first block, and by all the others."""
+
+    first_BLD: Tensor
+    rest_BLD: Tensor
+
+
+class StepCache:
+    """What one expert remembers of the last step that it computed in full, and when to use it."""
+
+    def __init__(self, *, dtype: torch.dtype, add_over_ranks: AddOverRanks = lambda sums: sums) -> None:
+        self._dtype = dtype
+        self._add_over_ranks = add_over_ranks
+        self._threshold = 0.0
+        self._entries: dict[str, _Entry] = {}
+        self._branch: str | None = None
+        self._decision: bool | None = None
+
+    @property
+    def enabled(self) -> bool:
+        """Whether steps may be reused at all."""
+        return self._threshold > 0.0
+
+    @property
+    def reused(self) -> bool:
+        """Whether the step that began last reuses the one before it (False until its first pass has decided)."""
+        return bool(self._decision)
+
+    @property
+    def num_bytes(self) -> int:
+        """Device memory held: per guidance branch two tensors of this rank's tokens in the expert's dtype."""
+        return sum(entry.first_BLD.nbytes + entry.rest_BLD.nbytes for entry in self._entries.values())
+
+    def begin_shot(self, threshold: float) -> None:
+        """Forget the shot before; reuse steps whose relative change is below ``threshold`` (0: never)."""
+        self._threshold = threshold
+        self.forget()
+
+    def begin_step(self) -> None:
+        """A new step: its first pass will decide."""
+        self._decision = None
+
+    def forget(self) -> None:
+        """Free what is remembered; the next step is computed in full."""
+        self._entries.clear()
+        self._decision = None
+
+    @contextmanager
+    def during(self, branch: str) -> Iterator[None]:
+        """The forward inside belongs to ``branch`` ("cond" or "uncond")."""
+        self._branch = branch
+        try:
+            yield
+        finally:
+            self._branch = None
+
+    def recall(self, first_BLD: Tensor) -> Tensor | None:
+        """The other blocks' remembered sum if this step reuses it, else None.
+
+        ``first_BLD`` is what the first block added in this pass. The step's first pass decides; where another branch's
+        pass runs on other ranks at the same time, those ranks take part in the sum without adding to it.
+        """
+        entry = self._entries.get(self._current_branch())
+        if entry is None:
+            self._decision = False
+        elif self._decision is None:
+            sums = torch.zeros(2, device=first_BLD.device)
+            if self._branch == COND:
+                change = (first_BLD - entry.first_BLD).abs().sum()
+                sums = torch.stack([change, entry.first_BLD.abs().sum(dtype=torch.float32)])
+            change_sum, norm = self._add_over_ranks(sums).tolist()
+            self._decision = change_sum < self._threshold * norm
+        return entry.rest_BLD if entry is not None and self._decision else None
+
+    def remember(self, first_BLD: Tensor, rest_BLD: Tensor) -> None:
+        """Keep what a pass of a full step added, in the expert's matmul dtype."""
+        self._entries[self._current_branch()] = _Entry(
+            first_BLD=first_BLD.to(self._dtype), rest_BLD=rest_BLD.to(self._dtype)
+        )
+
+    def _current_branch(self) -> str:
+        if self._branch is None:
+            raise RuntimeError("a forward with a step cache must say which guidance branch it is (Expert.run does)")
+        return self._branch
+
+
+class CachedBlockStack(BlockStack):
+    """The blocks of an expert behind a step cache. Parameter names stay ``blocks.N.*``."""
+
+    def __init__(self, blocks: BlockStack, cache: StepCache) -> None:
+        super().__init__(blocks)
+        self.cache = cache
+
+    def forward(
+        self, tokens_BLD: Tensor, rope_cos_LP: Tensor, rope_sin_LP: Tensor, modulation_B6D: Tensor, context_BSD: Tensor
+    ) -> Tensor:
+        """See ``BlockStack.forward``; with the cache disabled, exactly that."""
+        shared = (rope_cos_LP, rope_sin_LP, modulation_B6D, context_BSD)
+        if not self.cache.enabled:
+            return super().forward(tokens_BLD, *shared)
+        after_first_BLD = self[0](tokens_BLD, *shared)
+        first_BLD = after_first_BLD - tokens_BLD
+        rest_BLD = self.cache.recall(first_BLD)
+        if rest_BLD is not None:
+            return after_first_BLD + rest_BLD
+        out_BLD = after_first_BLD
+        for index in range(1, len(self)):
+            out_BLD = self[index](out_BLD, *shared)
+        self.cache.remember(first_BLD, out_BLD - after_first_BLD)
+        return out_BLD
+
+
+def attach_step_cache(dit: WanDiT, add_over_ranks: AddOverRanks = lambda sums: sums) -> StepCache:
+    """Put a step cache, disabled for now, around the blocks of ``dit`` and return it.
+
+    To be called before hooks are put on the block stack (so before ``parallelize``): they would stay on the old one.
+    ``add_over_ranks`` must span all ranks that run a step together, those of both guidance branches included.
+    """
+    if dit.blocks._forward_hooks or dit.blocks._forward_pre_hooks:
+        raise RuntimeError("a step cache must be attached before hooks are put on the block stack")
+    cache = StepCache(dtype=dit.dtype, add_over_ranks=add_over_ranks)
+    dit.blocks = CachedBlockStack(dit.blocks, cache)
+    return cache
+
+
+def step_cache_of(module: nn.Module) -> StepCache | None:
+    """The cache that ``attach_step_cache`` put on an expert, if any."""
+    blocks = getattr(module, "blocks", None)
+    return blocks.cache if isinstance(blocks, CachedBlockStack) else None
