@@ -20,7 +20,8 @@ from rich.text import Text
 from storymem_dist.observe import events as ev
 from storymem_dist.observe import format as fmt
 from storymem_dist.observe.journal import JournalTail
-from storymem_dist.observe.run_state import Row, RunState
+from storymem_dist.observe.run_state import RunState
+from storymem_dist.observe.run_values import Row
 from storymem_dist.observe.summary import summary
 
 MAX_LIVE_ROWS = 24

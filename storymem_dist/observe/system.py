@@ -1,10 +1,9 @@
-"""How a rank's process and device are doing, sampled now and then; and what is known about devices and versions.
+"""How a rank's process and device are doing, sampled now and then; and what devices can do at best.
 
 Works without a GPU and without torch in the process (then those figures are None). Knows nothing of who listens.
 """
 
 import contextlib
-import importlib.metadata
 import os
 import socket
 import sys
@@ -31,31 +30,10 @@ PEAK_BF16_TFLOPS = (
 )
 """Dense bf16 TFLOP/s with fp32 accumulation, from the makers' data sheets. The first entry that fits counts."""
 
-PACKAGES = (
-    "storymem_dist",
-    "torch",
-    "diffusers",
-    "transformers",
-    "peft",
-    "accelerate",
-    "deepspeed",
-    "flash-attn",
-    "av",
-)
-
 
 def peak_tflops(device_name: str) -> float | None:
     """Return the dense bf16 peak of a device in TFLOP/s, None when it is not in ``PEAK_BF16_TFLOPS``."""
     return next((peak for name, peak in PEAK_BF16_TFLOPS if name in device_name), None)
-
-
-def package_versions() -> dict[str, str]:
-    """Return the versions of the packages that matter for a render, as far as they are installed."""
-    versions = {"python": sys.version.split()[0]}
-    for package in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
-    return versions
 
 
 class SystemSampler:

@@ -26,7 +26,8 @@ import yaml
 from storymem_dist.observe import events as ev
 from storymem_dist.observe.journal import JournalTail
 from storymem_dist.observe.run_files import RunFiles
-from storymem_dist.observe.run_state import Attempt, RunState, StoryState
+from storymem_dist.observe.run_state import RunState
+from storymem_dist.observe.run_values import Attempt, StoryState
 from storymem_dist.observe.settings import WandbSettings
 from storymem_dist.observe.thumbnails import Thumbnails
 

@@ -13,7 +13,8 @@ from storymem_dist.artifacts.records import ShotRecord
 from storymem_dist.observe import events as ev
 from storymem_dist.observe.journal import read_journal
 from storymem_dist.observe.run_files import RunFiles, StoryFiles
-from storymem_dist.observe.run_state import RunState, ShotState
+from storymem_dist.observe.run_state import RunState
+from storymem_dist.observe.run_values import ShotState
 
 ALIVE_SECONDS = 120.0
 """A replica that said something within this time is taken for running."""

@@ -9,7 +9,7 @@ from storymem_dist.observe.report.html import chip, details, document, esc, tabl
 from storymem_dist.observe.report.lineage import lineage
 from storymem_dist.observe.report.model import RunView, ShotView, StoryView
 from storymem_dist.observe.report.timeline import timeline
-from storymem_dist.observe.run_state import RowKey
+from storymem_dist.observe.run_values import RowKey
 
 STATUS_KINDS = {
     "finished": "good",

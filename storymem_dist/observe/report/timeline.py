@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from storymem_dist.observe import format as fmt
 from storymem_dist.observe.events import STAGES
 from storymem_dist.observe.report.html import details, esc, table
-from storymem_dist.observe.run_state import Attempt, Row, RowKey, RunState, Span
+from storymem_dist.observe.run_state import RunState
+from storymem_dist.observe.run_values import Attempt, Row, RowKey, Span
 
 SMALLEST_SHARE = 0.0004
 """Pieces shorter than this share of the whole (half a pixel) are joined to equal neighbours, or left out."""
