@@ -85,6 +85,11 @@ def plan_layout(settings: ParallelSettings, *, world_size: int, ranks_per_node: 
             f"{world_size} ranks were started with {per_node} on this node; every node must run the same number "
             f"(a divisor of {world_size}: {_listed(_divisors(world_size))})"
         )
+    if settings.weights == "zero3" and world_size > 1:
+        raise LayoutError(
+            f"parallel.weights=zero3 runs one rank per process group, but the job has {_counted(world_size)}; start "
+            "each replica as a job of its own (they join through the run folder), or use parallel.weights=fsdp_offload"
+        )
     if world_size % per_replica:
         raise LayoutError(
             f"{needs}, but the job has {_counted(world_size)}; start a multiple of {per_replica} ranks, "

@@ -29,6 +29,10 @@ from storymem_dist.parallel.fsdp import ShardResidency, share_streams
 from storymem_dist.parallel.parallelize import parallelize
 from storymem_dist.parallel.session import Session
 from storymem_dist.parallel.settings import ParallelSettings
+from storymem_dist.parallel.zero3 import hand_to_zero3
+
+OFFLOADED = ("fsdp_offload", "zero3")
+"""Kinds of ``ParallelSettings.weights`` that live in host memory."""
 
 Progress = Callable[[int, int], None]
 
@@ -60,19 +64,23 @@ def build_expert(
         if isinstance(module, SelfAttention | CrossAttention):
             module.attend = Attend(attention)
     attach_step_cache(dit, session.mesh.shard.sum)
-    if settings.weights == "zero3":
-        from storymem_dist.parallel.zero3 import load_zero3
-
-        return load_zero3(dit, source, deltas, session=session, settings=settings, progress=progress)
-    parallelize(dit, session.mesh, settings)
-    dit.to_empty(device="cpu" if settings.weights == "fsdp_offload" else session.device)
+    if settings.weights != "zero3":
+        parallelize(dit, session.mesh, settings)
+    dit.eval().requires_grad_(False)
+    dit.to_empty(device="cpu" if settings.weights in OFFLOADED else session.device)
     if share_reads is None:
         share_reads = settings.share_reads
     if share_reads and session.readers.size > 1:
-        return dit, _read_for_all(dit, source, deltas, session, progress)
-    return dit, session.all_or_none(
-        lambda: load_dit_weights(dit, source, deltas, local_part=local_part, progress=progress)
-    )
+        report = _read_for_all(dit, source, deltas, session, progress)
+    else:
+        report = session.all_or_none(
+            lambda: load_dit_weights(dit, source, deltas, local_part=local_part, progress=progress)
+        )
+    if settings.weights == "zero3":
+        assert session.mesh.shard_mesh is not None, "start_session starts a process group for zero3"
+        group = session.mesh.shard_mesh.get_group()
+        hand_to_zero3(dit, group, settings, device=session.device, local_rank=session.local_rank)
+    return dit, report
 
 
 def place_experts(experts: Mapping[str, nn.Module], *, device: torch.device, weights: str, swap: bool) -> Residency:
@@ -81,7 +89,7 @@ def place_experts(experts: Mapping[str, nn.Module], *, device: torch.device, wei
     ``swap``: the idle one costs no device memory. Offloaded weights (``fsdp_offload``, ``zero3``) never do.
     """
     share_streams(experts)
-    if weights in ("fsdp_offload", "zero3"):
+    if weights in OFFLOADED:
         return AllResident()
     if weights == "fsdp":
         return ShardResidency(experts, device, swap=swap)

@@ -15,7 +15,7 @@ from storymem_dist.parallel.settings import ParallelSettings
 def parallelize(dit: WanDiT, mesh: ReplicaMesh, settings: ParallelSettings) -> WanDiT:
     """Rewire ``dit`` (usually on the meta device) for ``mesh`` and return it; its parameters' names do not change.
 
-    ``weights="zero3"`` is not handled here: DeepSpeed partitions weights as they are loaded
+    ``weights="zero3"`` is not handled here: DeepSpeed takes over weights that are loaded already
     (``storymem_dist.parallel.zero3``). Raises ``LayoutError`` when ulysses does not divide the heads.
     """
     dit.eval().requires_grad_(False)

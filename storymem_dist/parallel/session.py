@@ -5,6 +5,7 @@ described by the environment) or plain python (one rank, no process group). It r
 anything heavy happens. Sessions know no models; nothing keeps one in a global.
 """
 
+import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from storymem_dist.errors import LayoutError
+from storymem_dist.errors import ExtraNotInstalled, LayoutError
 from storymem_dist.parallel.layout import Layout, check_heads, plan_layout
 from storymem_dist.parallel.leader import LeaderDecides, all_or_none, decide_alone
 from storymem_dist.parallel.mesh import ReplicaMesh, build_mesh, lone_mesh
@@ -122,12 +123,15 @@ def start_session(settings: ParallelSettings, *, num_heads: int | None = None) -
     ``MASTER_ADDR``, ``MASTER_PORT``: torchrun and accelerate set them), or this process alone. A default process group
     that exists already is used, and outlives ``close``. ``num_heads``: the model's attention heads, where known.
 
-    Raises ``LayoutError`` when the layout does not fit the ranks, or device and backend do not fit the machine.
+    Raises ``LayoutError`` when the layout does not fit the ranks, or device and backend do not fit the machine, and
+    ``ExtraNotInstalled`` when the weights are to be held by DeepSpeed and it is not there.
     """
     place = _place_from_environment()
     layout = plan_layout(settings, world_size=place.world_size, ranks_per_node=place.ranks_per_node)
     if num_heads is not None:
         check_heads(settings, num_heads)
+    if settings.weights == "zero3":
+        _require_deepspeed()
     device = choose_device(settings.device, local_rank=place.local_rank)
     backend = choose_backend(settings.backend, device)
     needs_group = layout.world_size > 1 or settings.weights != "replicated"
@@ -223,6 +227,14 @@ def _number(variable: str, default: int) -> int:
     if not text.isdecimal():
         raise LayoutError(f"the environment says {variable}={text!r}; torchrun and accelerate set a whole number there")
     return int(text)
+
+
+def _require_deepspeed() -> None:
+    if importlib.util.find_spec("deepspeed") is None:
+        raise ExtraNotInstalled(
+            "parallel.weights=zero3 needs DeepSpeed, which is not installed: pip install 'storymem_dist[deepspeed]' "
+            "(or use parallel.weights=fsdp_offload, which needs nothing more)"
+        )
 
 
 def _start_default_group(place: _Place, backend: str, device: torch.device, timeout: timedelta) -> None:

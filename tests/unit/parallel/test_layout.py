@@ -30,11 +30,12 @@ def test_one_process_is_one_replica() -> None:
             ["16 ranks per replica, more than one node", "across_nodes=true", "at most 8"],
         ),
         ({"ulysses": 8}, 16, 8, ["over 2 nodes of 8", "fits one node", "one torchrun group per node"]),
+        ({"weights": "zero3"}, 2, None, ["one rank per process group", "2 ranks", "fsdp_offload"]),
         ({}, 6, 4, ["6 ranks were started with 4 on this node", "1, 2, 3 and 6"]),
     ],
 )
 def test_an_impossible_layout_is_refused_with_the_number_that_is_wrong_and_one_that_works(
-    settings: dict[str, int], world_size: int, ranks_per_node: int | None, says: list[str]
+    settings: dict[str, object], world_size: int, ranks_per_node: int | None, says: list[str]
 ) -> None:
     with pytest.raises(LayoutError) as caught:
         plan_layout(ParallelSettings(**settings), world_size=world_size, ranks_per_node=ranks_per_node)

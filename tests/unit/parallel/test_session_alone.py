@@ -1,8 +1,10 @@
+import importlib.util
+
 import pytest
 import torch
 import torch.distributed as dist
 
-from storymem_dist.errors import LayoutError
+from storymem_dist.errors import ExtraNotInstalled, LayoutError
 from storymem_dist.parallel.session import choose_backend, choose_device, start_session
 from storymem_dist.parallel.settings import ParallelSettings
 
@@ -78,3 +80,10 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> No
 
 def _full_disk() -> None:
     raise OSError(28, "disk full")
+
+
+def test_zero3_without_deepspeed_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ExtraNotInstalled, match=r"pip install 'storymem_dist\[deepspeed\]'"):
+        start_session(ParallelSettings(device="cpu", weights="zero3"))
+    assert not dist.is_initialized()

@@ -1,0 +1,90 @@
+"""DeepSpeed ZeRO-3 with weights in host memory computes what one device computes."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from storymem_dist.models.loading import StateDictSource
+from storymem_dist.parallel.loading import build_expert, place_experts
+from storymem_dist.parallel.session import start_session
+from storymem_dist.parallel.settings import ParallelSettings
+from storymem_dist.parallel.zero3 import hand_to_zero3, zero3_config
+from tests.helpers.ranks import run_ranks
+from tests.helpers.tiny_dit import CONFIG, make_dit, make_inputs
+
+pytest.importorskip("deepspeed")
+
+WIDE = replace(CONFIG, dim=384, ffn_dim=512)
+"""Wide enough that matrices exceed the 100,000 elements below which DeepSpeed keeps a parameter on the device."""
+
+
+def _run_zero3() -> dict[str, object]:
+    _use_no_compiled_extension()
+    linear = torch.nn.functional.linear
+    settings = ParallelSettings(weights="zero3")
+    with start_session(settings) as session, torch.no_grad():
+        single = [make_dit(WIDE, dtype=torch.bfloat16, seed=seed) for seed in (0, 1)]
+        experts = {}
+        for name, dit in zip(("high_noise", "low_noise"), single, strict=True):
+            source = StateDictSource(name, dit.state_dict())
+            experts[name], _ = build_expert(WIDE, source, session=session, settings=settings, dtype=torch.bfloat16)
+        residency = place_experts(experts, device=session.device, weights="zero3", swap=True)
+        equal = []
+        for step in range(6):
+            name = ("high_noise", "low_noise")[step % 2]
+            residency.activate(name)
+            inputs = make_inputs(WIDE, times=1 + step // 2)
+            equal.append(torch.equal(experts[name](*inputs), single[step % 2](*inputs)))
+        return {
+            "equal": equal,
+            "dtypes": sorted({str(p.dtype) for p in experts["low_noise"].parameters()}),
+            "status": experts["low_noise"].blocks[0].ffn[0].weight.ds_status.name,
+            "linear is torch's": torch.nn.functional.linear is linear,
+        }
+
+
+def test_a_zero3_replica_equals_one_device_bit_by_bit() -> None:
+    (outcome,) = run_ranks(_run_zero3, 1, timeout_seconds=200)
+    assert outcome["equal"] == [True] * 6
+    assert outcome["dtypes"] == ["torch.bfloat16", "torch.float32"]
+    assert outcome["status"] == "NOT_AVAILABLE", "an idle layer must not stay gathered"
+    assert outcome["linear is torch's"]
+
+
+def _partition_over_two_ranks() -> tuple[list[bool], float]:
+    _use_no_compiled_extension()
+    dist.init_process_group("gloo")
+    single, many = (make_dit(WIDE, dtype=torch.bfloat16) for _ in range(2))
+    num_elements = sum(p.numel() for p in many.parameters())
+    settings = ParallelSettings(weights="zero3")
+    hand_to_zero3(many, dist.group.WORLD, settings, device=torch.device("cpu"), local_rank=dist.get_rank())
+    with torch.no_grad():
+        equal = [torch.equal(many(*inputs), single(*inputs)) for inputs in map(_inputs_of, (1, 2, 3))]
+    return equal, sum(p.ds_tensor.numel() for p in many.parameters()) / num_elements
+
+
+def _inputs_of(times: int) -> tuple[torch.Tensor, ...]:
+    return make_inputs(WIDE, times=times)
+
+
+def test_two_ranks_in_step_hold_half_of_the_weights_each_and_equal_one_device() -> None:
+    for equal, held_ratio in run_ranks(_partition_over_two_ranks, 2, timeout_seconds=200):
+        assert equal == [True] * 3
+        assert held_ratio == pytest.approx(0.5, abs=0.01)
+
+
+def _use_no_compiled_extension() -> None:
+    """Without a GPU DeepSpeed would first compile a shared-memory collective, for minutes; gloo does without."""
+    import deepspeed
+    from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
+
+    deepspeed.ops.__compatible_ops__[ShareMemCommBuilder.NAME] = False
+
+
+def test_disk_offload_names_the_folder_and_a_buffer_for_the_largest_parameter(tmp_path: Path) -> None:
+    settings = ParallelSettings(weights="zero3", zero3_offload="nvme", zero3_nvme_path=str(tmp_path))
+    offload = zero3_config(settings, pin_memory=True, largest_numel=7)["zero_optimization"]["offload_param"]
+    assert offload == {"device": "nvme", "pin_memory": True, "nvme_path": str(tmp_path), "buffer_size": 7}
