@@ -1,0 +1,92 @@
+"""Read the files of an offline W&B run: LevelDB log framing around protobuf records."""
+
+import json
+import struct
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from wandb.proto import wandb_internal_pb2
+
+BLOCK_SIZE = 32768
+FULL, FIRST, MIDDLE, LAST = 1, 2, 3, 4
+
+
+@dataclass
+class WandbRun:
+    """One segment of a run, as its ``.wandb`` file has it."""
+
+    folder: Path
+    run_id: str = ""
+    project: str = ""
+    group: str = ""
+    tags: list[str] = field(default_factory=list)
+    config: dict[str, Any] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    axes: dict[str, str] = field(default_factory=dict)
+    summary: dict[str, Any] = field(default_factory=dict)
+    finished: bool = False
+
+    def series(self, key: str) -> list[Any]:
+        """All values logged for ``key``, in order."""
+        return [row[key] for row in self.history if key in row]
+
+    def table(self, key: str) -> tuple[list[str], list[list[Any]]]:
+        """Columns and rows of the newest table logged for ``key``."""
+        entry = self.series(key)[-1]
+        value = json.loads((self.folder / "files" / entry["path"]).read_text(encoding="utf-8"))
+        return value["columns"], value["data"]
+
+
+def read_segments(wandb_folder: Path) -> list[WandbRun]:
+    """All offline segments in a run folder's ``wandb`` folder, oldest first."""
+    return [_read(folder) for folder in sorted(wandb_folder.glob("offline-run-*"))]
+
+
+def _read(folder: Path) -> WandbRun:
+    (path,) = folder.glob("*.wandb")
+    run = WandbRun(folder=folder)
+    for record in _records(path.read_bytes()):
+        kind = record.WhichOneof("record_type")
+        if kind == "run":
+            run.run_id, run.project, run.group = record.run.run_id, record.run.project, record.run.run_group
+            run.tags = list(record.run.tags)
+            run.config.update({item.key: json.loads(item.value_json) for item in record.run.config.update})
+        elif kind == "config":
+            run.config.update({item.key: json.loads(item.value_json) for item in record.config.update})
+        elif kind == "history":
+            run.history.append({_key(item): json.loads(item.value_json) for item in record.history.item})
+        elif kind == "metric":
+            run.axes[record.metric.name or record.metric.glob_name] = record.metric.step_metric
+        elif kind == "summary":
+            run.summary.update({_key(item): json.loads(item.value_json) for item in record.summary.update})
+        elif kind == "exit":
+            run.finished = True
+    return run
+
+
+def _key(item: Any) -> str:
+    return item.key or ".".join(item.nested_key)
+
+
+def _records(data: bytes) -> Iterator[Any]:
+    assert data[:4] == b":W&B", data[:7]
+    position, message = 7, b""
+    while position < len(data):
+        left = BLOCK_SIZE - position % BLOCK_SIZE
+        if left < 7:
+            position += left
+            continue
+        checksum, size, kind = struct.unpack("<IHB", data[position : position + 7])
+        if size == 0 and kind == 0:
+            return
+        part = data[position + 7 : position + 7 + size]
+        position += 7 + size
+        assert checksum == zlib.crc32(part, zlib.crc32(bytes([kind]))) & 0xFFFFFFFF
+        message = part if kind in (FULL, FIRST) else message + part
+        if kind in (FULL, LAST):
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(message)
+            yield record
