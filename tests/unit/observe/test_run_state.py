@@ -1,0 +1,137 @@
+from pathlib import Path
+
+import pytest
+
+from storymem_dist.observe import events as ev
+from storymem_dist.observe.journal import read_journal
+from storymem_dist.observe.run_state import RunState
+from storymem_dist.observe.summary import load_run_state
+from tests.helpers.fake_run import START_TIME, FakeRun, whole_run
+
+
+def fold(root: Path) -> RunState:
+    state = RunState()
+    for stamped in read_journal(root / "events"):
+        state.apply(stamped)
+    return state
+
+
+@pytest.fixture(scope="module")
+def complete(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return whole_run(tmp_path_factory.mktemp("runs") / "complete", num_stories=2, num_shots=3).root
+
+
+def test_a_complete_run_is_counted_shot_by_shot(complete: Path) -> None:
+    state = load_run_state(complete)
+    assert state.count("finished") == state.num_shots == 6
+    assert [row.num_finished for row in state.rows.values()] == [3, 3]
+    assert all(row.is_over for row in state.rows.values())
+    assert {story.outcome for story in state.stories.values()} == {"finished"}
+
+
+def test_rates_follow_from_the_events(complete: Path) -> None:
+    rates = fold(complete).rates()
+    steps_per_shot = {0: 1.5, 1: 1.9, 2: 2.1}  # 0.2 s more for each memory keyframe: 0, 2 and 3
+    assert rates.seconds_per_step == pytest.approx(sum(steps_per_shot.values()) / 3)
+    per_clip = sum(4 * seconds + 0.4 + 1.1 + 0.3 + 0.2 for seconds in steps_per_shot.values()) / 3
+    assert rates.seconds_per_clip == pytest.approx(per_clip, rel=1e-5)
+    one_replica = 28.6 / 1.9 + 3 * per_clip + 3.0
+    assert rates.device_seconds == pytest.approx(2 * one_replica, rel=1e-5)
+    assert rates.clips_per_gpu_hour == pytest.approx(6 * 3600 / rates.device_seconds)
+    assert rates.wait_ratio == pytest.approx(3.0 / one_replica, rel=1e-5)
+    assert rates.tokens_per_second == pytest.approx(1560 / rates.seconds_per_step)
+    assert rates.flop_utilisation == pytest.approx(0.4 / rates.seconds_per_step)
+
+
+def test_recalled_keyframes_get_the_scores_with_which_they_were_kept(complete: Path) -> None:
+    state = fold(complete)
+    attempt = state.stories["story_0"].shots["shot_03"].last
+    assert attempt is not None
+    recalled = [d for d in attempt.decisions if d.verdict == "recalled" and d.source_shot_index == 1]
+    assert [d.quality for d in recalled] == [None]
+    assert [state.with_scores(d).quality for d in recalled] == [4.5]
+    assert [state.with_scores(d).bank_similarity for d in recalled] == [0.71]
+
+
+def test_a_killed_replica_leaves_an_interrupted_attempt_and_its_restart_goes_on_in_the_same_row(tmp_path: Path) -> None:
+    run = FakeRun(tmp_path / "run", num_stories=1, num_shots=2)
+    with run.replica(0) as first:
+        run.shot(first, 0, 0)
+        run.shot(first, 0, 1, stop_after_step=2)
+    with run.replica(0, at=START_TIME + 500) as second:
+        run.skip(second, 0, 0)
+        run.shot(second, 0, 1, resume_at=2)
+        run.finish(second)
+    state = fold(run.root)
+    assert list(state.rows) == [("local", 0)]
+    interrupted, resumed = state.stories["story_0"].shots["shot_02"].attempts
+    assert (interrupted.outcome, interrupted.step) == ("interrupted", 2)
+    assert (resumed.outcome, resumed.resumed_step, resumed.step, resumed.num_timed_steps) == ("finished", 2, 4, 2)
+    row = state.rows[("local", 0)]
+    assert (row.num_finished, row.num_resumed, len(row.starts)) == (2, 1, 2)
+    assert state.up_seconds < 60.0 < state.last_time - START_TIME
+
+
+def test_two_jobs_of_one_name_at_once_are_two_rows_not_a_restart(tmp_path: Path) -> None:
+    run = FakeRun(tmp_path / "run", num_stories=2, num_shots=1, job="")
+    with run.replica(0) as one:
+        one.clock.pass_(1.0)
+        with run.replica(0, at=START_TIME + 2.0) as other:
+            run.shot(one, 0, 0)
+            run.shot(other, 1, 0)
+            run.finish(one)
+            run.finish(other)
+    state = fold(run.root)
+    assert len(state.rows) == 2
+    assert sorted(row.num_finished for row in state.rows.values()) == [1, 1]
+    assert [attempt.outcome for attempt in state.attempts()] == ["finished", "finished"]
+    assert all(row.is_over for row in state.rows.values())
+
+
+def test_an_attempt_that_was_under_way_when_the_other_job_started_is_not_taken_for_dead(tmp_path: Path) -> None:
+    run = FakeRun(tmp_path / "run", num_stories=2, num_shots=1, job="")
+    with run.replica(0) as one, run.replica(0, at=START_TIME + 3.0) as other:
+        run.shot(one, 0, 0)  # from 0 to 8 s: the other job starts in the middle of it
+        run.shot(other, 1, 0)
+    state = fold(run.root)
+    assert [attempt.outcome for attempt in state.attempts()] == ["finished", "finished"]
+    assert state.count("finished") == 2
+
+
+def test_failures_name_the_stage_and_what_depends_on_them_is_blocked(tmp_path: Path) -> None:
+    run = FakeRun(tmp_path / "run", num_stories=1, num_shots=3)
+    with run.replica(0) as replica:
+        run.shot(replica, 0, 0, fail="CUDA out of memory")
+        replica.observers.notify(ev.ShotSkipped(story_id="story_0", shot_id="shot_02", reason="predecessor failed"))
+        replica.observers.notify(ev.StoryboardRejected(source="bad.json", message="scene 1: no prompts"))
+    state = fold(run.root)
+    assert [(failure.shot_id, failure.stage, failure.reason) for failure in state.failures] == [
+        ("shot_01", "denoise", "CUDA out of memory"),
+        ("", "", "scene 1: no prompts"),
+    ]
+    assert (state.count("failed"), state.count("blocked")) == (1, 1)
+
+
+def test_time_left_is_bound_by_the_longest_chain(tmp_path: Path) -> None:
+    run = FakeRun(tmp_path / "run", num_stories=2, num_shots=4)
+    with run.replica(0) as replica:
+        for shot in range(4):
+            run.shot(replica, 0, shot)
+        run.shot(replica, 1, 0)
+    state = fold(run.root)
+    per_clip = state.rates().seconds_per_clip
+    assert per_clip is not None
+    assert state.seconds_left() == pytest.approx(3 * per_clip)
+    state.rows[("local", 1)] = state.rows[("local", 0)]
+    assert state.seconds_left() == pytest.approx(3 * per_clip), "a second replica does not shorten a chain"
+
+
+def test_events_of_a_writer_that_never_announced_itself_are_kept() -> None:
+    state = RunState()
+    event = ev.ShotStarted(story_id="a", shot_id="shot_01", num_steps=4)
+    state.apply(ev.StampedEvent(event=event, wall_time=1.0, writer="library", replica=0, sequence=0))
+    assert state.count("running") == 1
+    state.apply(
+        ev.StampedEvent(event=ev.WarningIssued(message="m"), wall_time=2.0, writer="other", replica=5, sequence=0)
+    )
+    assert list(state.rows) == [("", 0)]
