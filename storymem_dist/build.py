@@ -210,12 +210,16 @@ class Engine:
         clips = ClipSampler(load_experts=experts, guidance=make_guidance(session.mesh), vae=vae, device=session.device)
         return cls(session=session, clips=clips, experts=experts, _model=model, _weights=weights)
 
+    @property
+    def text_dtype(self) -> torch.dtype:
+        """The number format of the text encoder."""
+        return getattr(torch, self._model.text_encoder_dtype)  # type: ignore[no-any-return]
+
     def load_text_encoder(self) -> TextEncoder:
         """Load the text encoder onto the device that the settings name."""
         choice = self._model.text_encoder_device
         device = self.session.device if choice == "auto" else torch.device(choice)
-        dtype = getattr(torch, self._model.text_encoder_dtype)
-        return load_text_encoder(self._weights.any_checkpoint, device, dtype)
+        return load_text_encoder(self._weights.any_checkpoint, device, self.text_dtype)
 
     def encode_texts(self, texts: Sequence[str], *, keep_encoder: bool = False) -> dict[str, Tensor]:
         """Embeddings ``[L <= 512, text_dim]`` on the CPU, by text; every rank encodes all of them."""

@@ -35,7 +35,7 @@ def point_stories_at_paths(arguments: list[str], stories_folder: Path) -> list[s
 def _render(config: DictConfig) -> None:
     try:
         settings = to_settings(config)
-        from storymem_dist.build import render_job  # heavy imports only after the settings are known to be good
+        from storymem_dist.job import render_job  # heavy imports only after the settings are known to be good
 
         exit_code = render_job(settings, to_plain(config))
     except StoryMemError as error:

@@ -30,7 +30,7 @@ class MemorySettings:
     similarity: str = "clip"
     similarity_threshold: float = 0.9
     threshold_step: float = 0.01
-    quality: str = "hpsv3"
+    quality: str = "sharpness"
     quality_threshold: float | None = None
     clip_model: str = "openai/clip-vit-base-patch32"
     hpsv3_checkpoint: str | None = None
