@@ -1,0 +1,221 @@
+"""Predicts the peak memory of each rank at full A14B size, without a GPU and without the memory.
+
+The project's own transformer and VAE are parallelized over a process group that sends nothing and run on tensors that
+hold nothing, while torch's memory trackers add up what would be alive. Counted are weights, activations and what FSDP2
+gathers; not the CUDA context, NCCL's buffers, scratch space of kernels, and fragmentation.
+
+    python benchmarks/memory.py                 # 1, 2, 4 and 8 ranks (FSDP2 + Ulysses), 480p and 720p, K = 0 and 10
+    python benchmarks/memory.py --validate      # the method against a real run of a small model on 2 gloo ranks
+"""
+
+import argparse
+import contextlib
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from diffusers import AutoencoderKLWan
+from harness import peak_gib, print_table, write_json
+from ranks import MemoryPeak, report, reporting_rank, run_ranks
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
+from torch.distributed._tools.mem_tracker import MemTracker
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from storymem_dist.diffusion.latent_grid import LatentGrid
+from storymem_dist.models.wan.dit import DiTConfig, WanDiT
+from storymem_dist.models.wan.presets import WAN22_A14B
+from storymem_dist.models.wan.vae import WanVae
+from storymem_dist.parallel.layout import Layout
+from storymem_dist.parallel.mesh import ReplicaMesh, build_mesh, lone_mesh
+from storymem_dist.parallel.parallelize import parallelize
+from storymem_dist.parallel.settings import ParallelSettings
+from storymem_dist.parallel.vae import parallelize_vae
+
+SIZES = {"480p": (480, 832), "720p": (720, 1280)}
+NUM_FRAMES = 81
+GIB = 2**30
+CPU = torch.device("cpu")
+SMALL = DiTConfig(
+    dim=1024, ffn_dim=4096, freq_dim=256, num_heads=8, num_layers=6, in_dim=36, text_dim=1024, text_len=512
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForwardPeak:
+    """Peak of one forward on the rank that needs most, in bytes, and what it is made of."""
+
+    weights: int
+    gathered: int
+    activations: int
+    total: int
+
+
+def main() -> None:
+    """Parse the command line and do what it asks."""
+    args = parse_arguments()
+    warnings.filterwarnings("ignore")
+    if reporting_rank() is not None:
+        report(run_small_model())
+    elif args.validate:
+        validate(args.json)
+    else:
+        predict_all(args)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--memory", type=int, nargs="+", default=[0, 10], help="K; 0 is T2V, more is M2V")
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--validate", action="store_true")
+    parser.add_argument("--json", type=Path)
+    return parser.parse_args()
+
+
+# ---- prediction
+
+
+def predict_all(args: argparse.Namespace) -> None:
+    """Print the table: one row for each size, number of ranks and K."""
+    rows = []
+    for size in args.sizes:
+        height, width = SIZES[size]
+        for num_ranks in args.ranks:
+            vae = predict_vae(num_ranks, height, width)
+            for num_memory in args.memory:
+                grid = LatentGrid(num_frames=NUM_FRAMES, height=height, width=width, num_memory=num_memory)
+                config = WAN22_A14B.i2v if num_memory else WAN22_A14B.t2v
+                peak = predict_forward(config, grid, num_ranks)
+                rows.append(
+                    {
+                        "size": size,
+                        "K": num_memory,
+                        "ranks": num_ranks,
+                        "tokens": grid.num_tokens,
+                        **{f"{part} GiB": round(num_bytes / GIB, 2) for part, num_bytes in asdict(peak).items()},
+                        "both experts GiB": round((peak.total + peak.weights) / GIB, 2),
+                        **{f"VAE {what} GiB": round(num_bytes / GIB, 2) for what, num_bytes in vae.items()},
+                    }
+                )
+    print_table(rows)
+    write_json(args.json, {"rows": rows}, CPU)
+
+
+def predict_forward(config: DiTConfig, grid: LatentGrid, num_ranks: int) -> ForwardPeak:
+    """One pass of one expert over ``num_ranks``: whole weights on one rank, FSDP2 and Ulysses on more."""
+    with pretended_ranks(num_ranks) as mesh, FakeTensorMode(allow_non_fake_inputs=True):
+        return tracked_forward(config, grid, mesh)
+
+
+def tracked_forward(config: DiTConfig, grid: LatentGrid, mesh: ReplicaMesh) -> ForwardPeak:
+    """Run a forward under a tracker: on real tensors, or on fake ones inside ``FakeTensorMode``."""
+    num_ranks = mesh.shard.size
+    settings = ParallelSettings(ulysses=num_ranks, weights="fsdp" if num_ranks > 1 else "replicated")
+    dit = parallelize(WanDiT(config), mesh, settings)
+    inputs = forward_inputs(config, grid)
+    if num_ranks > 1:
+        tracker: Any = FSDPMemTracker(dit)
+        tracker.track_inputs(inputs)
+    else:
+        dit.requires_grad_(True)  # the tracker hangs its hooks on gradients; no_grad keeps them from being computed
+        tracker = MemTracker()
+        tracker.track_external(dit, *inputs)
+    with torch.no_grad(), tracker:
+        dit(*inputs, grid.temporal_positions())
+    parts = {kind.value if hasattr(kind, "value") else kind: size for kind, size in peak_of(tracker).items()}
+    weights = parts.get("Sharded Param", 0) + parts.get("Parameter", 0)
+    gathered = parts.get("Unsharded Param", 0) + parts.get("All Gather", 0)
+    return ForwardPeak(
+        weights=weights, gathered=gathered, activations=parts["Total"] - weights - gathered, total=parts["Total"]
+    )
+
+
+def forward_inputs(config: DiTConfig, grid: LatentGrid) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Latents, timestep and text of full length for one forward."""
+    latents = torch.zeros(1, config.in_dim, grid.num_latents, grid.latent_height, grid.latent_width)
+    return latents, torch.full((1,), 500), torch.zeros(1, config.text_len, config.text_dim, dtype=torch.bfloat16)
+
+
+def predict_vae(num_ranks: int, height: int, width: int) -> dict[str, int]:
+    """Peak bytes of encoding and decoding a clip of ``NUM_FRAMES``, VAE weights and the input included."""
+    grid = LatentGrid(num_frames=NUM_FRAMES, height=height, width=width)
+    with pretended_ranks(num_ranks) as mesh, FakeTensorMode(allow_non_fake_inputs=True):
+        vae = WanVae(AutoencoderKLWan())
+        if mesh.shard.group is not None:
+            parallelize_vae(vae, mesh.shard.group)
+        weights = sum(parameter.nbytes for parameter in vae.autoencoder.parameters())
+        clip = torch.empty(3, NUM_FRAMES, height, width)
+        latents = torch.empty(16, grid.num_latents, grid.latent_height, grid.latent_width)
+        encode, decode = (peak_gib(run, CPU) * GIB for run in (lambda: vae.encode(clip), lambda: vae.decode(latents)))
+    return {"encode": round(weights + clip.nbytes + encode), "decode": round(weights + latents.nbytes + decode)}
+
+
+def peak_of(tracker: MemTracker) -> dict[Any, int]:
+    """A tracker's bytes by kind, at the moment of their highest sum."""
+    return tracker.get_tracker_snapshot("peak")[CPU]
+
+
+@contextlib.contextmanager
+def pretended_ranks(num_ranks: int) -> Iterator[ReplicaMesh]:
+    """This process as rank 0 (which holds the uneven remainders) of ``num_ranks`` that do not exist."""
+    if num_ranks == 1:
+        yield lone_mesh()
+        return
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=num_ranks)
+    try:
+        yield build_mesh(Layout(ulysses=num_ranks, ranks_per_node=num_ranks), CPU)
+    finally:
+        dist.destroy_process_group()
+
+
+# ---- validation
+
+
+def validate(json_file: Path | None) -> None:
+    """Print predicted, tracked and resident peaks of a small model on 2 real ranks."""
+    predicted = asdict(predict_forward(SMALL, small_grid(), 2))
+    first, _ = run_ranks(__file__, 2, ["--validate"])
+    mib = {name: round(num_bytes / 2**20, 1) for name, num_bytes in predicted.items()}
+    rows = [
+        {"how": "predicted with fake tensors", **mib},
+        {"how": "tracked on real tensors", **{k: round(first["tracked"][k] / 2**20, 1) for k in predicted}},
+        {"how": "resident memory (RssAnon)", **dict.fromkeys(mib, ""), "total": round(first["resident"] / 2**20, 1)},
+    ]
+    print_table(rows)
+    ratio = first["resident"] / predicted["total"]
+    print(f"resident / predicted: {ratio:.3f}")
+    write_json(json_file, {"unit": "MiB", "rows": rows, "resident_over_predicted": ratio}, CPU)
+
+
+def small_grid() -> LatentGrid:
+    """The clip of the validation: 3,120 tokens."""
+    return LatentGrid(num_frames=17, height=240, width=416, num_memory=3)
+
+
+def run_small_model() -> dict[str, Any]:
+    """On each of two real ranks: the same forward, once watched from outside and once by the tracker."""
+    dist.init_process_group("gloo")
+    mesh = build_mesh(Layout(ulysses=2, ranks_per_node=2), CPU)
+    settings = ParallelSettings(ulysses=2, weights="fsdp")
+    grid = small_grid()
+    with MemoryPeak() as peak, torch.no_grad():
+        with torch.device("meta"):
+            dit = WanDiT(SMALL)
+        parallelize(dit, mesh, settings).to_empty(device=CPU)
+        for parameter in dit.parameters():
+            parameter.to_local().normal_(std=0.02)
+        dit(*forward_inputs(SMALL, grid), grid.temporal_positions())
+    del dit
+    tracked = tracked_forward(SMALL, grid, mesh)
+    dist.destroy_process_group()
+    return {"tracked": asdict(tracked), "resident": peak.grown_bytes}
+
+
+if __name__ == "__main__":
+    main()

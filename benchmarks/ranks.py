@@ -1,0 +1,82 @@
+"""For benchmarks on several ranks: start a script under torchrun, collect what each rank reports, watch its memory."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+_FOLDER = "STORYMEM_BENCHMARK_REPORTS"
+
+
+def run_ranks(script: str, num_ranks: int, arguments: Sequence[object]) -> list[dict[str, Any]]:
+    """What every rank of ``script`` reported, started under torchrun on this machine with one thread a rank.
+
+    Memory that is freed goes back to the system at once (glibc keeps none), so that resident memory means live memory.
+    """
+    with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
+        variables = {
+            "OMP_NUM_THREADS": "1",
+            "MALLOC_MMAP_THRESHOLD_": "65536",
+            "MALLOC_TRIM_THRESHOLD_": "65536",
+            "MALLOC_ARENA_MAX": "1",
+            _FOLDER: folder,
+        }
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
+        subprocess.run([*torchrun, script, *map(str, arguments)], env=os.environ | variables, check=True)
+        return [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(num_ranks)]
+
+
+def reporting_rank() -> int | None:
+    """This process's rank if ``run_ranks`` started it, else None."""
+    return int(os.environ["RANK"]) if _FOLDER in os.environ else None
+
+
+def report(values: dict[str, Any]) -> None:
+    """Hand this rank's results to ``run_ranks``."""
+    (Path(os.environ[_FOLDER]) / f"{reporting_rank()}.json").write_text(json.dumps(values))
+
+
+class MemoryPeak:
+    """Peak of this process's anonymous resident memory while the block runs, sampled every 2 ms, over its start.
+
+    Pages of mapped files are not counted: the system takes them back when it needs them.
+    """
+
+    def __enter__(self) -> "MemoryPeak":
+        self.start_bytes = self.peak_bytes = rss_anon_bytes()
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._done.set()
+        self._thread.join()
+        self.peak_bytes = max(self.peak_bytes, rss_anon_bytes())
+
+    @property
+    def grown_bytes(self) -> int:
+        """How far memory rose above where it was when the block began."""
+        return self.peak_bytes - self.start_bytes
+
+    def _sample(self) -> None:
+        while not self._done.is_set():
+            self.peak_bytes = max(self.peak_bytes, rss_anon_bytes())
+            time.sleep(0.002)
+
+
+def rss_anon_bytes() -> int:
+    """Anonymous resident memory of this process (Linux)."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    raise OSError("/proc/self/status has no RssAnon line")
