@@ -1,15 +1,25 @@
 """All chains of a job and the state of every shot: what is ready, and what comes first.
 
 A shot is ready when all shots before it in its chain are committed, so a chain has at most one ready shot: its *front*.
-Ready shots are kept in one heap per kind, longest remaining chain first; every change of state costs O(log chains), so
-choosing among 30,000 shots takes microseconds. Knows nothing of files, leases or time.
+
+**What comes first.** The batch cannot end before ``max(work left / replicas, longest chain left)``. The ready shot of
+the longest remaining chain comes first as soon as that chain could not wait for another shot without making the batch
+longer; till then that of the *shortest* does. Longest-first alone makes all chains equally short in the end, and then
+the last round leaves replicas idle (30 stories, 24 replicas: 0.94 of the bound; this rule: 0.96). Besides, stories
+become complete one after the other instead of all in the last hour. ``benchmarks/dispatch.py`` has the numbers.
+
+Ready shots are kept in heaps, and every change of state costs O(log chains), so choosing among 30,000 shots takes
+microseconds. Knows nothing of files, leases or time.
 """
 
 import heapq
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
 
-from storymem_dist.dispatch.plan import PlannedShot
+from storymem_dist.dispatch.plan import M2V, T2V, PlannedShot
+
+_CRITICAL_SHOTS = 1.5
+"""A chain comes first when it has less slack than so many times its next shot: then it could not wait for another."""
 
 ShotKey = tuple[int, str, str, str]
 """What names a planned shot in a job: part, story, shot, and the first 16 digits of its fingerprint."""
@@ -57,6 +67,25 @@ class Chain:
         return not self.is_complete and self.states[self.front] is ShotState.FAILED
 
 
+class _Heap:
+    """Chains by a key, with lazy removal: entries that are out of date are dropped when they come to the top."""
+
+    def __init__(self, sign: float) -> None:
+        self._sign = sign
+        self._entries: list[tuple[float, int, int]] = []
+
+    def push(self, chain: Chain) -> None:
+        heapq.heappush(self._entries, (self._sign * chain.remaining[chain.front], chain.number, chain.front))
+
+    def top(self, chains: Sequence[Chain], valid: Callable[[Chain], bool]) -> Chain | None:
+        while self._entries:
+            _, number, front = self._entries[0]
+            if chains[number].front == front and valid(chains[number]):
+                return chains[number]
+            heapq.heappop(self._entries)
+        return None
+
+
 class ShotGraph:
     """Chains, states and the ready shots of each kind."""
 
@@ -65,9 +94,13 @@ class ShotGraph:
         self._places = {
             shot_key(shot): (chain, index) for chain in self.chains for index, shot in enumerate(chain.shots)
         }
-        self._heaps: dict[str, list[tuple[float, int, int]]] = {}
+        self._longest_ready: dict[str, _Heap] = {}
+        self._shortest_ready: dict[str, _Heap] = {}
+        self._longest_open = _Heap(-1.0)
+        self._work = [0.0] * len(self.chains)
+        self._total_work = 0.0
+        self._ready_kind: dict[int, str] = {}  # chain number -> kind of its ready front
         self._num_ready: dict[str, int] = {}
-        self._in_heap: dict[int, int] = {}  # chain number -> index of its shot that counts as ready
         for chain in self.chains:
             self._refresh(chain)
 
@@ -90,15 +123,23 @@ class ShotGraph:
         chain.states[index] = state
         self._refresh(chain)
 
-    def best_ready(self, kind: str) -> PlannedShot | None:
-        """Return the ready shot of ``kind`` whose chain has the most work left (ties: the order of the stories)."""
-        heap = self._heaps.get(kind, [])
-        while heap:
-            _, number, index = heap[0]
-            if self._in_heap.get(number) == index and self.chains[number].shots[index].kind == kind:
-                return self.chains[number].shots[index]
-            heapq.heappop(heap)
-        return None
+    def best_ready(self, kind: str, num_replicas: int = 1) -> PlannedShot | None:
+        """Return the ready shot of ``kind`` that comes first (see the module; ties: the order of the stories)."""
+        if kind not in self._longest_ready:
+            return None
+
+        def is_ready(chain: Chain) -> bool:
+            return self._ready_kind.get(chain.number) == kind
+
+        longest = self._longest_ready[kind].top(self.chains, is_ready)
+        if longest is None:
+            return None
+        slack = self._shortest_makespan(num_replicas) - longest.remaining[longest.front]
+        if slack < _CRITICAL_SHOTS * longest.shots[longest.front].cost:
+            return longest.shots[longest.front]
+        shortest = self._shortest_ready[kind].top(self.chains, is_ready)
+        assert shortest is not None, "both heaps hold the same chains"
+        return shortest.shots[shortest.front]
 
     def num_ready(self, kind: str) -> int:
         """Return how many shots of ``kind`` are ready."""
@@ -120,26 +161,61 @@ class ShotGraph:
         """Whether nothing is ready or running: every chain is complete or blocked."""
         return all(chain.is_complete or chain.is_blocked for chain in self.chains)
 
+    def _shortest_makespan(self, num_replicas: int) -> float:
+        """The work that no order of shots can avoid: shared by all replicas, or in the longest chain."""
+        longest = self._longest_open.top(self.chains, lambda chain: self._work[chain.number] > 0.0)
+        longest_work = 0.0 if longest is None else longest.remaining[longest.front]
+        return max(self._total_work / max(1, num_replicas), longest_work)
+
     def _refresh(self, chain: Chain) -> None:
-        """Move the chain's front to its first shot that is not committed and keep the ready heaps true."""
-        front = next(
-            (index for index, state in enumerate(chain.states) if state is not ShotState.COMMITTED), len(chain.shots)
-        )
-        before = self._in_heap.get(chain.number)
-        chain.front = front
-        ready = front < len(chain.shots) and chain.states[front] is ShotState.WAITING
-        if before == (front if ready else None):
-            return
+        """Move the chain's front to its first shot that is not committed; keep heaps, counts and sums true."""
+        committed = ShotState.COMMITTED
+        front = next((i for i, state in enumerate(chain.states) if state is not committed), len(chain.shots))
+        moved, chain.front = front != chain.front, front
+        state = None if chain.is_complete else chain.states[front]
+        work = 0.0 if state in (None, ShotState.FAILED) else chain.remaining[front]
+        if state is ShotState.LEASED:
+            work -= chain.shots[front].cost / 2  # on average
+        if work > 0.0 and (moved or self._work[chain.number] == 0.0):
+            self._longest_open.push(chain)
+        self._total_work += work - self._work[chain.number]
+        self._work[chain.number] = work
+        kind = chain.shots[front].kind if state is ShotState.WAITING else None
+        before = self._ready_kind.pop(chain.number, None)
         if before is not None:
-            self._num_ready[chain.shots[before].kind] -= 1
-            del self._in_heap[chain.number]
-        if ready:
-            kind = chain.shots[front].kind
-            self._in_heap[chain.number] = front
+            self._num_ready[before] -= 1
+        if kind is not None:
+            self._ready_kind[chain.number] = kind
             self._num_ready[kind] = self._num_ready.get(kind, 0) + 1
-            heapq.heappush(self._heaps.setdefault(kind, []), (-chain.remaining[front], chain.number, front))
+            if before is None or moved:
+                self._longest_ready.setdefault(kind, _Heap(-1.0)).push(chain)
+                self._shortest_ready.setdefault(kind, _Heap(1.0)).push(chain)
 
 
 def shot_key(shot: PlannedShot) -> ShotKey:
     """Return the key of a planned shot."""
     return shot.part, shot.story.story_id, shot.shot.shot_id, shot.fingerprint[:16]
+
+
+def choose_shot(
+    graph: ShotGraph,
+    loaded: str | None,
+    *,
+    num_replicas: int,
+    expected_wait: Callable[[str], float],
+    swap_seconds: float,
+) -> PlannedShot | None:
+    """Return the shot that a replica with the experts of kind ``loaded`` should render next; None: wait.
+
+    A shot for the loaded experts comes first; with none loaded, T2V shots do (they open the chains). Experts are
+    swapped when no shot for the loaded ones is ready, unless ``expected_wait(loaded)``, the seconds until there will be
+    one, is less than what swapping there and back costs.
+    """
+    if loaded is None:
+        return graph.best_ready(T2V, num_replicas) or graph.best_ready(M2V, num_replicas)
+    if (shot := graph.best_ready(loaded, num_replicas)) is not None:
+        return shot
+    other = graph.best_ready(M2V if loaded == T2V else T2V, num_replicas)
+    if other is not None and expected_wait(loaded) < 2 * swap_seconds:
+        return None
+    return other

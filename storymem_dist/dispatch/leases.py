@@ -107,6 +107,7 @@ class LeaseFolder:
     owner: Owner
     lease_seconds: float
     clock: Callable[[], float] = time.monotonic
+    num_alive: int = field(default=0, init=False)
     _held: dict[str, Lease] = field(default_factory=dict, init=False)
     _seen: dict[str, _Seen] = field(default_factory=dict, init=False)
     _moved: set[str] = field(default_factory=set, init=False)
@@ -178,9 +179,14 @@ class LeaseFolder:
     # -- looking at others ---------------------------------------------------------------------------------------------
 
     def scan(self) -> dict[str, int]:
-        """Return all keys that somebody (perhaps dead) holds, with their highest generation. Lists the folder once."""
+        """Return all keys that somebody (perhaps dead) holds, with their highest generation. Lists the folder once.
+
+        Counts the owners that show signs of life (or have not been missed yet) in ``num_alive``.
+        """
         keys: dict[str, int] = {}
-        for name in names_in(self.folder):
+        names = names_in(self.folder)
+        self.num_alive = sum(name.endswith(_ALIVE_SUFFIX) for name in names)
+        for name in names:
             match = _LEASE_NAME.fullmatch(name)
             if match:
                 keys[match["key"]] = max(keys.get(match["key"], 0), int(match["generation"]))

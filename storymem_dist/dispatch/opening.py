@@ -62,7 +62,14 @@ def open_batch(
         chains, rejected = _plan(parts, replica, owner.job_id)
         graph = ShotGraph(chains)
         runs = [part.run for part in parts]
-        queue = ShotQueue(graph=graph, runs=runs, leases=leases, settings=settings, job_id=owner.job_id)
+        queue = ShotQueue(
+            graph=graph,
+            runs=runs,
+            leases=leases,
+            settings=settings,
+            job_id=owner.job_id,
+            num_replicas=replica.count,
+        )
         queue.read_committed()
         if settings.resume == "strict":
             _refuse_differences(parts, graph)

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 from storymem_dist.artifacts.files import names_in
 from storymem_dist.artifacts.run_folder import Failure, RunFolder
-from storymem_dist.dispatch.graph import ShotGraph, ShotKey, ShotState, shot_key
+from storymem_dist.dispatch.graph import ShotGraph, ShotKey, ShotState, choose_shot, shot_key
 from storymem_dist.dispatch.leases import Lease, LeaseFolder
-from storymem_dist.dispatch.plan import M2V, T2V, PlannedShot
+from storymem_dist.dispatch.plan import PlannedShot
 from storymem_dist.dispatch.settings import DispatchSettings
 
 _OWNERS_PER_SCAN = 64  # leases of others that are looked at for signs of life in one scan
@@ -33,7 +33,8 @@ class Claim:
 class ShotQueue:
     """Claims shots of ``graph`` for one replica.
 
-    ``runs`` and ``leases`` have one entry for each batch part. ``job_id`` tells failures of this job from earlier ones.
+    ``runs`` and ``leases`` have one entry for each batch part. ``job_id`` tells failures of this job from earlier ones,
+    ``num_replicas`` counts the job's replicas (those of other jobs are found in the folder).
     ``clock`` is monotonic, in seconds.
     """
 
@@ -45,6 +46,7 @@ class ShotQueue:
         leases: Sequence[LeaseFolder],
         settings: DispatchSettings,
         job_id: str,
+        num_replicas: int = 1,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.graph = graph
@@ -52,6 +54,7 @@ class ShotQueue:
         self._leases = leases
         self._settings = settings
         self._job_id = job_id
+        self._num_replicas = num_replicas
         self._clock = clock
         self._next_scan = -float("inf")
         self._generations: dict[ShotKey, int] = {}  # leases of others, by shot, as last scanned
@@ -166,15 +169,13 @@ class ShotQueue:
     # -- inside --------------------------------------------------------------------------------------------------------
 
     def _choose(self, loaded: str | None) -> PlannedShot | None:
-        """Shots for the loaded experts first; for others when none is ready, unless one will be sooner than a swap."""
-        if loaded is None:
-            return self.graph.best_ready(T2V) or self.graph.best_ready(M2V)
-        if (shot := self.graph.best_ready(loaded)) is not None:
-            return shot
-        other = self.graph.best_ready(M2V if loaded == T2V else T2V)
-        if other is not None and self._expected_wait(loaded) < 2 * self._swap_seconds:
-            return None
-        return other
+        return choose_shot(
+            self.graph,
+            loaded,
+            num_replicas=max(self._num_replicas, sum(leases.num_alive for leases in self._leases)),
+            expected_wait=self._expected_wait,
+            swap_seconds=self._swap_seconds,
+        )
 
     def _expected_wait(self, kind: str) -> float:
         """Seconds until a running shot is expected to make one of ``kind`` ready; infinity when none will, or none can
