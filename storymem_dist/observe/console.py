@@ -27,6 +27,8 @@ from storymem_dist.observe.summary import summary
 MAX_LIVE_ROWS = 24
 """Replicas that get a line of their own in the live view; the rest is counted."""
 
+BAR_WIDTH = 24
+
 FOLLOW_SECONDS = 1.0
 """How often the event files of other replicas are looked at."""
 
@@ -176,7 +178,7 @@ class PlainConsole:
         if self._tail is None or not isinstance(event, ev.ShotFinished):
             return ""
         left = self._state.seconds_left()
-        about = f", about {fmt.duration(left)} left" if left else ""
+        about = f", about {fmt.clock(left)} left" if left else ""
         return f" · {self._state.count('finished')}/{self._state.num_shots} shots{about}"
 
     def _write(self, stamped: ev.StampedEvent, text: str) -> None:
@@ -251,15 +253,15 @@ class LiveConsole:
     def _stamped_line(self, stamped: ev.StampedEvent, line: Text) -> Text:
         clock = time.strftime("%H:%M:%S", time.localtime(stamped.wall_time))
         replica = f" r{stamped.replica}" if len(self._state.rows) > 1 else ""
-        return Text(f"{clock}{replica}  ", style="dim").append_text(line)
+        return Text.assemble((f"{clock}{replica}  ", "dim"), line)
 
     def _view(self) -> RenderableType:
         rows = sorted(self._state.rows.items())
-        table = Table.grid(padding=(0, 2, 0, 0))
+        table = Table.grid(padding=(0, 2, 0, 0), expand=True)
         table.add_column(no_wrap=True)
         table.add_column(no_wrap=True, max_width=36, overflow="ellipsis")
-        table.add_column(width=24)
-        table.add_column(no_wrap=True, overflow="ellipsis")
+        table.add_column(width=BAR_WIDTH)
+        table.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
         self._add_batch_row(table)
         for key, row in rows[:MAX_LIVE_ROWS]:
             what, bar, detail = self._row_cells(row)
@@ -276,18 +278,18 @@ class LiveConsole:
             self._slow_figures = (now, finished, failed, left, pace)
         _, finished, failed, left, pace = self._slow_figures
         detail = Text()
-        detail.append(f"{fmt.duration(time.time() - self._started)} elapsed")
-        if left:
-            detail.append(f" · about {fmt.duration(left)} left")
-        if pace is not None:
-            detail.append(f" · {fmt.number(pace)} clips/device-hour", style="dim")
+        detail.append(fmt.clock(time.time() - self._started))
         if failed:
             detail.append(f" · {failed} failed", style="red")
+        if left:
+            detail.append(f" · about {fmt.clock(left)} left")
+        if pace is not None:
+            detail.append(f" · {fmt.number(pace)} clips/device-hour", style="dim")
         num_shots = self._state.num_shots
         table.add_row(
             Text(self._title or "batch", style="bold"),
             Text(f"{finished} of {fmt.count(num_shots, 'shot')}"),
-            ProgressBar(total=max(1, num_shots), completed=finished, width=24),
+            _bar(finished, num_shots),
             detail,
         )
 
@@ -296,7 +298,7 @@ class LiveConsole:
             return Text(row.starts[-1].outcome, style="dim"), Text(""), Text("")
         if row.weights:
             event = next(reversed(row.weights.values()))
-            bar = ProgressBar(total=max(1, event.bytes_total), completed=event.bytes_done, width=24)
+            bar = _bar(event.bytes_done, event.bytes_total)
             rate = fmt.byte_rate(event.bytes_done, event.elapsed_seconds)
             amount = f"{fmt.byte_count(event.bytes_done)} of {fmt.byte_count(event.bytes_total)} · {rate}"
             return Text(f"{event.action} {event.what}"), bar, Text(amount)
@@ -304,10 +306,15 @@ class LiveConsole:
         if attempt is None:
             return Text(row.stage or "waiting", style="" if row.stage else "dim"), Text(""), Text("")
         what = Text(f"{attempt.started.story_id}/{attempt.started.shot_id}")
-        bar = ProgressBar(total=max(1, attempt.num_steps), completed=attempt.step, width=24)
-        detail = Text(f"{row.stage or 'starting'}")
+        facts = [row.stage] if row.stage else []
         if attempt.step:
-            detail.append(f" · {attempt.step}/{attempt.num_steps} · {fmt.step_time(row.seconds_per_step)}")
+            facts += [f"{attempt.step}/{attempt.num_steps}", fmt.step_time(row.seconds_per_step)]
         if row.gpu_memory_gib is not None:
-            detail.append(f" · {fmt.gib(row.gpu_memory_gib)}")
-        return what, bar, detail
+            facts.append(fmt.gib(row.gpu_memory_gib))
+        return what, _bar(attempt.step, attempt.num_steps), Text(" · ".join(facts))
+
+
+def _bar(done: float, total: float) -> ProgressBar:
+    return ProgressBar(
+        total=max(1, total), completed=done, width=BAR_WIDTH, complete_style="cyan", finished_style="green"
+    )

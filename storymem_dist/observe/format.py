@@ -17,6 +17,12 @@ def duration(seconds: float | None) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
+def clock(seconds: float) -> str:
+    """A running time without fractions: ``0:07``, ``4:05``, ``1:02:03``."""
+    minutes, rest = divmod(int(seconds), 60)
+    return duration(float(int(seconds))) if minutes else f"0:{rest:02d}"
+
+
 def step_time(seconds: float | None) -> str:
     """Seconds per step, ``1.53 s/it``; quick steps as ``45 ms/it``."""
     if seconds is None:
