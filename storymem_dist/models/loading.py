@@ -31,11 +31,7 @@ ROW_BLOCK = 256
 
 
 class TensorSource(Protocol):
-    """Named tensors that can be read in part. Implementations hide layout, names, number format and who really reads.
-
-    ``max_concurrent_reads`` is how many threads may call ``read`` at once; with 0 every read happens on the thread that
-    loads, in the order of ``keys()``, which is what a source needs whose reads are collective.
-    """
+    """Named tensors that can be read in part. Implementations hide layout, names and number format."""
 
     @property
     def name(self) -> str:
@@ -43,7 +39,7 @@ class TensorSource(Protocol):
 
     @property
     def max_concurrent_reads(self) -> int:
-        """Upper bound of threads that may be inside ``read``; 0: the loading thread alone, in order."""
+        """How many threads may be inside ``read`` at once."""
 
     @property
     def bytes_read(self) -> int:
@@ -273,8 +269,9 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        first_line = str(error).partition("\n")[0] or type(error).__name__
         raise CheckpointError(
-            f"{path}: cannot be read as a state dict ({str(error).splitlines()[0]}); allowed: a .pth file with nothing "
+            f"{path}: cannot be read as a state dict ({first_line}); allowed: a .pth file with nothing "
             "but named tensors, as torch.save writes it"
         ) from None
     if isinstance(loaded, dict) and set(loaded) == {"state_dict"}:
@@ -309,9 +306,6 @@ def _read_ahead(source: TensorSource, chunks: Sequence[_Chunk]) -> Iterator[tupl
     def read(chunk: _Chunk) -> Tensor:
         return source.read(chunk.key, chunk.rows, pin_memory=chunk.destination.is_cuda)
 
-    if source.max_concurrent_reads == 0:
-        yield from ((chunk, read(chunk)) for chunk in chunks)
-        return
     pending: deque[tuple[_Chunk, Future[Tensor]]] = deque()
     with ThreadPoolExecutor(source.max_concurrent_reads, thread_name_prefix="read-weights") as pool:
         try:

@@ -36,7 +36,7 @@ _COLOURFULNESS = 0.5
 # What random latents decode to, before the clamp to [-1, 1], and what that encodes to. Some pixels saturate, not many.
 _PIXEL_STD = 0.85
 _LATENT_STD = 0.8
-_SAMPLE_CTHW = (16, 3, 8, 8)
+_SAMPLE_CTHW = (16, 3, 6, 8)
 _LEAST_STD = 1e-3
 
 
@@ -104,7 +104,7 @@ def text_encoder_shapes(config: TextEncoderConfig) -> Mapping[str, torch.Size]:
 
 
 def random_vae(seed: int, config: VaeConfig) -> dict[str, Tensor]:
-    """A Wan2.1 VAE, fp32 under native names; its output layers are scaled so that latents and pixels have a fair size."""
+    """A Wan2.1 VAE, fp32, native names; its output layers are scaled so that latents and pixels are of fair size."""
     with torch.device("meta"):
         autoencoder: Any = AutoencoderKLWan(
             base_dim=config.base_dim,
