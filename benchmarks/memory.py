@@ -9,9 +9,7 @@ gathers; not the CUDA context, NCCL's buffers, scratch space of kernels, and fra
 """
 
 import argparse
-import contextlib
 import warnings
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,18 +18,17 @@ import torch
 import torch.distributed as dist
 from diffusers import AutoencoderKLWan
 from harness import peak_gib, print_table, write_json
-from ranks import MemoryPeak, report, reporting_rank, run_ranks
+from ranks import CPU, MemoryPeak, pretended_ranks, report, reporting_rank, run_ranks
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed._tools.mem_tracker import MemTracker
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from storymem_dist.diffusion.latent_grid import LatentGrid
 from storymem_dist.models.wan.dit import DiTConfig, WanDiT
 from storymem_dist.models.wan.presets import WAN22_A14B
 from storymem_dist.models.wan.vae import WanVae
 from storymem_dist.parallel.layout import Layout
-from storymem_dist.parallel.mesh import ReplicaMesh, build_mesh, lone_mesh
+from storymem_dist.parallel.mesh import ReplicaMesh, build_mesh
 from storymem_dist.parallel.parallelize import parallelize
 from storymem_dist.parallel.settings import ParallelSettings
 from storymem_dist.parallel.vae import parallelize_vae
@@ -39,7 +36,6 @@ from storymem_dist.parallel.vae import parallelize_vae
 SIZES = {"480p": (480, 832), "720p": (720, 1280)}
 NUM_FRAMES = 81
 GIB = 2**30
-CPU = torch.device("cpu")
 SMALL = DiTConfig(
     dim=1024, ffn_dim=4096, freq_dim=256, num_heads=8, num_layers=6, in_dim=36, text_dim=1024, text_len=512
 )
@@ -159,19 +155,6 @@ def predict_vae(num_ranks: int, height: int, width: int) -> dict[str, int]:
 def peak_of(tracker: MemTracker) -> dict[Any, int]:
     """A tracker's bytes by kind, at the moment of their highest sum."""
     return tracker.get_tracker_snapshot("peak")[CPU]
-
-
-@contextlib.contextmanager
-def pretended_ranks(num_ranks: int) -> Iterator[ReplicaMesh]:
-    """This process as rank 0 (which holds the uneven remainders) of ``num_ranks`` that do not exist."""
-    if num_ranks == 1:
-        yield lone_mesh()
-        return
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=num_ranks)
-    try:
-        yield build_mesh(Layout(ulysses=num_ranks, ranks_per_node=num_ranks), CPU)
-    finally:
-        dist.destroy_process_group()
 
 
 # ---- validation

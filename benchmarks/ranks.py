@@ -1,5 +1,10 @@
-"""For benchmarks on several ranks: start a script under torchrun, collect what each rank reports, watch its memory."""
+"""For benchmarks on several ranks, real or pretended.
 
+Real ones: start a script under torchrun, collect what each rank reports, watch its memory. Pretended ones: one process
+that takes itself for a rank of many and sends nothing, to count what a rank would do.
+"""
+
+import contextlib
 import json
 import os
 import subprocess
@@ -7,11 +12,19 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from storymem_dist.parallel.layout import Layout
+from storymem_dist.parallel.mesh import ReplicaMesh, build_mesh, lone_mesh
+
+CPU = torch.device("cpu")
 _FOLDER = "STORYMEM_BENCHMARK_REPORTS"
 
 
@@ -41,6 +54,22 @@ def reporting_rank() -> int | None:
 def report(values: dict[str, Any]) -> None:
     """Hand this rank's results to ``run_ranks``."""
     (Path(os.environ[_FOLDER]) / f"{reporting_rank()}.json").write_text(json.dumps(values))
+
+
+@contextlib.contextmanager
+def pretended_ranks(num_ranks: int, rank: int = 0) -> Iterator[ReplicaMesh]:
+    """This process as ``rank`` of one replica of ``num_ranks`` (all of them Ulysses) that do not exist.
+
+    Rank 0 holds the uneven remainders of sharded weights.
+    """
+    if num_ranks == 1:
+        yield lone_mesh()
+        return
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=num_ranks)
+    try:
+        yield build_mesh(Layout(ulysses=num_ranks, ranks_per_node=num_ranks), CPU)
+    finally:
+        dist.destroy_process_group()
 
 
 class MemoryPeak:

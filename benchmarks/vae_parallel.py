@@ -1,0 +1,187 @@
+"""What splitting the VAE over ranks costs and gains.
+
+Counted at full size, without a GPU: FLOPs of a rank (ghost columns and the shared part of attention included), its
+messages and the bytes it sends, for encoding or decoding a clip of 81 frames. "efficiency" is one rank's FLOPs over all
+ranks' together; time adds the latency of the messages, which ``--latency-us`` and ``--tflops`` model.
+
+    python benchmarks/vae_parallel.py                          # 1, 2, 4, 8 and 16 ranks, 480p and 720p
+    python benchmarks/vae_parallel.py --measure --ranks 1 2    # seconds of real gloo ranks on this machine, small clip
+"""
+
+import argparse
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from diffusers import AutoencoderKLWan
+from harness import device_name, print_table, write_json
+from ranks import CPU, pretended_ranks, report, reporting_rank, run_ranks
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from storymem_dist.models.wan.vae import WanVae
+from storymem_dist.parallel.vae import parallelize_vae
+
+SIZES = {"480p": (480, 832), "720p": (720, 1280)}
+NUM_FRAMES = 81
+SMALL_CLIP = (5, 96, 160)
+REPEATS = 3
+
+
+def main() -> None:
+    """Parse the command line; count, or on real ranks measure."""
+    args = parse_arguments()
+    if reporting_rank() is not None:
+        report(measure_on_this_rank())
+        return
+    rows = measure(args.ranks) if args.measure else count_all(args)
+    print_table(rows)
+    write_json(args.json, {"rows": rows}, CPU)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4, 8, 16])
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--latency-us", type=float, default=30.0, help="modelled cost of one message")
+    parser.add_argument("--tflops", type=float, default=300.0, help="modelled speed of a rank (TF32 on an H100)")
+    parser.add_argument("--measure", action="store_true")
+    parser.add_argument("--json", type=Path)
+    return parser.parse_args()
+
+
+# ---- counting
+
+
+def count_all(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """One row for each size, direction and number of ranks."""
+    rows = []
+    for size in args.sizes:
+        for what in ("encode", "decode"):
+            alone = 0.0
+            for num_ranks in args.ranks:
+                counts = count(what, num_ranks, *SIZES[size])
+                tflop = counts["flops"] / 1e12
+                alone = alone or tflop * num_ranks
+                seconds = tflop / args.tflops + counts["messages"] * args.latency_us * 1e-6
+                rows.append(
+                    {
+                        "size": size,
+                        "what": what,
+                        "ranks": num_ranks,
+                        "TFLOP/rank": round(tflop, 2),
+                        "attention": round(counts["attention"] / 1e12, 2),
+                        "efficiency": round(alone / tflop / num_ranks, 3),
+                        "exchanges": counts["exchanges"],
+                        "gathers": counts["gathers"],
+                        "exchanged MB": round(counts["exchanged_bytes"] / 1e6, 1),
+                        "gathered MB": round(counts["gathered_bytes"] / 1e6, 1),
+                        "modelled s": round(seconds, 3),
+                        "modelled speed-up": round(alone / args.tflops / seconds, 2),
+                    }
+                )
+    return rows
+
+
+def count(what: str, num_ranks: int, height: int, width: int) -> Counter[str]:
+    """FLOPs, messages and sent bytes of rank 1 (it has two neighbours) for one clip."""
+    counts: Counter[str] = Counter()
+    with pretended_ranks(num_ranks, rank=min(1, num_ranks - 1)) as mesh, FakeTensorMode(allow_non_fake_inputs=True):
+        vae = WanVae(AutoencoderKLWan())
+        if mesh.shard.group is not None:
+            parallelize_vae(vae, mesh.shard.group)
+        run = runner(vae, what, NUM_FRAMES, height, width)
+        with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as flops, _MessageCounter(counts):
+            run()
+    by_operator = flops.get_flop_counts()["Global"]
+    counts["flops"] = flops.get_total_flops()
+    counts["attention"] = sum(n for operator, n in by_operator.items() if "attention" in str(operator))
+    counts["messages"] = counts["exchanges"] + counts["gathers"]
+    return counts
+
+
+def runner(vae: WanVae, what: str, num_frames: int, height: int, width: int) -> Callable[[], Tensor]:
+    """Encode or decode a clip of this size."""
+    if what == "encode":
+        clip = torch.zeros(3, num_frames, height, width)
+        return lambda: vae.encode(clip)
+    latents = torch.zeros(16, (num_frames - 1) // 4 + 1, height // 8, width // 8)
+    return lambda: vae.decode(latents)
+
+
+def _attention_flops(q: Any, k: Any, v: Any, *_args: Any, out_shape: Any = None, **_kwargs: Any) -> int:
+    return sdpa_flop_count(q, k, v)
+
+
+_CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+
+
+class _MessageCounter(TorchDispatchMode):
+    """Counts collectives and the bytes this rank sends in them."""
+
+    def __init__(self, counts: Counter[str]) -> None:
+        super().__init__()
+        self._counts = counts
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.c10d.alltoall_base_.default:
+            self._counts["exchanges"] += 1
+            self._counts["exchanged_bytes"] += args[1].nbytes
+        elif func is torch.ops.c10d.allgather_.default:
+            self._counts["gathers"] += 1
+            self._counts["gathered_bytes"] += args[1][0].nbytes
+        return func(*args, **(kwargs or {}))
+
+
+# ---- measuring
+
+
+def measure(ranks: list[int]) -> list[dict[str, Any]]:
+    """Seconds of the slowest rank for a small clip, best of ``REPEATS``."""
+    rows: list[dict[str, Any]] = []
+    for num_ranks in ranks:
+        reports = run_ranks(__file__, num_ranks, ["--measure"])
+        seconds = {what: max(one[what] for one in reports) for what in ("encode", "decode")}
+        first = rows[0] if rows else {"ranks": num_ranks, **{f"{what} s": seconds[what] for what in seconds}}
+        rows.append(
+            {
+                "ranks": num_ranks,
+                **{f"{what} s": round(seconds[what], 2) for what in seconds},
+                **{f"{what} speed-up": round(first[f"{what} s"] / seconds[what], 2) for what in seconds},
+            }
+        )
+    print(f"{device_name(CPU)} a rank, {SMALL_CLIP[0]} frames of {SMALL_CLIP[1]} x {SMALL_CLIP[2]}")
+    return rows
+
+
+def measure_on_this_rank() -> dict[str, float]:
+    """Best seconds of encoding and decoding the small clip, between two barriers."""
+    dist.init_process_group("gloo")
+    torch.manual_seed(0)
+    vae = WanVae(AutoencoderKLWan())
+    parallelize_vae(vae, dist.group.WORLD)
+    best = {}
+    for what in ("encode", "decode"):
+        run = runner(vae, what, *SMALL_CLIP)
+        run()
+        rounds = []
+        for _ in range(REPEATS):
+            dist.barrier()
+            start = time.perf_counter()
+            run()
+            dist.barrier()
+            rounds.append(time.perf_counter() - start)
+        best[what] = min(rounds)
+    dist.destroy_process_group()
+    return best
+
+
+if __name__ == "__main__":
+    main()
