@@ -32,6 +32,9 @@ from storymem_dist.observe.observers import Observers
 from storymem_dist.observe.run_files import RunFiles
 from storymem_dist.observe.settings import WandbSettings
 
+GRACE_SECONDS = 20.0
+"""Time that a feeder gets beyond W&B's own for reading the last events and writing the tables."""
+
 
 def choose_mode(mode: str, environment: Mapping[str, str] = os.environ) -> str:
     """Return ``online``, ``offline`` or ``off`` for the setting ``mode``.
@@ -66,7 +69,7 @@ class WandbProcess:
         folder = run_folder / "wandb"
         folder.mkdir(exist_ok=True)
         self._log_file = folder / "feed.log"
-        self._close_seconds = settings.finish_timeout_seconds + 20.0
+        self._close_seconds = settings.finish_timeout_seconds + GRACE_SECONDS
         package_parent = str(Path(storymem_dist.__file__).parent.parent)
         path = os.pathsep.join(filter(None, (package_parent, os.environ.get("PYTHONPATH"))))
         command = [sys.executable, "-m", __spec__.name, str(run_folder)]
@@ -162,8 +165,8 @@ def _warn(run_folder: Path, message: str) -> None:
 
 def _wait_for_end_of_input(finished: threading.Event) -> None:
     """Set ``finished`` when standard input ends: the parent closed it, or is gone."""
-    with contextlib.suppress(OSError, ValueError):
-        while sys.stdin.buffer.read(4096):
+    with contextlib.suppress(OSError):
+        while os.read(0, 4096):  # not sys.stdin, whose lock would be held when the interpreter ends
             pass
     finished.set()
 

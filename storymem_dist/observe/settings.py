@@ -41,8 +41,10 @@ class WandbSettings:
     environment variable ``WANDB_MODE`` decides before that. ``name`` defaults to the run folder's name, ``group`` to
     the sweep (if it is one). ``num_shot_videos`` and ``num_story_videos`` bound how many videos are uploaded (-1: all)
     and ``max_video_mib`` how large one may be. ``num_memory_images`` bounds the thumbnails of the ``memory_frames``
-    table (its rows are always complete), ``thumbnail_height`` is their height in pixels. ``finish_timeout_seconds`` is
-    how long the end of a job may wait for uploads; what is not uploaded by then stays on disk for ``wandb sync``.
+    table (its rows are complete, up to W&B's 200,000), ``thumbnail_height`` is their height in pixels.
+    ``init_timeout_seconds`` is how long to try to reach the service before the run is kept offline, and
+    ``finish_timeout_seconds`` how long the end of a job may wait for uploads; what is not uploaded by then stays on
+    disk for ``wandb sync``.
     """
 
     mode: str = "auto"
@@ -58,6 +60,7 @@ class WandbSettings:
     num_memory_images: int = 2000
     thumbnail_height: int = 96
     poll_interval_seconds: float = 1.0
+    init_timeout_seconds: float = 30.0
     finish_timeout_seconds: float = 60.0
 
     def __post_init__(self) -> None:
@@ -71,6 +74,7 @@ class WandbSettings:
         require_at_least("tracking.wandb.max_video_mib", self.max_video_mib, 0.0)
         require_at_least("tracking.wandb.thumbnail_height", self.thumbnail_height, 16)
         require_at_least("tracking.wandb.poll_interval_seconds", self.poll_interval_seconds, 0.05)
+        require_at_least("tracking.wandb.init_timeout_seconds", self.init_timeout_seconds, 0.1)
         require_at_least("tracking.wandb.finish_timeout_seconds", self.finish_timeout_seconds, 0.0)
 
 

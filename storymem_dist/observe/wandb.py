@@ -52,9 +52,6 @@ MEMORY_COLUMNS = (
 STORY_COLUMNS = ("frame", "shot", "mode", "seed", "prompt", "status", "seconds", "seconds_per_step", "recalled", "kept")
 FAILURE_COLUMNS = ("wall_time", "story", "shot", "stage", "reason", "tried_again")
 
-INIT_TIMEOUT_SECONDS = 30.0
-"""How long an online start may take before the run is kept offline."""
-
 TABLE_GROWTH = 1.5
 """The memory table is logged anew when it has grown by this factor: the work stays linear in its size."""
 
@@ -94,6 +91,7 @@ class WandbFeed:
         self._run = self._open_run(mode, process_id)
         self._row = max(progress["row"], self._run.step)
         self._define_axes()
+        wandb.Table.MAX_ROWS = wandb.Table.MAX_ARTIFACT_ROWS
 
     # -- the run -------------------------------------------------------------------------------------------------------
 
@@ -126,7 +124,7 @@ class WandbFeed:
             settings=wandb.Settings(
                 console="off",
                 silent=True,
-                init_timeout=INIT_TIMEOUT_SECONDS,
+                init_timeout=settings.init_timeout_seconds,
                 finish_timeout=settings.finish_timeout_seconds,
                 x_stats_pid=process_id or os.getpid(),
                 save_code=False,

@@ -57,18 +57,26 @@ def _read(folder: Path) -> WandbRun:
         elif kind == "config":
             run.config.update({item.key: json.loads(item.value_json) for item in record.config.update})
         elif kind == "history":
-            run.history.append({_key(item): json.loads(item.value_json) for item in record.history.item})
+            run.history.append(_row(record.history.item))
         elif kind == "metric":
             run.axes[record.metric.name or record.metric.glob_name] = record.metric.step_metric
         elif kind == "summary":
-            run.summary.update({_key(item): json.loads(item.value_json) for item in record.summary.update})
+            run.summary.update(_row(record.summary.update))
         elif kind == "exit":
             run.finished = True
     return run
 
 
-def _key(item: Any) -> str:
-    return item.key or ".".join(item.nested_key)
+def _row(items: Any) -> dict[str, Any]:
+    """Values by key; media and tables are stored field by field and become dictionaries again."""
+    row: dict[str, Any] = {}
+    for item in items:
+        *outer, last = item.nested_key or [item.key]
+        place = row
+        for key in outer:
+            place = place.setdefault(key, {})
+        place[last] = json.loads(item.value_json)
+    return row
 
 
 def _records(data: bytes) -> Iterator[Any]:

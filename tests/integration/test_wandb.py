@@ -1,0 +1,222 @@
+"""Weights & Biases from the outside: a run fed offline, read back from its own files, equals the event files."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from storymem_dist.observe import events as ev
+from storymem_dist.observe.feeder import WandbProcess
+from storymem_dist.observe.journal import read_journal
+from storymem_dist.observe.run_state import RunState
+from storymem_dist.observe.settings import WandbSettings
+from tests.helpers.fake_run import START_TIME, FakeRun
+from tests.helpers.wandb_file import WandbRun, read_segments
+
+ROOT = Path(__file__).parents[2]
+
+
+def feed(run_folder: Path, environment: Mapping[str, str] | None = None, **settings: Any) -> None:
+    """What ``python -m storymem_dist.observe.feeder RUN`` does."""
+    import json
+
+    command = [
+        sys.executable,
+        "-m",
+        "storymem_dist.observe.feeder",
+        str(run_folder),
+        "--settings",
+        json.dumps(settings),
+    ]
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, **(environment or {})}, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def two_replicas(root: Path) -> FakeRun:
+    """Two stories of three shots on two replicas, more keyframes than the window holds, a failure, a reference."""
+    run = FakeRun(root, num_stories=2, num_shots=4, max_keyframes=3)
+    for number in range(2):
+        with run.replica(number, num_replicas=2) as replica:
+            run.load_weights(replica)
+            for shot in range(3):
+                run.shot(replica, number, shot)
+            if number == 1:
+                run.shot(replica, 1, 3, fail="CUDA out of memory")
+                replica.observers.notify(
+                    ev.SystemSampled(rank=1, host="node1", host_memory_gib=3.5, cpu_ratio=0.9, gpu_memory_gib=28.1)
+                )
+            else:
+                run.shot(replica, 0, 3)
+                run.finish_story(replica, 0)
+            run.finish(replica)
+    return run
+
+
+@pytest.fixture(scope="module")
+def fed(tmp_path_factory: pytest.TempPathFactory) -> tuple[FakeRun, WandbRun]:
+    run = two_replicas(tmp_path_factory.mktemp("wandb") / "night")
+    feed(run.root, mode="offline", project="films", group="sweep-3", tags=["tiny"], num_shot_videos=5)
+    (segment,) = read_segments(run.root / "wandb")
+    return run, segment
+
+
+def events_of(run: FakeRun, cls: type[ev.Event]) -> list[Any]:
+    return [stamped.event for stamped in read_journal(run.root / "events") if isinstance(stamped.event, cls)]
+
+
+def test_the_run_goes_by_the_folders_id_and_names_what_was_asked_for(fed: tuple[FakeRun, WandbRun]) -> None:
+    run, segment = fed
+    assert segment.run_id == run.run_id
+    assert (segment.project, segment.group, segment.tags) == ("films", "sweep-3", ["tiny"])
+    assert segment.config["sampler"] == {"num_inference_steps": 4}
+    assert segment.config["versions"]["torch"] == "2.13.0"
+    assert segment.config["num_replicas"] == 2
+    assert segment.finished
+
+
+def test_every_memory_decision_is_in_the_table_and_equals_the_event_files(fed: tuple[FakeRun, WandbRun]) -> None:
+    run, segment = fed
+    state = RunState()
+    for stamped in read_journal(run.root / "events"):
+        state.apply(stamped)
+    expected = []
+    for event in map(state.with_scores, events_of(run, ev.MemoryDecided)):
+        source = f"shot_{event.source_shot_index + 1:02d}"
+        where = [event.story_id, event.shot_id, event.verdict, source, event.source_frame_index]
+        scores = [event.similarity, event.bank_similarity, event.against, event.quality]
+        expected.append([*where, event.slot, event.position, *scores, event.why])
+    columns, rows = segment.table("memory_frames")
+    assert columns[1:-1] == [
+        *("story", "shot", "verdict", "source_shot", "source_frame", "slot", "position"),
+        *("similarity", "bank_similarity", "against", "quality", "why"),
+    ]
+    key = repr
+    assert sorted((row[1:-1] for row in rows), key=key) == sorted(expected, key=key)
+    assert {row[3] for row in rows} == {"recalled", "evicted", "kept", "duplicate", "low_quality"}
+    assert all(row[0] == "Image" for row in rows), "every frame has its thumbnail"
+
+
+def test_step_series_have_their_axes_and_the_values_of_the_events(fed: tuple[FakeRun, WandbRun]) -> None:
+    run, segment = fed
+    steps = events_of(run, ev.StepFinished)
+    assert segment.axes["step/*"] == "step/done" and segment.axes["shot/*"] == "shot/done"
+    assert segment.axes["replica_1/*"] == "replica_1/steps_done"
+    assert segment.series("step/done") == list(range(1, len(steps) + 1))
+    assert sorted(segment.series("step/seconds")) == sorted(step.elapsed_seconds for step in steps)
+    assert segment.series("replica_0/steps_done") == list(range(1, 17))
+    assert segment.series("replica_1/steps_done") == list(range(1, 14))
+    told = zip(segment.series("step/shot"), segment.series("step/step"), segment.series("step/expert"), strict=True)
+    assert sorted(told) == sorted((f"{s.story_id}/{s.shot_id}", s.step, s.expert) for s in steps)
+    history_rows = [row["_step"] for row in segment.history]
+    assert history_rows == sorted(set(history_rows))
+
+
+def test_shots_stories_failures_and_systems_of_all_replicas_are_there(fed: tuple[FakeRun, WandbRun]) -> None:
+    run, segment = fed
+    finished = events_of(run, ev.ShotFinished)
+    told = zip(segment.series("shot/name"), segment.series("shot/seconds"), strict=True)
+    assert dict(told) == {f"{event.story_id}/{event.shot_id}": event.elapsed_seconds for event in finished}
+    assert segment.series("shot/stage_seconds/denoise") == pytest.approx(
+        [
+            event.stage_seconds["denoise"]
+            for event in sorted(finished, key=lambda e: segment.series("shot/name").index(f"{e.story_id}/{e.shot_id}"))
+        ]
+    )
+    assert segment.series("shot/memory/kept").count(2) == 3
+    assert segment.series("system/node1/rank_1/gpu_memory_gib") == [28.1]
+    assert segment.series("weights/replica_0/gb_per_second") == pytest.approx([1.9] * 4)
+    columns, rows = segment.table("story/story_0")
+    assert [row[columns.index("shot")] for row in rows] == [f"shot_{n:02d}" for n in range(1, 5)]
+    assert "shot_01 #0" in rows[1][columns.index("recalled")]
+    _, incomplete = segment.table("story/story_1")
+    assert incomplete[3][5] == "failed: CUDA out of memory"
+    _, failures = segment.table("failures")
+    assert failures[0][1:] == ["story_1", "shot_04", "denoise", "CUDA out of memory", False]
+    assert segment.summary["total/num_clips"] == 7 and segment.summary["total/num_failures"] == 1
+
+
+def test_videos_are_uploaded_up_to_the_limit_and_are_the_clips_themselves(fed: tuple[FakeRun, WandbRun]) -> None:
+    run, segment = fed
+    videos = segment.series("shot/video")
+    assert len(videos) == 5
+    clips = {path.read_bytes() for path in run.root.glob("stories/*/*/attempts/*/clip.mp4")}
+    assert {(segment.folder / "files" / video["path"]).read_bytes() for video in videos} <= clips
+    (story,) = segment.series("story/video")
+    copied = segment.folder / "files" / story["path"]
+    assert copied.read_bytes() == (run.root / "stories" / "story_0" / "story.mp4").read_bytes()
+
+
+def test_everything_that_a_later_sync_needs_lies_in_the_run_folder(fed: tuple[FakeRun, WandbRun]) -> None:
+    run, _ = fed
+    staged = list((run.root / "wandb" / "data" / "artifacts" / "staging").iterdir())
+    assert any(path.read_bytes()[:3] == b"\xff\xd8\xff" for path in staged), "thumbnails of tables are staged there"
+
+
+def test_a_restart_continues_the_same_run_behind_what_it_logged(tmp_path: Path) -> None:
+    run = FakeRun(tmp_path / "run", num_stories=1, num_shots=2)
+    with run.replica(0) as replica:
+        run.shot(replica, 0, 0)
+        run.shot(replica, 0, 1, stop_after_step=2)
+    feed(run.root, mode="offline")
+    with run.replica(0, at=START_TIME + 100) as replica:
+        run.shot(replica, 0, 1, resume_at=2)
+        run.finish(replica)
+    feed(run.root, mode="offline")
+    first, second = read_segments(run.root / "wandb")
+    assert first.run_id == second.run_id == run.run_id
+    assert first.series("step/done") + second.series("step/done") == list(range(1, 9))
+    assert first.series("shot/done") + second.series("shot/done") == [1, 2]
+    assert second.history[0]["_step"] == first.history[-1]["_step"] + 1
+    assert len(second.table("memory_frames")[1]) == len(events_of(run, ev.MemoryDecided))
+
+
+def test_the_back_end_feeds_while_the_render_goes_on_and_ends_with_it(tmp_path: Path) -> None:
+    run = FakeRun(tmp_path / "run", num_stories=1, num_shots=2)
+    feeder = WandbProcess(run.root, WandbSettings(mode="offline", poll_interval_seconds=0.1))
+    with run.replica(0, back_ends=[feeder]) as replica:
+        run.shot(replica, 0, 0)
+        deadline = time.monotonic() + 60.0
+        while not (run.root / "wandb" / "feed.json").exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        run.shot(replica, 0, 1)
+        run.finish(replica)
+    (segment,) = read_segments(run.root / "wandb")
+    assert segment.series("shot/done") == [1, 2] and segment.finished
+
+
+def test_a_second_feeder_stands_by_until_the_first_one_is_gone(tmp_path: Path) -> None:
+    run = FakeRun(tmp_path / "run", num_stories=1, num_shots=1)
+    with run.replica(0) as replica:
+        run.shot(replica, 0, 0)
+    settings = WandbSettings(mode="offline", poll_interval_seconds=0.1)
+    one = WandbProcess(run.root, settings)
+    deadline = time.monotonic() + 60.0
+    while not (run.root / "wandb" / "feed.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    other = WandbProcess(run.root, settings)
+    other.close()
+    assert len(read_segments(run.root / "wandb")) == 1
+    one.close()
+    assert read_segments(run.root / "wandb")[0].finished
+
+
+def test_a_service_that_is_away_keeps_the_run_offline_with_one_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = FakeRun(tmp_path / "run", num_stories=1, num_shots=1)
+    with run.replica(0) as replica:
+        run.shot(replica, 0, 0)
+        run.finish(replica)
+    away = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0" * 40, "WANDB_MODE": "online"}
+    feed(run.root, away, mode="online", init_timeout_seconds=2.0)
+    (segment,) = read_segments(run.root / "wandb")
+    assert segment.series("shot/done") == [1] and segment.finished
+    (warning,) = events_of(run, ev.WarningIssued)
+    assert warning.message.startswith("Weights & Biases cannot be reached, the run is kept offline: ")
