@@ -123,6 +123,7 @@ def _attempt(
                 expert=info.expert,
                 elapsed_seconds=info.elapsed_seconds,
                 timestep=info.timestep,
+                reused=info.reused,
             )
         )
 

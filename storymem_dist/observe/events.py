@@ -246,7 +246,10 @@ class StageFinished(Event):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepFinished(Event):
-    """One denoising step is done. ``step`` counts finished steps: 1 after the first, ``num_steps`` at the end."""
+    """One denoising step is done. ``step`` counts finished steps: 1 after the first, ``num_steps`` at the end.
+
+    ``reused``: the step cache answered instead of the whole model.
+    """
 
     story_id: str
     shot_id: str
@@ -256,6 +259,7 @@ class StepFinished(Event):
     elapsed_seconds: float
     timestep: int | None = None
     gpu_memory_gib: float | None = None
+    reused: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,0 +1,75 @@
+"""Small render jobs of the tiny model, in this process: the settings the command line would compose, and stories."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from storymem_dist.config import RenderConfig, config_folder, register_schema, to_plain, to_settings
+from storymem_dist.job import render_job
+
+SMALL = (
+    "model=tiny",
+    "sampler.num_frames=9",
+    "sampler.height=32",
+    "sampler.width=48",
+    "sampler.num_inference_steps=3",
+    "memory.quality=none",
+    "tracking.console.mode=off",
+    "tracking.wandb.mode=off",
+    "tracking.report=false",
+    "tracking.system_interval_seconds=0",
+    "parallel.device=cpu",
+)
+
+
+def write_storyboard(path: Path, cuts: Sequence[Sequence[bool]], **extra: object) -> Path:
+    """A storyboard with one scene per entry of ``cuts``."""
+    scenes = [
+        {
+            "scene_num": number,
+            "video_prompts": [f"{path.stem}: scene {number}, shot {index}" for index in range(len(scene))],
+            "cut": list(scene),
+        }
+        for number, scene in enumerate(cuts, start=1)
+    ]
+    document = {"story_name": path.stem.title(), "story_overview": "A test.", "scenes": scenes, **extra}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(document))
+    return path
+
+
+def small_settings(*overrides: str) -> RenderConfig:
+    """What the command line makes of ``SMALL`` and ``overrides``."""
+    register_schema()
+    folder = config_folder()
+    OmegaConf.register_new_resolver("storymem_examples", lambda: str(folder / "stories" / "examples"), replace=True)
+    with initialize_config_dir(version_base="1.3", config_dir=str(folder)):
+        return to_settings(compose("render", overrides=[*SMALL, *overrides]))
+
+
+def render_small(stories: Path, output: Path, *overrides: str) -> int:
+    """Render ``stories`` into ``output`` in this process; the exit code."""
+    settings = small_settings(f"stories.path='{stories}'", f"output='{output}'", *overrides)
+    return render_job(settings, to_plain(settings))
+
+
+def media_bytes(run: Path) -> dict[str, bytes]:
+    """All videos and pictures that people see, by path in the run folder."""
+    stories = run / "stories"
+    return {
+        path.relative_to(run).as_posix(): path.read_bytes()
+        for path in sorted(stories.rglob("*"))
+        if path.suffix in (".mp4", ".png") and "attempts" not in path.parts
+    }
+
+
+def records(run: Path) -> dict[str, dict]:
+    """The records of all finished shots, without what may differ between equal runs."""
+    found = {}
+    for path in sorted((run / "stories").glob("*/shot_*.json")):
+        record = json.loads(path.read_text())
+        found[f"{path.parent.name}/{path.stem}"] = {k: v for k, v in record.items() if k not in ("timing", "host")}
+    return found
