@@ -53,8 +53,9 @@ def build_expert(
 
     Memory is taken for this rank's part alone, and no tensor larger than a chunk of one is ever held beside it.
     ``deltas`` (LoRAs) are merged into that part. ``share_reads`` (None: as ``settings`` say) lets one rank per node
-    read for all that need the same part; it makes the call collective over the replicas of the node, so it is for the
-    start of a job, where all of them load the same weights.
+    read for all that need the same part; it makes the call collective over the replicas of the node, so all of them
+    must load at that moment (as at the start of a job), whether they need the weights at once or not. Replicas that
+    turn out to load different weights read on their own.
 
     Raises ``CheckpointError`` (on every rank of the reading team when weights are shared).
     """
@@ -70,7 +71,7 @@ def build_expert(
     dit.to_empty(device="cpu" if settings.weights in OFFLOADED else session.device)
     if share_reads is None:
         share_reads = settings.share_reads
-    if share_reads and session.readers.size > 1:
+    if share_reads and _readers_agree(source.name, session):
         report = _read_for_all(dit, source, deltas, session, progress)
     else:
         report = session.all_or_none(
@@ -104,6 +105,15 @@ def local_part(name: str, parameter: nn.Parameter) -> LocalPart:
         return whole_parameter(name, parameter)
     shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
     return LocalPart(tensor=parameter.to_local(), row_offset=offset[0], num_rows=shape[0])
+
+
+def _readers_agree(name: str, session: Session) -> bool:
+    """Whether there are others to read for, and all of them are about to load ``name``. Collective over the readers."""
+    if session.readers.control is None:
+        return False
+    names: list[str | None] = [None] * session.readers.size
+    dist.all_gather_object(names, name, group=session.readers.control)
+    return names == [name] * session.readers.size
 
 
 def _read_for_all(

@@ -117,6 +117,23 @@ def test_replicas_of_a_node_read_the_weights_once_between_them(tiny: TinyCheckpo
     assert bytes_read[3] == [total] * 4
 
 
+def _load_different_experts(tiny: TinyCheckpoint) -> tuple[list[str], bool]:
+    settings = ParallelSettings()
+    with start_session(settings) as session:
+        checkpoint = open_checkpoint(tiny.i2v_dir, "i2v")
+        source = checkpoint.expert("high_noise" if session.replica == 0 else "low_noise")
+        dit, report = build_expert(
+            checkpoint.dit_config, source, session=session, settings=settings, dtype=torch.float32
+        )
+        alone = WanDiT(checkpoint.dit_config, dtype=torch.float32)
+        load_dit_weights(alone, source)
+        return _same_bits(dit, alone), report.bytes_read > 0
+
+
+def test_replicas_that_load_different_experts_read_on_their_own(tiny: TinyCheckpoint) -> None:
+    assert run_ranks(_load_different_experts, 2, (tiny,)) == [([], True), ([], True)]
+
+
 def _forward_with_wrong_scale(tiny: TinyCheckpoint) -> tuple[float, float]:
     """Errors against one device: with the LoRA at its own scale, and at 1."""
     right = storymem_lora(tiny.lora_dir, "mi2v")["high_noise"]

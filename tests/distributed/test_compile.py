@@ -1,0 +1,54 @@
+"""Ulysses and ring inside per-block compiled regions, under FSDP2, compute what one eager device computes."""
+
+from dataclasses import replace
+from functools import partialmethod
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch._dynamo.utils import counters
+
+from storymem_dist.parallel.parallelize import parallelize
+from storymem_dist.parallel.session import start_session
+from storymem_dist.parallel.settings import ParallelSettings
+from tests.helpers.ranks import run_ranks
+from tests.helpers.tiny_dit import CONFIG, largest_error, make_dit, make_inputs
+
+TOLERANCE = 1e-5
+TIMES = (2, 3)  # 30 and 45 tokens: without and with padding
+ONE_BLOCK = replace(CONFIG, num_layers=1)
+CASES = [{"ulysses": 2, "weights": "fsdp"}, {"ring": 2, "weights": "fsdp"}]
+
+
+def _compiled_errors(compiler: str) -> list[tuple[list[float], list[str]]]:
+    """For each case the errors by size, and why the compiler left its graph."""
+    dist.init_process_group("gloo")
+    single = make_dit(ONE_BLOCK)
+    outcomes = []
+    for case in CASES:
+        torch._dynamo.reset()
+        counters.clear()
+        settings = ParallelSettings(compile=True, **case)
+        with start_session(settings) as session, torch.no_grad():
+            with patch.object(nn.Module, "compile", partialmethod(nn.Module.compile, backend=compiler)):
+                many = parallelize(make_dit(ONE_BLOCK), session.mesh, settings)
+            assert set(many.state_dict()) == set(single.state_dict()), "parameter names must not change"
+            errors = [largest_error(many(*inputs), single(*inputs)) for inputs in map(_inputs_of, TIMES)]
+            assert counters["stats"]["unique_graphs"] > 0, "nothing was compiled"
+            outcomes.append((errors, sorted(counters["graph_break"])))
+    return outcomes
+
+
+def _inputs_of(times: int) -> tuple[torch.Tensor, ...]:
+    return make_inputs(times=times)
+
+
+def test_compiled_blocks_equal_one_device_and_only_the_ring_leaves_the_graph() -> None:
+    # aot_eager captures, functionalizes and guards like the default compiler, but does not generate C++ for minutes
+    for outcomes in run_ranks(_compiled_errors, 2, ("aot_eager",), timeout_seconds=280):
+        (ulysses_errors, ulysses_breaks), (ring_errors, ring_breaks) = outcomes
+        assert max(ulysses_errors + ring_errors) <= TOLERANCE
+        assert ulysses_breaks == []
+        assert len(ring_breaks) == 1
+        assert "ring_attention" in ring_breaks[0]
