@@ -228,36 +228,35 @@ class _Strip:
         if received and min(spare) < 0:
             return torch.cat([received[0], own, received[1]], self._dim)
         x = x.narrow(self._dim, spare.left, self._num_own + sum(self._ghosts))
-        if (
-            received
-        ):  # only ghosts of a tensor that the layer before has just made are written: own columns are not copied
+        if received:  # written in place: the layer before has just made x, and its own columns need no copy
             x.narrow(self._dim, 0, self._ghosts.left).copy_(received[0])
             x.narrow(self._dim, self._ghosts.left + self._num_own, self._ghosts.right).copy_(received[1])
         return x
 
     def _exchange(self, own: Tensor, wanted: _Ghosts) -> tuple[Tensor, Tensor]:
         """Give both neighbours their ghosts and receive one's own, in one collective; no columns where nobody is."""
-        to_left, to_right = wanted.right * self._has_left, wanted.left * self._has_right
-        from_left, from_right = wanted.left * self._has_left, wanted.right * self._has_right
+        num_to_left, num_to_right = wanted.right * self._has_left, wanted.left * self._has_right
+        to_left = own.narrow(self._dim, 0, num_to_left)
+        to_right = own.narrow(self._dim, self._num_own - num_to_right, num_to_right)
+        outbox = torch.cat([to_left.flatten(), to_right.flatten()])
         column = own.numel() // self._num_own
-        sent, received = [0] * self._world_size, [0] * self._world_size
-        if self._has_left:
-            sent[self._rank - 1], received[self._rank - 1] = to_left * column, from_left * column
-        if self._has_right:
-            sent[self._rank + 1], received[self._rank + 1] = to_right * column, from_right * column
-        first = own.narrow(self._dim, 0, to_left)
-        last = own.narrow(self._dim, self._num_own - to_right, to_right)
-        outbox = torch.cat([first.flatten(), last.flatten()])
-        inbox = outbox.new_empty(sum(received))
-        dist.all_to_all_single(inbox, outbox, received, sent, group=self._group)
+        incoming = [self._ghosts.left * column, self._ghosts.right * column]
+        inbox = outbox.new_empty(sum(incoming))
+        splits = self._by_rank(*incoming), self._by_rank(to_left.numel(), to_right.numel())
+        dist.all_to_all_single(inbox, outbox, *splits, group=self._group)
         shape = list(own.shape)
-        parts = []
-        for part, width in zip(
-            inbox.split([from_left * column, from_right * column]), (from_left, from_right), strict=True
-        ):
-            shape[self._dim] = width
-            parts.append(part.view(shape))
-        return parts[0], parts[1]
+        shape[self._dim] = -1
+        from_left, from_right = inbox.split(incoming)
+        return from_left.view(shape), from_right.view(shape)
+
+    def _by_rank(self, left: int, right: int) -> list[int]:
+        """Message sizes for all ranks of the group: these two for the neighbours, nothing for the others."""
+        sizes = [0] * self._world_size
+        if self._has_left:
+            sizes[self._rank - 1] = left
+        if self._has_right:
+            sizes[self._rank + 1] = right
+        return sizes
 
 
 class _SplitQueryAttention(nn.Module):
