@@ -77,6 +77,7 @@ async function act(page) {
     await edge.hover();
     tip = await page.locator("#tip").innerText();
   }
+  await page.mouse.move(0, 0);
   await page.evaluate(() => { document.activeElement?.blur(); scrollTo(0, 0); });
   await page.keyboard.press("Tab");
   const firstStop = await page.evaluate(() => document.activeElement.textContent);
