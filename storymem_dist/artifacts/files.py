@@ -121,8 +121,8 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_bytes())
 
 
-def remove_temporaries(folder: Path, name: str) -> None:
-    """Remove half-made files for ``name`` that dead processes left. Only for who alone may write that file."""
+def remove_temporaries(folder: Path, name: str = "*") -> None:
+    """Remove half-made files for ``name`` that dead processes left. Only for who alone may write such files."""
     for path in folder.glob(f"{TEMPORARY_PREFIX}*-{name}"):
         path.unlink(missing_ok=True)
 

@@ -19,6 +19,7 @@
 Knows names and how to make files safely. Decides nothing about what is rendered, and when.
 """
 
+import contextlib
 import json
 import re
 import secrets
@@ -43,6 +44,9 @@ from storymem_dist.story.schema import Story
 RUN_FORMAT = 1
 MARKER = "storymem_run.json"
 STOP_FILE = "STOP"
+
+SMALL_FOLDERS = ("config", "seeds", "rerender")
+"""Folders of a few files each, written at the start of jobs."""
 
 # What may lie in a folder before it becomes a run folder: things that launchers and people put there first.
 _HARMLESS = {"logs", "STOP"}
@@ -118,6 +122,15 @@ class RunFolder:
     def checkpoint(self, story_id: str, shot_id: str, fingerprint: str) -> Path:
         """Where the denoising state of a running shot is saved."""
         return self.root / "checkpoints" / story_id / shot_id / f"{fingerprint[:16]}.safetensors"
+
+    def remove_checkpoints(self, story_id: str, shot_id: str, fingerprint: str) -> None:
+        """Remove what was saved of a shot that is committed now, half-written files too."""
+        folder = self.checkpoint(story_id, shot_id, fingerprint).parent
+        if folder.is_dir():
+            for path in folder.glob(f"*{fingerprint[:16]}.*"):
+                path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # not empty: other fingerprints have checkpoints there
+                folder.rmdir()
 
     # -- the folder itself ---------------------------------------------------------------------------------------------
 

@@ -327,7 +327,7 @@ class Desk:
             return
         try:
             folder.repair_views(record)
-            part.run.checkpoint(story_id, shot_id, shot.fingerprint).unlink(missing_ok=True)
+            part.run.remove_checkpoints(story_id, shot_id, shot.fingerprint)
             part.run.remove_failure(story_id, shot_id, shot.fingerprint)
         except OSError as error:
             self._warn(part, f"{story_id}:{shot_id} is committed, but not everything is in its place: {error}", "save")

@@ -23,7 +23,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -233,6 +233,14 @@ class LeaseFolder:
                 if owner and (owner.is_known_dead() or self.is_silent(owner)):
                     with contextlib.suppress(OSError):
                         (self.folder / name).unlink(missing_ok=True)
+
+    def remove_leases(self, keys: Iterable[str]) -> None:
+        """Remove leases that dead owners left on keys that nobody needs any more. Only while nobody else is alive."""
+        unwanted = set(keys)
+        for name in names_in(self.folder):
+            match = _LEASE_NAME.fullmatch(name)
+            if match and match["key"] in unwanted:
+                (self.folder / name).unlink(missing_ok=True)
 
     # -- inside --------------------------------------------------------------------------------------------------------
 

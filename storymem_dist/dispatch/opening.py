@@ -8,15 +8,16 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from storymem_dist.artifacts.files import remove_temporaries
 from storymem_dist.artifacts.fingerprint import differences
 from storymem_dist.artifacts.records import DamagedRecord
-from storymem_dist.artifacts.run_folder import Failure, RunFolder, shot_ids
+from storymem_dist.artifacts.run_folder import SMALL_FOLDERS, Failure, RunFolder, shot_ids
 from storymem_dist.dispatch.announcing import chain_blocked
 from storymem_dist.dispatch.graph import Chain, ShotGraph, ShotState, shot_key
 from storymem_dist.dispatch.joining import is_joined, say_finished
 from storymem_dist.dispatch.leases import WAITING, WORKING, LeaseFolder, Owner
 from storymem_dist.dispatch.plan import BatchPart, PlannedShot, plan_part
-from storymem_dist.dispatch.queue import ShotQueue
+from storymem_dist.dispatch.queue import ShotQueue, parse_lease_key
 from storymem_dist.dispatch.settings import DispatchSettings
 from storymem_dist.dispatch.summary import Replica
 from storymem_dist.errors import RunFolderError, StoryboardError
@@ -73,8 +74,12 @@ def open_batch(
         queue.read_committed()
         if settings.resume == "strict":
             _refuse_differences(parts, graph)
-        for folder in leases:
+        for number, folder in enumerate(leases):
             folder.remove_dead_owners()
+            leased = folder.scan()
+            if folder.num_alive == 1:  # nobody else can be writing
+                _sweep(parts[number].run, [chain.story_id for chain in graph.chains if chain.part == number])
+                folder.remove_leases(key for key in leased if not _is_wanted(graph, number, key))
         share = list(_share(graph, replica))
         num_skipped = sum(_check_chain(parts[chain.part], chain, queue, check_contents) for chain in share)
         queue.scan(force=True)
@@ -180,6 +185,22 @@ def _refuse_differences(parts: Sequence[BatchPart], graph: ShotGraph) -> None:
         )
 
 
+def _sweep(run: RunFolder, story_ids: Sequence[str]) -> None:
+    """Remove what processes that died in the middle of writing a file left behind (attempts apart)."""
+    folders = [run.root, run.leases_folder, run.failures_folder, *(run.root / name for name in SMALL_FOLDERS)]
+    for story_id in story_ids:
+        folders += [run.story_folder(story_id), run.story_folder(story_id) / "keyframes"]
+    for folder in folders:
+        remove_temporaries(folder)
+
+
+def _is_wanted(graph: ShotGraph, part: int, key: str) -> bool:
+    """Whether a lease that a dead owner left is on a shot that is still to be rendered (it then counts the deaths)."""
+    parsed = parse_lease_key(key)
+    place = graph.place((part, *parsed)) if parsed else None
+    return place is not None and place[0].states[place[1]] is not ShotState.COMMITTED
+
+
 def _share(graph: ShotGraph, replica: Replica) -> Iterator[Chain]:
     """The chains whose records this replica checks at the start."""
     return (chain for chain in graph.chains if chain.number % replica.count == replica.index)
@@ -198,6 +219,7 @@ def _check_chain(part: BatchPart, chain: Chain, queue: ShotQueue, check_contents
                 raise DamagedRecord(f"the record of {chain.story_id}:{shot.shot.shot_id} has disappeared")
             folder.discard_orphans(shot.fingerprint)
             folder.repair_views(record)
+            part.run.remove_checkpoints(chain.story_id, shot.shot.shot_id, shot.fingerprint)
         except DamagedRecord as damage:
             part.observers.notify(WarningIssued(message=f"{damage}; the shot is rendered again", source="resume"))
             queue.graph.set_state(shot, ShotState.WAITING)

@@ -1,0 +1,60 @@
+"""A commit is killed before each of its file operations in turn; resuming must always end in the undisturbed result."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from storymem_dist.dispatch.desk import Desk
+from storymem_dist.dispatch.settings import DispatchSettings
+from storymem_dist.render_batch import render_batch
+from tests.helpers.fake_renderer import FakeRenderer, finished_files, make_part, make_story
+from tests.helpers.faults import die_at
+from tests.helpers.workers import exit_code, quick_folder, start_worker
+
+SETTINGS = DispatchSettings(poll_seconds=0.01, lease_seconds=1.0, checkpoint_every_steps=2)
+STORIES = [make_story("ocean", 2)]
+MOST_OPERATIONS = 300
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    with quick_folder() as path:
+        yield path
+
+
+@pytest.mark.parametrize("torn", [False, True], ids=["killed", "torn"])
+def test_killed_before_any_file_operation_a_run_resumes_to_the_same_files(folder: Path, torn: bool) -> None:
+    render_batch(parts=[make_part(folder / "whole", STORIES)], renderer=FakeRenderer(), settings=SETTINGS)
+    whole = finished_files(folder / "whole")
+    for number in range(1, MOST_OPERATIONS):
+        root = folder / f"run{number}"
+        worker = start_worker(
+            root, STORIES, settings=SETTINGS, before=lambda root=root, n=number: _die_in_commit(n, root, torn)
+        )
+        code = exit_code(worker)
+        summary = render_batch(parts=[make_part(root, STORIES)], renderer=FakeRenderer(), settings=SETTINGS)
+        where = f"killed at operation {number}"
+        assert summary.state == "done", where
+        assert finished_files(root) == whole, where
+        for shot in ("shot_01", "shot_02"):
+            assert len(list((root / "stories/ocean" / shot / "attempts").iterdir())) == 1, where
+        assert not list(root.rglob(".*")), where
+        assert not list((root / "leases").iterdir()), where
+        if code == 0:
+            break
+    assert code == 0, "the run was never left in peace: raise MOST_OPERATIONS"
+    assert number > (12 if torn else 60), f"only {number} operations were tried: the trap does not work"
+
+
+def _die_in_commit(number: int, root: Path, torn: bool) -> None:
+    """Arm the trap from the moment the first shot is handed in until the batch ends."""
+    armed: list[bool] = []
+    handed_in = Desk.shot_rendered
+
+    def shot_rendered(desk: Desk, rendered: object) -> None:
+        armed.append(True)
+        handed_in(desk, rendered)  # type: ignore[arg-type]
+
+    Desk.shot_rendered = shot_rendered  # type: ignore[method-assign]
+    die_at(number, root, torn=torn, armed=lambda: bool(armed))
