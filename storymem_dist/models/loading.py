@@ -174,10 +174,12 @@ class LoadReport:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Chunk:
+class RowRange:
+    """Some rows of a tensor of a source, and the device they are wanted on. ``num_bytes``: what reading them moves."""
+
     key: str
     rows: slice
-    destination: Tensor
+    device: torch.device
     num_bytes: int
 
 
@@ -216,13 +218,21 @@ def load_dit_weights(
     check_keys(shapes, source)
     check_deltas(shapes, deltas)
     keys = source.keys()
-    chunks = [chunk for key in keys for chunk in _chunks(key, source, local_part(key, parameters[key]))]
-    num_bytes_total = sum(chunk.num_bytes for chunk in chunks)
+    parts = {key: local_part(key, parameters[key]) for key in keys}
+    for key, part in parts.items():
+        assert part.tensor.shape == (part.num_rows, *shapes[key][1:]), f"local part of {key} has the wrong shape"
+    ranges = [
+        found
+        for key, part in parts.items()
+        for found in row_ranges(source, key, part.row_offset, part.num_rows, part.tensor.device)
+    ]
+    num_bytes_total = sum(found.num_bytes for found in ranges)
     num_bytes_done = 0
-    with torch.no_grad(), _full_fp32_matmul():
-        for chunk, weight in _read_ahead(source, chunks):
-            _merge_and_copy(chunk, weight, [delta for delta in deltas if chunk.key in delta.shapes()])
-            num_bytes_done += chunk.num_bytes
+    with torch.no_grad():
+        for found, rows in stream_rows(source, ranges, deltas):
+            part = parts[found.key]
+            part.tensor[found.rows.start - part.row_offset : found.rows.stop - part.row_offset].copy_(rows)
+            num_bytes_done += found.num_bytes
             if progress is not None:
                 progress(num_bytes_done, num_bytes_total)
     return LoadReport(
@@ -281,36 +291,45 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     return loaded
 
 
-def _chunks(key: str, source: TensorSource, part: LocalPart) -> Iterator[_Chunk]:
-    """Cut a local part at multiples of a fixed number of rows of the whole tensor."""
-    if part.num_rows == 0:
-        return
-    assert part.tensor.shape == (part.num_rows, *source.shape(key)[1:]), f"local part of {key} has the wrong shape"
+def row_ranges(
+    source: TensorSource, key: str, first_row: int, num_rows: int, device: torch.device
+) -> Iterator[RowRange]:
+    """Cut rows of a tensor into what is read at once, at multiples of ``ROW_BLOCK`` rows of the whole tensor."""
     row_bytes = source.shape(key)[1:].numel() * source.dtype(key).itemsize
-    chunk_rows = max(1, CHUNK_BYTES // (row_bytes * ROW_BLOCK)) * ROW_BLOCK
-    row, end = part.row_offset, part.row_offset + part.num_rows
+    rows_at_once = max(1, CHUNK_BYTES // max(1, row_bytes * ROW_BLOCK)) * ROW_BLOCK
+    row, end = first_row, first_row + num_rows
     while row < end:
-        stop = min(end, (row // chunk_rows + 1) * chunk_rows)
-        yield _Chunk(
-            key=key,
-            rows=slice(row, stop),
-            destination=part.tensor[row - part.row_offset : stop - part.row_offset],
-            num_bytes=(stop - row) * row_bytes,
-        )
+        stop = min(end, (row // rows_at_once + 1) * rows_at_once)
+        yield RowRange(key=key, rows=slice(row, stop), device=device, num_bytes=(stop - row) * row_bytes)
         row = stop
 
 
-def _read_ahead(source: TensorSource, chunks: Sequence[_Chunk]) -> Iterator[tuple[_Chunk, Tensor]]:
-    """Chunks in order with their rows, read by as many threads as the source allows."""
+def stream_rows(
+    source: TensorSource, ranges: Sequence[RowRange], deltas: Sequence[WeightDelta] = ()
+) -> Iterator[tuple[RowRange, Tensor]]:
+    """The rows of each range, in order, on its device, with the deltas of its weight added (then they are fp32)."""
+    for found, rows in _read_ahead(source, ranges):
+        rows = rows.to(found.device, non_blocking=True)
+        changing = [delta for delta in deltas if found.key in delta.shapes()]
+        if changing:
+            rows = rows.float()
+            with _full_fp32_matmul():
+                for delta in changing:
+                    delta.add_to(rows, found.key, found.rows.start)
+        yield found, rows
 
-    def read(chunk: _Chunk) -> Tensor:
-        return source.read(chunk.key, chunk.rows, pin_memory=chunk.destination.is_cuda)
 
-    pending: deque[tuple[_Chunk, Future[Tensor]]] = deque()
+def _read_ahead(source: TensorSource, ranges: Sequence[RowRange]) -> Iterator[tuple[RowRange, Tensor]]:
+    """Ranges in order with their rows as stored, read by as many threads as the source allows."""
+
+    def read(wanted: RowRange) -> Tensor:
+        return source.read(wanted.key, wanted.rows, pin_memory=wanted.device.type == "cuda")
+
+    pending: deque[tuple[RowRange, Future[Tensor]]] = deque()
     with ThreadPoolExecutor(source.max_concurrent_reads, thread_name_prefix="read-weights") as pool:
         try:
-            for chunk in chunks:
-                pending.append((chunk, pool.submit(read, chunk)))
+            for wanted in ranges:
+                pending.append((wanted, pool.submit(read, wanted)))
                 if len(pending) > source.max_concurrent_reads:
                     first, rows = pending.popleft()
                     yield first, rows.result()
@@ -319,15 +338,6 @@ def _read_ahead(source: TensorSource, chunks: Sequence[_Chunk]) -> Iterator[tupl
                 yield first, rows.result()
         finally:
             pool.shutdown(cancel_futures=True)
-
-
-def _merge_and_copy(chunk: _Chunk, weight: Tensor, deltas: Sequence[WeightDelta]) -> None:
-    weight = weight.to(chunk.destination.device, non_blocking=True)
-    if deltas:
-        weight = weight.float()
-    for delta in deltas:
-        delta.add_to(weight, chunk.key, chunk.rows.start)
-    chunk.destination.copy_(weight)
 
 
 @contextmanager
