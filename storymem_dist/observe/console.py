@@ -124,7 +124,7 @@ class PlainConsole:
         stream: TextIO,
         *,
         level: str = "normal",
-        line_interval_seconds: float = 10.0,
+        line_interval_seconds: float = 30.0,
         tail: JournalTail | None = None,
     ) -> None:
         self._stream = stream
@@ -132,7 +132,7 @@ class PlainConsole:
         self._interval = line_interval_seconds
         self._tail = tail
         self._state = RunState()
-        self._last_progress = 0.0
+        self._last_line = 0.0
         self._summarize = False
 
     def handle(self, stamped: ev.StampedEvent) -> None:
@@ -161,14 +161,10 @@ class PlainConsole:
 
     def _progress(self, stamped: ev.StampedEvent) -> None:
         event = stamped.event
-        is_step, is_weights = isinstance(event, ev.StepFinished), isinstance(event, ev.WeightsProgress)
-        last = (is_step and event.step == event.num_steps) or (is_weights and event.bytes_done >= event.bytes_total)  # type: ignore[attr-defined]
-        if not (is_step or is_weights) or (not last and stamped.wall_time - self._last_progress < self._interval):
-            return
-        self._last_progress = stamped.wall_time
-        if isinstance(event, ev.WeightsProgress):
+        due = stamped.wall_time - self._last_line >= self._interval
+        if isinstance(event, ev.WeightsProgress) and (due or event.bytes_done >= event.bytes_total):
             self._write(stamped, _weights_text(event))
-        elif isinstance(event, ev.StepFinished):
+        elif isinstance(event, ev.StepFinished) and due:
             parts = [f"step {event.step}/{event.num_steps}", fmt.step_time(event.elapsed_seconds), event.expert]
             if event.gpu_memory_gib is not None:
                 parts.append(fmt.gib(event.gpu_memory_gib))
@@ -183,6 +179,7 @@ class PlainConsole:
 
     def _write(self, stamped: ev.StampedEvent, text: str) -> None:
         clock = time.strftime("%H:%M:%S", time.localtime(stamped.wall_time))
+        self._last_line = stamped.wall_time
         self._stream.write(f"{clock} r{stamped.replica}  {text}\n")
         self._stream.flush()
 

@@ -19,13 +19,13 @@ class ConsoleSettings:
 
     ``mode``: ``live`` is a view that redraws itself, ``plain`` writes lines, ``off`` shows nothing; ``auto`` is live on
     a terminal and plain elsewhere. ``level``: ``quiet`` shows shots, failures and warnings, ``normal`` also steps and
-    loading, ``verbose`` also every stage and memory decision. ``line_interval_seconds`` is the least time between two
-    progress lines of one replica in plain mode.
+    loading, ``verbose`` also every stage and memory decision. In plain mode a replica writes a progress line
+    when it has written nothing for ``line_interval_seconds``.
     """
 
     mode: str = "auto"
     level: str = "normal"
-    line_interval_seconds: float = 10.0
+    line_interval_seconds: float = 30.0
 
     def __post_init__(self) -> None:
         require_one_of("tracking.console.mode", self.mode, CONSOLE_MODES)

@@ -133,13 +133,13 @@ class WandbFeed:
         )
 
     def _config(self) -> dict[str, Any]:
-        """The newest resolved configuration of the run folder, and what it runs on."""
-        config: dict[str, Any] = {"run_folder": str(self._run_folder)}
-        config_hash, text = self._files.newest_config()
-        with contextlib.suppress(ValueError, yaml.YAMLError):
-            config.update(yaml.safe_load(text) or {})
-        config["config_hash"] = config_hash
-        return config
+        """The newest resolved configuration of the run folder; it is there when the first shot begins."""
+        self._config_hash, text = self._files.newest_config()
+        config: dict[str, Any] = {}
+        with contextlib.suppress(yaml.YAMLError):
+            read = yaml.safe_load(text)
+            config = read if isinstance(read, dict) else {}
+        return {**config, "run_folder": str(self._run_folder), "config_hash": self._config_hash}
 
     def _define_axes(self) -> None:
         for axis, series in (
@@ -165,6 +165,8 @@ class WandbFeed:
             for stamped in events:
                 num_new += self._take(stamped)
         if num_new:
+            if self._files.newest_config()[0] != self._config_hash:
+                self._run.config.update(self._config(), allow_val_change=True)
             grown = len(self._memory_rows) >= max(FIRST_TABLE_ROWS, TABLE_GROWTH * self._rows_in_last_table)
             if grown:
                 self._log_memory_table()
@@ -222,7 +224,7 @@ class WandbFeed:
     def _job_started(self, event: ev.JobStarted) -> None:
         told: dict[str, Any] = {"versions": dict(event.versions), "device": event.device, "layout": event.layout}
         told |= {"job": event.job, "num_replicas": event.num_replicas, "num_devices_per_replica": event.num_devices}
-        self._run.config.update({**self._config(), **told}, allow_val_change=True)
+        self._run.config.update(told, allow_val_change=True)
 
     def _step_values(self, event: ev.StepFinished, stamped: ev.StampedEvent, replica: str) -> dict[str, Any]:
         axis = f"{replica}/steps_done"

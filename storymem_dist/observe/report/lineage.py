@@ -11,7 +11,7 @@ from storymem_dist.observe.report.assets import KEYFRAME_HEIGHT, Assets
 from storymem_dist.observe.report.html import details, esc, table
 from storymem_dist.observe.report.model import KeyframeView, ShotView, StoryView
 
-COLUMN, ROW, HEAD, LABEL = 92, KEYFRAME_HEIGHT + 10, 40, 84
+COLUMN, ROW, HEAD, LABEL = 98, KEYFRAME_HEIGHT + 10, 40, 84
 THUMB_WIDTH = 84
 
 
