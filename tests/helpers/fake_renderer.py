@@ -25,7 +25,7 @@ from storymem_dist.memory.bank import Keyframe
 from storymem_dist.observe.events import Event
 from storymem_dist.story.schema import Scene, Shot, Story
 
-SAMPLER = {"num_frames": 5, "height": 32, "width": 48, "num_inference_steps": 4, "continuation": "mi2v"}
+SAMPLER = {"num_frames": 9, "height": 32, "width": 48, "num_inference_steps": 4, "continuation": "mi2v"}
 
 
 def make_story(story_id: str, num_shots: int, *, changed: Mapping[int, str] | None = None, **fields: object) -> Story:
@@ -155,7 +155,7 @@ class FakeRenderer:
     def _shot(self, job: ShotJob, history: ShotHistory, latents: Tensor) -> RenderedShot:
         generator = torch.Generator().manual_seed(int(latents.double().sum().item() * 1e6) % 2**31)
         given = {"mi2v": 1, "mm2v": 5}.get(job.mode, 0)
-        clip = torch.randint(0, 255, (6 - given, 3, 4, 6), generator=generator, dtype=torch.uint8)
+        clip = torch.randint(0, 255, (9 - given, 3, 4, 6), generator=generator, dtype=torch.uint8)
         clip = clip.repeat_interleave(8, dim=2).repeat_interleave(8, dim=3)
         kept = tuple(
             Keyframe(image=clip[frame], shot_index=job.shot.index, slot=slot, frame_index=frame)
