@@ -2,8 +2,9 @@
 
 Predicts the flow-matching velocity of video latents. One timestep serves all tokens (its embedding is one row,
 broadcast), temporal positions are an argument (memory frames sit at negative ones). Two declared seams keep parallelism
-out: ``SelfAttention.attend`` may be replaced, and ``BlockStack`` is one call from tokens to tokens whose first three
-arguments may be split along L by hooks. Knows nothing about ranks, memory, guidance or where weights come from.
+out: ``SelfAttention.attend`` may be replaced, and everything from the output of ``patch_embedding`` through ``blocks``
+(one call, from tokens to tokens) to the output of ``head`` works token by token, so hooks may split tokens and rotary
+tables along L and join later. Knows nothing about ranks, memory, guidance or where weights come from.
 
 Precision: matmuls and attention in the model's ``dtype``; residual stream, norms, modulation, time embedding and head
 in fp32; rotary angles in fp64, their tables and the rotation in fp32.
@@ -232,7 +233,7 @@ class WanBlock(nn.Module):
 
 
 class BlockStack(nn.ModuleList):
-    """All blocks as one call: the seam at which parallel code splits the first three arguments along L and joins.
+    """All blocks as one call: a seam whose first three arguments parallel code may have split along L.
 
     Parameter names stay ``blocks.N.*``.
     """
