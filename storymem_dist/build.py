@@ -82,6 +82,8 @@ class Weights:
 def open_weights(settings: ModelSettings, kinds: Sequence[str], continuation: str) -> Weights:
     """Find and check all weights that rendering ``kinds`` needs; reads headers only.
 
+    A prepared folder has its LoRAs merged; it is checked to be prepared for this job, and no LoRA is opened for it.
+
     Raises:
         WeightsNotFound: a path is not given, or what it names is incomplete; the message has the command.
         CheckpointError: files are damaged or of another model.
@@ -95,11 +97,15 @@ def open_weights(settings: ModelSettings, kinds: Sequence[str], continuation: st
             suggestion = download_command(Path(f"weights/Wan2.2-{base.upper()}-A14B"), base)
             raise WeightsNotFound(f"model.{base}_checkpoint is not set; point it at a folder made by: {suggestion}")
         checkpoint = open_checkpoint(path, base)
+        checkpoints[kind] = checkpoint
         further = {name: open_loras(settings.loras, name) for name in EXPERTS}
+        if checkpoint.prepared is not None:
+            checkpoint.prepared.check_request(checkpoint.root, None if kind == "t2v" else continuation, further)
+            loras[kind] = {name: [] for name in EXPERTS}
+            continue
         storymem = {name: [] for name in EXPERTS} if kind == "t2v" else _storymem_loras(settings, continuation)
         for name in EXPERTS:
             checkpoint.check_loras([*storymem[name], *further[name]])
-        checkpoints[kind] = checkpoint
         loras[kind] = {name: [*storymem[name], *further[name]] for name in EXPERTS}
     return Weights(checkpoints=checkpoints, loras=loras)
 

@@ -4,6 +4,7 @@ The data starts at a multiple of ``DATA_ALIGNMENT`` bytes, so tensors whose size
 boundaries. Files appear under their name only when they are complete.
 """
 
+import hashlib
 import json
 import struct
 from collections.abc import Mapping
@@ -26,6 +27,7 @@ class SafetensorsWriter:
         path: the file to make; written beside (``.partial``) and renamed at the end.
         entries: dtype and shape of every tensor, in the order of their data.
         metadata: strings for the header.
+        digest: a ``hashlib`` object that is to see every byte of the file.
     """
 
     def __init__(
@@ -33,8 +35,10 @@ class SafetensorsWriter:
         path: Path,
         entries: Mapping[str, tuple[torch.dtype, torch.Size]],
         metadata: Mapping[str, str] | None = None,
+        digest: "hashlib._Hash | None" = None,
     ) -> None:
         self.path = path
+        self._digest = digest
         self._partial = path.with_name(f"{path.name}.partial")
         header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
         self._ends: dict[str, int] = {}
@@ -49,15 +53,20 @@ class SafetensorsWriter:
         self._written = 0
         self._entries = entries
         self._file = self._partial.open("wb")
-        self._file.write(struct.pack("<Q", len(encoded)) + encoded)
+        self._append(struct.pack("<Q", len(encoded)) + encoded)
 
     def write(self, key: str, rows: Tensor) -> None:
         """Append the next rows of ``key`` (or all of it), in its dtype."""
         dtype = self._entries[key][0]
         assert rows.dtype == dtype, f"{key} is announced as {dtype}, not {rows.dtype}"
         assert self._written + rows.nbytes <= self._ends[key], f"{key} is out of order or longer than announced"
-        self._file.write(rows.contiguous().flatten().view(torch.uint8).numpy().data)
+        self._append(rows.contiguous().flatten().view(torch.uint8).numpy().data)
         self._written += rows.nbytes
+
+    def _append(self, data: bytes | memoryview) -> None:
+        self._file.write(data)
+        if self._digest is not None:
+            self._digest.update(data)
 
     def __enter__(self) -> "SafetensorsWriter":
         return self

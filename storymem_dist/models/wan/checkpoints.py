@@ -1,7 +1,8 @@
 """Wan2.2-A14B weights in a folder: which layout it has, whether it is whole and the right one, where each part lies.
 
-Two layouts are understood: the native one (``high_noise_model/``, ``low_noise_model/``, ``*.pth``) and diffusers'
-(``transformer/`` = high noise, ``transformer_2/`` = low noise). Everything that can be wrong and is cheap to see is
+Two published layouts are understood: the native one (``high_noise_model/``, ``low_noise_model/``, ``*.pth``) and
+diffusers' (``transformer/`` = high noise, ``transformer_2/`` = low noise); and folders written by ``storymem-weights
+prepare``. Everything that can be wrong and is cheap to see is
 refused here, before weights are read: files, index, headers against file sizes, model sizes, keys and shapes. How
 tensors get into a model is not decided here.
 """
@@ -9,20 +10,27 @@ tensors get into a model is not decided here.
 import json
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from storymem_dist.errors import CheckpointError, WeightsNotFound, require_one_of
-from storymem_dist.models.file_identity import folder_identity
+from storymem_dist.errors import CheckpointError, StoryMemError, WeightsNotFound, require_one_of
+from storymem_dist.models.file_identity import file_identity, folder_identity
 from storymem_dist.models.loading import SafetensorsSource, TensorSource, WeightDelta, check_deltas, check_keys
 from storymem_dist.models.safetensors_file import SafetensorsFile
 from storymem_dist.models.wan.dit import DiTConfig, WanDiT
 from storymem_dist.models.wan.key_maps import native_dit_key
 from storymem_dist.models.wan.lora import EXPERTS
+from storymem_dist.models.wan.prepared import (
+    Float8Source,
+    PreparedManifest,
+    check_files,
+    is_prepared,
+    read_manifest,
+)
 from storymem_dist.models.wan.presets import I2V_IN_DIM, T2V_IN_DIM
 
 IN_DIMS = {"t2v": T2V_IN_DIM, "i2v": I2V_IN_DIM}
@@ -79,6 +87,7 @@ class WanCheckpoint:
     tokenizer_path: Path
     identity: str
     sources: Mapping[str, TensorSource]
+    prepared: PreparedManifest | None = None
 
     def expert(self, name: str) -> TensorSource:
         """The weights of ``high_noise`` or ``low_noise``, under native names."""
@@ -93,7 +102,8 @@ def open_checkpoint(path: str | Path, kind: str) -> WanCheckpoint:
     """Find and check the weights of a base model; reads headers and samples only.
 
     Args:
-        path: the folder of a download of ``Wan-AI/Wan2.2-{T2V,I2V}-A14B`` or its ``-Diffusers`` variant.
+        path: the folder of a download of ``Wan-AI/Wan2.2-{T2V,I2V}-A14B`` or its ``-Diffusers`` variant, or one
+            prepared from either.
         kind: ``t2v`` or ``i2v``: which of the two is needed.
 
     Raises:
@@ -106,14 +116,17 @@ def open_checkpoint(path: str | Path, kind: str) -> WanCheckpoint:
         raise WeightsNotFound(
             f"{kind.upper()} weights: {root} is not a folder; get them with: {download_command(root, kind)}"
         )
-    layout = _detect_layout(root, kind)
+    manifest = _check_prepared(root, kind) if is_prepared(root) else None
+    layout = _prepared_layout(manifest) if manifest else _detect_layout(root, kind)
     folders = {expert: root / folder for expert, folder in layout.expert_folders.items()}
     config = _common_config(root, folders, kind)
     files = {expert: sharded_files(folder, download_command(root, kind)) for expert, folder in folders.items()}
-    sources = {expert: SafetensorsSource(str(folders[expert]), files[expert], layout.rename) for expert in EXPERTS}
-    for source in sources.values():
-        _check_dtypes(source)
-        check_keys(dit_shapes(config), source)
+    sources: dict[str, TensorSource] = {}
+    for expert in EXPERTS:
+        stored = SafetensorsSource(str(folders[expert]), files[expert], layout.rename)
+        sources[expert] = Float8Source(stored) if manifest and manifest.dtype == "float8" else stored
+        _check_dtypes(sources[expert])
+        check_keys(dit_shapes(config), sources[expert])
     parts = _check_other_parts(root, layout, kind)
     all_files = [file.path for expert in EXPERTS for file in files[expert]]
     all_files += [folder / "config.json" for folder in folders.values()]
@@ -128,6 +141,7 @@ def open_checkpoint(path: str | Path, kind: str) -> WanCheckpoint:
         tokenizer_path=parts["tokenizer"],
         identity=folder_identity(root, all_files),
         sources=sources,
+        prepared=manifest,
     )
 
 
@@ -184,6 +198,38 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: not a JSON object")
     return value
+
+
+def _check_prepared(root: Path, kind: str) -> PreparedManifest:
+    """The manifest of a prepared folder whose files are whole and not older than their sources (if still there)."""
+    manifest = read_manifest(root)
+    if manifest.kind != kind:
+        raise CheckpointError(
+            f"{root}: prepared from {manifest.kind.upper()} weights; here {kind.upper()} weights are needed"
+        )
+    check_files(root, manifest)
+    source = Path(manifest.source["path"])
+    try:
+        changed = open_checkpoint(source, kind).identity != manifest.source["identity"]
+    except StoryMemError:
+        changed = False  # moved away or cleaned up since: nothing to compare with
+    if changed:
+        raise CheckpointError(f"{root}: stale: {source} changed since it was prepared; prepare the weights again")
+    for lora in (lora for loras in manifest.loras.values() for lora in loras):
+        path = Path(lora["path"])
+        if path.is_file() and file_identity(path) != lora["file_identity"]:
+            raise CheckpointError(f"{root}: stale: {path} changed since it was merged; prepare the weights again")
+    return manifest
+
+
+def _prepared_layout(manifest: PreparedManifest) -> Layout:
+    return replace(
+        NATIVE,
+        name="prepared",
+        vae=manifest.parts["vae"],
+        text_encoder=manifest.parts["text_encoder"],
+        tokenizer=manifest.parts["tokenizer"],
+    )
 
 
 def _detect_layout(root: Path, kind: str) -> Layout:

@@ -109,6 +109,17 @@ class ScaledLora:
         described = f"{self.file.identity} {self._rule} {self._alpha} {self._strength}"
         return hashlib.sha256(described.encode()).hexdigest()
 
+    def describe(self) -> dict[str, str | float | None]:
+        """What it is, as plain values for manifests and reports."""
+        return {
+            "path": str(self.file.path.resolve()),
+            "file_identity": self.file.identity,
+            "identity": self.identity,
+            "scale_rule": self._rule,
+            "alpha": self._alpha,
+            "strength": self._strength,
+        }
+
     def scale(self, module_name: str) -> float:
         """What the product of the two halves is multiplied by, strength included."""
         if self._rule == "none":

@@ -4,17 +4,16 @@
 size, several GB included, without holding more than one tensor. Pictures made with them are noise.
 """
 
-import fcntl
 import json
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
+from storymem_dist.models.folders import locked_folder, replace_folder
 from storymem_dist.models.safetensors_writer import SafetensorsWriter
 from storymem_dist.models.wan.checkpoints import NATIVE, dit_shapes
 from storymem_dist.models.wan.dit import DiTConfig
@@ -55,7 +54,7 @@ def generate_tiny_checkpoint(root: Path, seed: int = 0) -> TinyCheckpoint:
         t2v_dir=root / "Wan2.2-T2V-A14B", i2v_dir=root / "Wan2.2-I2V-A14B", lora_dir=root / "StoryMem"
     )
     manifest = {"format_version": FORMAT_VERSION, "seed": seed, "preset": json.loads(json.dumps(asdict(TINY)))}
-    with _locked(root):
+    with locked_folder(root):
         if _read_manifest(root) == manifest:
             return checkpoint
         fresh = root.with_name(f".{root.name}.{uuid.uuid4().hex}")
@@ -65,7 +64,7 @@ def generate_tiny_checkpoint(root: Path, seed: int = 0) -> TinyCheckpoint:
             for continuation, folder_name in STORYMEM_FOLDERS.items():
                 _write_lora(fresh / checkpoint.lora_dir.name / folder_name, TINY.i2v, seed, continuation)
             (fresh / _MANIFEST).write_text(json.dumps(manifest, indent=1))
-            _replace(root, fresh)
+            replace_folder(root, fresh)
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
     return checkpoint
@@ -154,26 +153,8 @@ def _write_lora(folder: Path, config: DiTConfig, seed: int, continuation: str) -
                 writer.write(key, random_weight(seed, f"{continuation}/{expert}", key, shape) * gain)
 
 
-@contextmanager
-def _locked(root: Path) -> Iterator[None]:
-    """Hold an exclusive lock beside ``root``; it goes away with the process, whatever happens."""
-    root.parent.mkdir(parents=True, exist_ok=True)
-    with root.with_name(f".{root.name}.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 def _read_manifest(root: Path) -> object:
     try:
         return json.loads((root / _MANIFEST).read_text())
     except (OSError, ValueError):
         return None
-
-
-def _replace(root: Path, fresh: Path) -> None:
-    """Put ``fresh`` in the place of ``root``; an old one is moved away first, so no mixture is ever seen."""
-    old = root.with_name(f".{root.name}.{uuid.uuid4().hex}")
-    if root.exists():
-        root.rename(old)
-    fresh.rename(root)
-    shutil.rmtree(old, ignore_errors=True)
