@@ -40,7 +40,7 @@ _NATIVE_TO_TRANSFORMERS = (
 
 
 def clean_prompt(text: str) -> str:
-    """Repair broken Unicode, undo HTML escapes (twice, as the training data needed), collapse white space."""
+    """Repair broken Unicode, undo HTML escapes (two layers, also where ftfy takes a "<" for mark-up), collapse spaces."""
     return re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(text)))).strip()
 
 
@@ -155,9 +155,8 @@ def _from_native_file(path: Path, device: torch.device | str, dtype: torch.dtype
     state = {transformers_t5_key(key): value.to(device=device, dtype=dtype) for key, value in native.items()}
     state["encoder.embed_tokens.weight"] = state["shared.weight"]
     assign_state_dict(model, state, where=str(path))
-    model.encoder.embed_tokens = (
-        model.shared
-    )  # one parameter, not two over one memory: a later move must not copy twice
+    # One parameter, not two over the same memory: a later move must not copy it twice.
+    model.encoder.embed_tokens = model.shared
     return model
 
 

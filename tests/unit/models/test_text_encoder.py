@@ -97,7 +97,8 @@ def test_an_empty_text_is_its_end_mark_alone(encoder: TextEncoder) -> None:
     [
         ("  two\n words\t here ", "two words here"),
         ("“curly” quotes’", '"curly" quotes\''),
-        ("Tom &amp;amp; Jerry &lt;3", "Tom & Jerry <3"),
+        ("Tom &amp; Jerry &lt;3", "Tom & Jerry <3"),
+        ("2 < 3 &amp;amp; 4", "2 < 3 & 4"),
         ("caf\u00c3\u00a9", "café"),
         ("色调艳丽，过曝", "色调艳丽,过曝"),
     ],
