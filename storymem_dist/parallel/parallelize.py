@@ -5,6 +5,7 @@ blocks), FSDP last (it wraps them). Guidance and the VAE are split elsewhere; we
 ``storymem_dist.parallel.loading``.
 """
 
+from storymem_dist.models.compile import compile_blocks
 from storymem_dist.models.wan.dit import WanDiT
 from storymem_dist.parallel.fsdp import shard_weights
 from storymem_dist.parallel.mesh import ReplicaMesh
@@ -21,8 +22,7 @@ def parallelize(dit: WanDiT, mesh: ReplicaMesh, settings: ParallelSettings) -> W
     dit.eval().requires_grad_(False)
     apply_sequence_parallel(dit, mesh)
     if settings.compile:
-        for block in dit.blocks:
-            block.compile()
+        compile_blocks(dit)
     if settings.weights in ("fsdp", "fsdp_offload"):
         assert mesh.shard_mesh is not None, "start_session starts a process group for sharded weights"
         shard_weights(

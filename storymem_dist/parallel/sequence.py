@@ -26,22 +26,31 @@ from storymem_dist.parallel.mesh import Axis, ReplicaMesh
 class TokenSplit:
     """How the tokens of the running forward are spread over the ``sequence`` axis.
 
-    ``num_tokens`` is set when a forward's tokens are split; all else follows from it.
+    ``num_tokens`` and the ``padding`` that fills the last runs are set when a forward's tokens are split. Compiled
+    blocks read ``padding`` alone, as a constant, and take lengths from their inputs: a graph then serves every number
+    of tokens with the same padding (none at all at the usual sizes).
     """
 
     def __init__(self, mesh: ReplicaMesh) -> None:
         self.ring, self.ulysses, self.sequence = mesh.ring, mesh.ulysses, mesh.sequence
         self.num_tokens = 0
+        self.padding = 0
+
+    def start(self, num_tokens: int) -> None:
+        """Spread ``num_tokens`` from here on."""
+        self.num_tokens = num_tokens
+        self.padding = self.sequence.size * self.tokens_per_rank - num_tokens
 
     @property
     def tokens_per_rank(self) -> int:
         """l: rows that every rank works on, the padding of the last ones included."""
         return -(-self.num_tokens // self.sequence.size)
 
-    def tokens_on_ring(self, ring_rank: int) -> int:
+    def tokens_on_ring(self, ring_rank: int, tokens_per_rank: int) -> int:
         """Real tokens of the run that the ulysses group at ``ring_rank`` holds together (0 is possible)."""
-        run = self.ulysses.size * self.tokens_per_rank
-        return max(0, min(run, self.num_tokens - ring_rank * run))
+        run = self.ulysses.size * tokens_per_rank
+        padding_from_here = self.padding - (self.ring.size - 1 - ring_rank) * run
+        return run - min(run, max(0, padding_from_here)) if self.padding else run
 
     def cut(self, x: Tensor, dim: int) -> Tensor:
         """This rank's run of ``x`` along ``dim`` (of size ``num_tokens``), zero-padded, in memory of its own."""
@@ -73,7 +82,8 @@ class SequenceParallelAttend(Attend):
     def forward(self, q_BlNH: Tensor, k_BlNH: Tensor, v_BlNH: Tensor) -> Tensor:
         """This rank's tokens attend to all tokens: ``[B, l, N, H]``. Collective over the ``sequence`` axis."""
         split, ring, ulysses = self.split, self.split.ring, self.split.ulysses
-        num_tokens = split.tokens_on_ring(ring.rank)
+        tokens_per_rank = q_BlNH.shape[1]
+        num_tokens = split.tokens_on_ring(ring.rank, tokens_per_rank)
         if ulysses.size == 1:
             q, k, v = (x[:, :num_tokens] for x in (q_BlNH, k_BlNH, v_BlNH))
         else:
@@ -81,9 +91,9 @@ class SequenceParallelAttend(Attend):
         if ring.size == 1:
             out = self.attend(q, k, v)
         else:
-            lengths = [split.tokens_on_ring(ring_rank) for ring_rank in range(ring.size)]
+            lengths = [split.tokens_on_ring(ring_rank, tokens_per_rank) for ring_rank in range(ring.size)]
             out = ring_attention(q, k, v, ring, lengths, self.backend)
-        padding = ulysses.size * q_BlNH.shape[1] - num_tokens
+        padding = ulysses.size * tokens_per_rank - num_tokens
         if padding:
             out = F.pad(out, (0, 0, 0, 0, 0, padding))
         return out if ulysses.size == 1 else _trade_heads_for_tokens(out, ulysses)
@@ -101,7 +111,7 @@ def apply_sequence_parallel(dit: WanDiT, mesh: ReplicaMesh) -> None:
     split = TokenSplit(mesh)
 
     def cut_tokens(_module: nn.Module, _args: tuple[Tensor, ...], tokens_BLD: Tensor) -> Tensor:
-        split.num_tokens = tokens_BLD.shape[1]
+        split.start(tokens_BLD.shape[1])
         return split.cut(tokens_BLD, 1)
 
     def cut_tables(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

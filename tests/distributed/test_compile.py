@@ -52,3 +52,22 @@ def test_compiled_blocks_equal_one_device_and_only_the_ring_leaves_the_graph() -
         assert ulysses_breaks == []
         assert len(ring_breaks) == 1
         assert "ring_attention" in ring_breaks[0]
+
+
+def _graphs_over_a_story(compiler: str) -> list[int]:
+    """How many graphs there are after each size; the padding of all is the same."""
+    dist.init_process_group("gloo")
+    settings = ParallelSettings(compile=True, ulysses=2)
+    num_graphs = []
+    with start_session(settings) as session, torch.no_grad():
+        with patch.object(nn.Module, "compile", partialmethod(nn.Module.compile, backend=compiler)):
+            dit = parallelize(make_dit(), session.mesh, settings)
+        for times in (2, 4, 6, 10):
+            dit(*_inputs_of(times))
+            num_graphs.append(counters["stats"]["unique_graphs"])
+    return num_graphs
+
+
+def test_split_blocks_are_compiled_once_for_all_numbers_of_memory_frames() -> None:
+    for num_graphs in run_ranks(_graphs_over_a_story, 2, ("eager",)):
+        assert num_graphs == [1, 1, 1, 1]
