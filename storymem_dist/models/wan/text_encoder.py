@@ -40,7 +40,7 @@ _NATIVE_TO_TRANSFORMERS = (
 
 
 def clean_prompt(text: str) -> str:
-    """Repair broken Unicode, undo HTML escapes (two layers, also where ftfy takes a "<" for mark-up), collapse spaces."""
+    """Repair broken Unicode, undo HTML escapes (two layers, even where ftfy sees mark-up), collapse white space."""
     return re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(text)))).strip()
 
 
