@@ -125,18 +125,19 @@ class Desk:
     def finish(self, end: End) -> BatchSummary:
         """Write ``stop.json``, tell the observers, release what is held, and sum up."""
         summary = self._summary(end)
-        details = {
-            "reason": end.reason,
-            "job_id": self._owner.job_id,
-            "replica": self._replica.index,
-            "num_stories": summary.num_stories,
-            "num_stories_done": summary.num_stories_done,
-            "num_failed": summary.num_failed,
-            "num_blocked": summary.num_blocked,
-        }
-        for part in self._parts:
+        for number, part in enumerate(self._parts):
+            of_part = self._summary(end, number)
+            details = {
+                "reason": end.reason,
+                "job_id": self._owner.job_id,
+                "replica": self._replica.index,
+                "num_stories": of_part.num_stories,
+                "num_stories_done": of_part.num_stories_done,
+                "num_failed": of_part.num_failed,
+                "num_blocked": of_part.num_blocked,
+            }
             try:
-                part.run.write_stop(end.state, **details)
+                part.run.write_stop(of_part.state, **details)
             except OSError as error:
                 self._warn(part, f"stop.json cannot be written: {error}", "save")
             part.observers.notify(announcing.job_finished(summary))
@@ -154,27 +155,30 @@ class Desk:
 
     def next_assignment(self, loaded: str | None) -> Assignment | End:
         """Wait for a shot that this replica can render; ``loaded`` is the kind whose experts it has."""
-        began, pause = time.monotonic(), self._settings.poll_seconds
+        waited, pause = 0.0, self._settings.poll_seconds
         while self._end is None:
             if reason := self._stop.reason():
                 self._announce_stop(reason)
-                return End(state=STOPPED, reason=reason)
+                self._end = End(state=STOPPED, reason=reason)
+                break
             try:
                 claim = self._queue.claim(loaded)
                 if claim is not None:
-                    assignment = self._assign(claim)
-                    if assignment is not None:
-                        self._note_wait(began)
-                        return assignment
-                    continue
+                    if (assignment := self._assign(claim)) is None:
+                        continue
+                    self._note_wait(waited)
+                    return assignment
                 if self._queue.graph.is_finished and self._join_what_is_left():
-                    self._note_wait(began)
-                    return self._outcome()
+                    self._end = self._outcome()
+                    break
             except OSError as error:
                 self._end = End(state=FAILED, reason=f"the run folder cannot be used any more: {error}")
                 break
+            began = time.monotonic()
             time.sleep(pause)
+            waited += time.monotonic() - began
             pause = min(1.5 * pause, _LONGEST_PAUSE * self._settings.poll_seconds)
+        self._note_wait(waited)
         return self._end
 
     def _assign(self, claim: Claim) -> Assignment | None:
@@ -433,12 +437,11 @@ class Desk:
             for part in self._parts:
                 part.observers.notify(StopRequested(reason=reason))
 
-    def _note_wait(self, began: float) -> None:
-        waited = time.monotonic() - began
-        if waited >= self._settings.poll_seconds / 2:
-            self._tally.waited_seconds += waited
+    def _note_wait(self, waited_seconds: float) -> None:
+        if waited_seconds > 0.0:
+            self._tally.waited_seconds += waited_seconds
             for part in self._parts:
-                part.observers.notify(ReplicaWaited(elapsed_seconds=waited))
+                part.observers.notify(ReplicaWaited(elapsed_seconds=waited_seconds))
 
     def _warn(self, part: BatchPart, message: str, source: str) -> None:
         part.observers.notify(WarningIssued(message=message, source=source))
@@ -450,20 +453,28 @@ class Desk:
             return End(state=DONE)
         return End(state=FAILED, reason=f"{len(blocked) + len(rejected)} stories could not be rendered to their end")
 
-    def _summary(self, end: End) -> BatchSummary:
-        graph, rejected = self._queue.graph, self._batch.rejected if self._batch else ()
-        failures = [failure for failure in self._queue.failures.values() if failure.is_final]
-        blocked = sum(len(chain.shots) - chain.front - 1 for chain in graph.chains if chain.is_blocked)
+    def _summary(self, end: End, part: int | None = None) -> BatchSummary:
+        """How the batch stands, or one part of it; the tally is this replica's in both cases."""
+        chains = [chain for chain in self._queue.graph.chains if part in (None, chain.part)]
+        rejected = [failure for of, failure in self._batch.rejected if part in (None, of)] if self._batch else []
+        failures = [
+            failure for key, failure in self._queue.failures.items() if failure.is_final and part in (None, key[0])
+        ]
+        num_done = sum(chain.is_complete for chain in chains)
+        is_done = num_done == len(chains) and not rejected
+        state = DONE if part is not None and is_done else end.state
+        if part is not None and state == FAILED and not (failures or rejected):
+            state = STOPPED  # the batch ended for another reason: the folder of some part cannot be used
         return BatchSummary(
-            state=end.state,
+            state=state,
             reason=end.reason,
-            num_stories=len(graph.chains) + len(rejected),
-            num_stories_done=sum(chain.is_complete for chain in graph.chains),
+            num_stories=len(chains) + len(rejected),
+            num_stories_done=num_done,
             num_rendered=self._tally.num_rendered,
             num_resumed=self._tally.num_resumed,
             num_skipped=self._tally.num_skipped,
             num_failed=len(failures) + len(rejected),
-            num_blocked=blocked,
+            num_blocked=sum(len(chain.shots) - chain.front - 1 for chain in chains if chain.is_blocked),
             elapsed_seconds=time.monotonic() - self._began,
             waited_seconds=self._tally.waited_seconds,
             stage_seconds=dict(self._tally.stage_seconds),

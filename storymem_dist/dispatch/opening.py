@@ -28,11 +28,11 @@ _MAX_SHOWN = 10
 
 @dataclass(frozen=True, kw_only=True)
 class OpenBatch:
-    """A batch that this replica takes part in. ``rejected``: stories that could not be planned."""
+    """A batch that this replica takes part in. ``rejected``: part and reason of stories that could not be planned."""
 
     queue: ShotQueue
     leases: Sequence[LeaseFolder]
-    rejected: Sequence[Failure]
+    rejected: Sequence[tuple[int, Failure]]
     num_skipped: int
 
 
@@ -140,9 +140,9 @@ def _force_rerenders(parts: Sequence[BatchPart], settings: DispatchSettings, job
 
 def _plan(
     parts: Sequence[BatchPart], replica: Replica, job_id: str
-) -> tuple[list[tuple[PlannedShot, ...]], list[Failure]]:
+) -> tuple[list[tuple[PlannedShot, ...]], list[tuple[int, Failure]]]:
     chains: list[tuple[PlannedShot, ...]] = []
-    rejected: list[Failure] = []
+    rejected: list[tuple[int, Failure]] = []
     for number, part in enumerate(parts):
         for position, (story, planned) in enumerate(plan_part(number, part)):
             speaks = position % replica.count == replica.index
@@ -163,7 +163,7 @@ def _plan(
                 low_memory=False,
                 job_id=job_id,
             )
-            rejected.append(failure)
+            rejected.append((number, failure))
             if speaks:
                 part.observers.notify(StoryFinished(story_id=story.story_id, outcome="failed", message=failure.reason))
     return chains, rejected

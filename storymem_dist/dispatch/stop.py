@@ -16,22 +16,25 @@ class StopSwitch:
 
     ``stop_files`` are looked at at most once per ``file_seconds``. A stop file that is already there at the first look
     belongs to an earlier job and does not count until it is touched again, unless ``restarted`` says that this process
-    continues the same job, which may not have seen it yet.
+    continues the same job, which may not have seen it yet. ``own_files`` are meant for this job alone: they count
+    whenever they are there.
     """
 
     def __init__(
         self,
         stop_files: Sequence[Path] = (),
         *,
+        own_files: Sequence[Path] = (),
         restarted: bool = False,
         file_seconds: float = 1.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._files = tuple(stop_files)
+        self._files = (*stop_files, *own_files)
         self._file_seconds = file_seconds
         self._clock = clock
         self._reason: str | None = None
         self._next_look = -float("inf")
+        self._own = dict.fromkeys(own_files)
         self._old: dict[Path, tuple[int, int] | None] | None = dict.fromkeys(self._files) if restarted else None
 
     def request(self, reason: str) -> None:
@@ -44,7 +47,7 @@ class StopSwitch:
             self._next_look = self._clock() + self._file_seconds
             found = {path: _identity(path) for path in self._files}
             if self._old is None:
-                self._old = found
+                self._old = {**found, **self._own}
             if any(found[path] is not None and found[path] != self._old[path] for path in self._files):
                 self.request("STOP file")
         return self._reason
