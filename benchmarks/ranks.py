@@ -57,8 +57,8 @@ def report(values: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def pretended_ranks(num_ranks: int, rank: int = 0) -> Iterator[ReplicaMesh]:
-    """This process as ``rank`` of one replica of ``num_ranks`` (all of them Ulysses) that do not exist.
+def pretended_ranks(num_ranks: int, rank: int = 0, layout: Layout | None = None) -> Iterator[ReplicaMesh]:
+    """This process as ``rank`` of ``num_ranks`` that do not exist: one replica, all Ulysses unless told otherwise.
 
     Rank 0 holds the uneven remainders of sharded weights.
     """
@@ -67,7 +67,7 @@ def pretended_ranks(num_ranks: int, rank: int = 0) -> Iterator[ReplicaMesh]:
         return
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=num_ranks)
     try:
-        yield build_mesh(Layout(ulysses=num_ranks, ranks_per_node=num_ranks), CPU)
+        yield build_mesh(layout or Layout(ulysses=num_ranks, ranks_per_node=num_ranks), CPU)
     finally:
         dist.destroy_process_group()
 
