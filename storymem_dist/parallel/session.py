@@ -133,6 +133,8 @@ def start_session(settings: ParallelSettings, *, num_heads: int | None = None) -
     if settings.weights == "zero3":
         _require_deepspeed()
     device = choose_device(settings.device, local_rank=place.local_rank)
+    if device.type == "cpu":
+        torch.set_num_threads(settings.cpu_threads)
     backend = choose_backend(settings.backend, device)
     needs_group = layout.world_size > 1 or settings.weights != "replicated"
     if not needs_group:

@@ -29,6 +29,8 @@ class ParallelSettings:
     rank per node read a part of the weights and broadcast it to the ranks of that node that hold the same part.
 
     Process groups: ``device`` and ``backend`` ("auto": CUDA with nccl where a GPU is present, else CPU with gloo).
+    ``cpu_threads`` is how many threads a rank computes with when its device is the CPU: one by default, because the
+    number changes the last bits of results, and several ranks or jobs on one machine would get in each other's way.
     ``collective_timeout_seconds`` ends a collective that hangs. ``leader_timeout_seconds`` is how long the ranks of a
     replica wait for each other to meet, or for a sign of life from their leader (a leader that works sends them).
     """
@@ -46,6 +48,7 @@ class ParallelSettings:
     compile: bool = False
     device: str = "auto"
     backend: str = "auto"
+    cpu_threads: int = 1
     collective_timeout_seconds: float = 600.0
     leader_timeout_seconds: float = 600.0
 
@@ -60,6 +63,7 @@ class ParallelSettings:
         require_one_of("parallel.zero3_offload", self.zero3_offload, ZERO3_OFFLOADS)
         require_one_of("parallel.device", self.device, DEVICES)
         require_one_of("parallel.backend", self.backend, BACKENDS)
+        require_at_least("parallel.cpu_threads", self.cpu_threads, 1)
         require_at_least("parallel.collective_timeout_seconds", self.collective_timeout_seconds, 1)
         require_at_least("parallel.leader_timeout_seconds", self.leader_timeout_seconds, 1)
         if self.weights == "zero3":
