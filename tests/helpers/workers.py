@@ -17,10 +17,26 @@ import torch
 
 from storymem_dist.dispatch.settings import DispatchSettings
 from storymem_dist.dispatch.summary import Replica
-from storymem_dist.observe.events import NullObserver, Observer
 from storymem_dist.render_batch import render_batch
 from storymem_dist.story.schema import Story
 from tests.helpers.fake_renderer import FakeRenderer, make_part
+
+
+def fork_worker(work: Callable[[], int]) -> int:
+    """Fork a process that calls ``work`` and exits with what it returns, or with 70 when it raises; return its id."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    child = os.fork()
+    if child:
+        return child
+    code = 70
+    try:
+        torch.set_num_threads(1)
+        code = work()
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
 
 
 def start_worker(
@@ -32,38 +48,34 @@ def start_worker(
     before: Callable[[], None] = lambda: None,
     settings: DispatchSettings | None = None,
     replica: Replica | None = None,
-    observers: Observer | None = None,
 ) -> int:
-    """Fork a process that renders ``stories`` into ``root``; return its process id. It exits as the command would.
+    """Fork a process that renders ``stories`` into ``root``; return its id. It exits as the command would.
 
     ``before`` runs in the child first, for instance to set traps.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    child = os.fork()
-    if child:
-        return child
-    code = 70
-    try:
-        torch.set_num_threads(1)
+
+    def work() -> int:
         before()
         summary = render_batch(
-            parts=[make_part(root, stories, observers=observers or NullObserver())],
+            parts=[make_part(root, stories)],
             renderer=FakeRenderer(step_seconds=step_seconds, log=log),
-            settings=settings or DispatchSettings(poll_seconds=0.02, lease_seconds=1.0, checkpoint_every_steps=1),
+            settings=settings or DispatchSettings(poll_seconds=0.02, lease_seconds=20.0, checkpoint_every_steps=1),
             replica=replica,
         )
-        code = summary.exit_code
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(code)
+        return summary.exit_code
+
+    return fork_worker(work)
 
 
 def exit_code(pid: int) -> int:
     """Wait for a worker and return its exit code (negative: the signal that killed it)."""
     _, status = os.waitpid(pid, 0)
     return os.waitstatus_to_exitcode(status)
+
+
+def has_ended(pid: int) -> bool:
+    """Whether a worker has ended (it may still be waited for)."""
+    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
