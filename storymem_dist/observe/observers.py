@@ -21,11 +21,14 @@ from storymem_dist.observe.journal import JournalWriter
 QUEUE_SIZE = 4096
 """Events that may wait for one back end; about ten minutes of a busy replica."""
 
-MAX_BUSY_RATIO = 0.05
-"""Largest part of the time for which a back end's thread may compute while the render goes on."""
+MAX_BUSY_RATIO = 0.01
+"""Largest part of the time for which a back end's thread may compute, in the long run, while the render goes on."""
 
-LONGEST_PAUSE_SECONDS = 2.0
-"""Bound on one pause that keeps a back end below ``MAX_BUSY_RATIO``."""
+BUSY_RESERVE_SECONDS = 0.1
+"""Computing time that a back end may use at once before that bound slows it down."""
+
+LONGEST_PAUSE_SECONDS = 30.0
+"""Bound on one pause of a back end that has used more than its part."""
 
 
 class BackEnd(Protocol):
@@ -136,6 +139,8 @@ class _Lane:
         self._dropped = False
         self._overflowed = False
         self._finishing = threading.Event()
+        self._reserve = BUSY_RESERVE_SECONDS
+        self._reserve_at = time.monotonic()
         self.thread = threading.Thread(target=self._run, name=f"observe-{self.name}", daemon=True)
         self.thread.start()
 
@@ -190,13 +195,15 @@ class _Lane:
                 next_tick = time.monotonic() + self._back_end.tick_seconds
 
     def _paced(self, work: Callable[[], None]) -> None:
-        """Do ``work``, then pause for as long as it takes to stay below ``MAX_BUSY_RATIO``."""
-        before = time.thread_time()
+        """Do ``work``, then pause while this thread has computed for more than its part of the time."""
+        busy_before = time.thread_time()
         work()
-        busy = time.thread_time() - before
-        pause = busy * (1.0 / MAX_BUSY_RATIO - 1.0)
-        if pause > 0.0:
-            self._finishing.wait(min(pause, LONGEST_PAUSE_SECONDS))
+        busy = time.thread_time() - busy_before
+        now = time.monotonic()
+        self._reserve = min(BUSY_RESERVE_SECONDS, self._reserve + (now - self._reserve_at) * MAX_BUSY_RATIO) - busy
+        self._reserve_at = now
+        if self._reserve < 0.0:
+            self._finishing.wait(min(-self._reserve / MAX_BUSY_RATIO, LONGEST_PAUSE_SECONDS))
 
 
 def _print_to_stderr(line: str) -> None:

@@ -153,7 +153,7 @@ def test_a_back_end_that_computes_all_the_time_gets_a_small_part_of_it() -> None
     time.sleep(1.0)
     computed = busy.computed
     observers.close()
-    assert 0.0 < computed < 0.2
+    assert 0.1 <= computed < 0.15, "what it has in reserve, and a hundredth of the second"
 
 
 def test_back_ends_are_ticked_while_nothing_happens() -> None:
