@@ -34,12 +34,12 @@ def test_a_job_with_prepared_weights_merges_nothing(settings: ModelSettings, con
 
 
 def test_weights_prepared_for_another_continuation_are_refused(settings: ModelSettings) -> None:
-    with pytest.raises(CheckpointError, match="this job needs Wan2.2-MM2V-A14B"):
+    with pytest.raises(CheckpointError, match=r"this job needs Wan2\.2-MM2V-A14B"):
         open_weights(settings, ("t2v", "m2v"), "mm2v")
 
 
 def test_a_lora_that_was_not_merged_is_refused(settings: ModelSettings, tmp_path: Path) -> None:
     file = tmp_path / "tiny/StoryMem/Wan2.2-MI2V-A14B/backbone_high_noise.safetensors"
     with_lora = replace(settings, loras=[LoraSettings(path=str(file))])
-    with pytest.raises(CheckpointError, match="model.loras are not the ones merged"):
+    with pytest.raises(CheckpointError, match=r"model\.loras are not the ones merged"):
         open_weights(with_lora, ("t2v",), "none")
