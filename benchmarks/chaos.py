@@ -3,8 +3,8 @@
     python -m benchmarks.chaos                       # 20 trials: 12 stories x 8 shots, 4 replicas, one killed with -9
     python -m benchmarks.chaos --trials 5 --kills 6 --pauses 2 --json chaos.json
 
-Each replica is a process of its own that joins the run folder, with a renderer that draws small pictures: what is tested
-is everything around it. A killed one is started again, as torchrun or a batch system would. Passes (exit code 0) when
+Each replica is a process of its own that joins the run folder, with a renderer that draws small pictures; what is
+tested is everything around it. A killed one is started again, as torchrun or a batch system would. Passes when
 in every trial the run ends complete; all MP4s and PNGs, and the records apart from ``timing`` and ``host``, are those
 of the undisturbed run; every shot has one record and one attempt; nothing half-made is left; and no shot was begun
 twice but those in flight at a kill or pause.

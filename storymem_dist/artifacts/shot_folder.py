@@ -160,6 +160,13 @@ class ShotFolder:
             raise DamagedRecord(f"the record {path} was set aside: {damage}") from damage
         return record
 
+    def require_record(self, fingerprint: str, *, check_contents: bool = False) -> ShotRecord:
+        """Return the record of a shot that was seen committed. Raises ``DamagedRecord`` also when it is gone."""
+        record = self.read_record(fingerprint, check_contents=check_contents)
+        if record is None:
+            raise DamagedRecord(f"the record {self._record_path(fingerprint)} has disappeared")
+        return record
+
     def read_images(self, record: ShotRecord) -> tuple[list[Tensor], Tensor | None]:
         """Return the keyframes' images, uint8 ``[3, H, W]``, and the tail, uint8 ``[n, 3, H, W]``, of a record.
 

@@ -10,12 +10,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from storymem_dist.artifacts.records import DamagedRecord
 from storymem_dist.artifacts.run_folder import Failure
 from storymem_dist.artifacts.shot_folder import ShotFolder, new_attempt_id
 from storymem_dist.diffusion.denoise import DenoiseState
 from storymem_dist.dispatch import announcing
 from storymem_dist.dispatch.graph import ShotState
+from storymem_dist.dispatch.history import DamagedHistory, read_history
 from storymem_dist.dispatch.jobs import RenderedShot, ShotHistory, ShotJob
 from storymem_dist.dispatch.joining import Joined, StoryJoiner
 from storymem_dist.dispatch.leases import Owner
@@ -27,7 +27,6 @@ from storymem_dist.dispatch.settings import DispatchSettings
 from storymem_dist.dispatch.stop import StopSwitch
 from storymem_dist.dispatch.summary import DONE, FAILED, STOPPED, BatchSummary, Replica, Tally
 from storymem_dist.errors import RunFolderError
-from storymem_dist.memory.bank import Keyframe
 from storymem_dist.observe.events import (
     ReplicaWaited,
     ShotResumed,
@@ -187,8 +186,12 @@ class Desk:
         folder = self._folder(shot)
         folder.discard_orphans(shot.fingerprint)
         part.run.write_storyboard(shot.story)
-        history = self._history(claim)
-        if history is None:
+        try:
+            history = read_history(part.run, self._queue.graph.chain_of(shot), shot.shot.index)
+        except DamagedHistory as damage:
+            self._warn(part, f"{damage}; the shot is rendered again", "resume")
+            self._queue.release(claim, ShotState.WAITING)
+            self._queue.graph.set_state(damage.shot, ShotState.WAITING)
             return None
         self._claim, self._lost, self._next_lease_look = claim, False, 0.0
         self._shot_began = time.monotonic()
@@ -224,30 +227,6 @@ class Desk:
                 )
             )
         return Assignment(job=job, history=history, resume=resume, low_memory=claim.low_memory)
-
-    def _history(self, claim: Claim) -> ShotHistory | None:
-        chain = self._queue.graph.chain_of(claim.shot)
-        keyframes: list[Keyframe] = []
-        tail = None
-        if claim.shot.kind == M2V:
-            for before in chain.shots[: claim.shot.shot.index]:
-                folder = self._folder(before)
-                try:
-                    record = folder.read_record(before.fingerprint)
-                    if record is None:
-                        raise DamagedRecord(f"the record of {chain.story_id}:{before.shot.shot_id} has disappeared")
-                    images, tail = folder.read_images(record)
-                except DamagedRecord as damage:
-                    part = self._parts[before.part]
-                    self._warn(part, f"{damage}; the shot is rendered again", "resume")
-                    self._queue.release(claim, ShotState.WAITING)
-                    self._queue.graph.set_state(before, ShotState.WAITING)
-                    return None
-                keyframes += [
-                    Keyframe(image=image, shot_index=before.shot.index, slot=kept.slot, frame_index=kept.frame_index)
-                    for image, kept in zip(images, record.keyframes, strict=True)
-                ]
-        return ShotHistory(keyframes=tuple(keyframes), tail=tail)
 
     def _checkpoint(self, shot: PlannedShot, part: BatchPart) -> DenoiseState | None:
         path = part.run.checkpoint(shot.story.story_id, shot.shot.shot_id, shot.fingerprint)

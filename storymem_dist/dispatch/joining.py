@@ -76,9 +76,7 @@ class StoryJoiner:
         records = []
         for shot in chain.shots:
             try:
-                record = part.run.shot(chain.story_id, shot.shot.shot_id).read_record(shot.fingerprint)
-                if record is None:
-                    raise DamagedRecord(f"the record of {chain.story_id}:{shot.shot.shot_id} has disappeared")
+                record = part.run.shot(chain.story_id, shot.shot.shot_id).require_record(shot.fingerprint)
             except DamagedRecord as damage:
                 message = f"{damage}; the shot is rendered again"
                 part.observers.notify(WarningIssued(message=message, source="join"))

@@ -214,9 +214,7 @@ def _check_chain(part: BatchPart, chain: Chain, queue: ShotQueue, check_contents
             continue
         folder = part.run.shot(chain.story_id, shot.shot.shot_id)
         try:
-            record = folder.read_record(shot.fingerprint, check_contents=check_contents)
-            if record is None:
-                raise DamagedRecord(f"the record of {chain.story_id}:{shot.shot.shot_id} has disappeared")
+            record = folder.require_record(shot.fingerprint, check_contents=check_contents)
             folder.discard_orphans(shot.fingerprint)
             folder.repair_views(record)
             part.run.remove_checkpoints(chain.story_id, shot.shot.shot_id, shot.fingerprint)

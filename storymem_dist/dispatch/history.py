@@ -1,0 +1,41 @@
+"""What the shots before a shot left for it: a pure function of their committed records and images.
+
+Knows a run folder and a chain; nothing of how a memory bank chooses among the keyframes.
+"""
+
+from storymem_dist.artifacts.records import DamagedRecord
+from storymem_dist.artifacts.run_folder import RunFolder
+from storymem_dist.dispatch.graph import Chain
+from storymem_dist.dispatch.jobs import ShotHistory
+from storymem_dist.dispatch.plan import M2V, PlannedShot
+from storymem_dist.memory.bank import Keyframe
+
+
+class DamagedHistory(Exception):
+    """The record or an image of ``shot`` cannot be used; the record was set aside."""
+
+    def __init__(self, shot: PlannedShot, message: str) -> None:
+        super().__init__(message)
+        self.shot = shot
+
+
+def read_history(run: RunFolder, chain: Chain, index: int) -> ShotHistory:
+    """Return the keyframes of all shots before ``index`` and the tail of the one just before; nothing for T2V.
+
+    Raises ``DamagedHistory`` naming the first shot whose files cannot be used.
+    """
+    keyframes: list[Keyframe] = []
+    tail = None
+    if chain.shots[index].kind == M2V:
+        for before in chain.shots[:index]:
+            folder = run.shot(chain.story_id, before.shot.shot_id)
+            try:
+                record = folder.require_record(before.fingerprint)
+                images, tail = folder.read_images(record)
+            except DamagedRecord as damage:
+                raise DamagedHistory(before, str(damage)) from damage
+            keyframes += [
+                Keyframe(image=image, shot_index=before.shot.index, slot=kept.slot, frame_index=kept.frame_index)
+                for image, kept in zip(images, record.keyframes, strict=True)
+            ]
+    return ShotHistory(keyframes=tuple(keyframes), tail=tail)

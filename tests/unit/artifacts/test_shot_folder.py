@@ -1,0 +1,178 @@
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from storymem_dist.artifacts import shot_folder
+from storymem_dist.artifacts.records import DamagedRecord, ShotRecord, StoredKeyframe
+from storymem_dist.artifacts.shot_folder import ClipFiles, ShotFolder, keyframe_name, new_attempt_id, tail_name
+from storymem_dist.artifacts.video import VideoSettings, read_png
+from tests.helpers.records import make_record
+
+FINGERPRINT = "ab" * 32
+
+
+def yes() -> bool:
+    return True
+
+
+def save(
+    shot: ShotFolder, *, fingerprint: str = FINGERPRINT, slots: tuple[int, ...] = (0, 2), **changes: object
+) -> ShotRecord:
+    """Save an attempt of a 3-frame clip; return its record, not yet published."""
+    attempt_id = new_attempt_id(fingerprint, "owner")
+    clip = torch.arange(3 * 3 * 16 * 16).reshape(3, 3, 16, 16).to(torch.uint8)
+    keyframes = [(slot, index, clip[index]) for index, slot in enumerate(slots)]
+    files = ClipFiles(clip=clip, keyframes=keyframes, tail=clip[-2:], fps=16)
+    stored = shot.save_attempt(attempt_id, files, VideoSettings(preset="ultrafast"))
+    record = make_record(
+        fingerprint=fingerprint,
+        files=stored,
+        keyframes=tuple(
+            StoredKeyframe(slot=slot, frame_index=i, file=keyframe_name(slot)) for i, slot in enumerate(slots)
+        ),
+        tail=(tail_name(0), tail_name(1)),
+        host={"attempt_id": attempt_id},
+    )
+    return dataclasses.replace(record, **changes)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def shot(tmp_path: Path) -> ShotFolder:
+    return ShotFolder(tmp_path / "ocean", "shot_01")
+
+
+def test_a_published_record_and_its_images_come_back(shot: ShotFolder) -> None:
+    record = save(shot)
+    assert not shot.is_committed(FINGERPRINT) and shot.read_record(FINGERPRINT) is None
+    assert shot.publish(record, may_publish=yes)
+    assert shot.is_committed(FINGERPRINT)
+    assert shot.read_record(FINGERPRINT, check_contents=True) == record
+    keyframes, tail = shot.read_images(record)
+    assert len(keyframes) == 2 and tail is not None and tail.shape == (2, 3, 16, 16)
+    assert torch.equal(tail[1], read_png(shot.files_of(record) / "tail_1.png"))
+
+
+def test_the_second_attempt_loses_and_takes_its_files_away(shot: ShotFolder) -> None:
+    first, second = save(shot), save(shot)
+    assert shot.publish(first, may_publish=yes) and not shot.publish(second, may_publish=yes)
+    assert shot.read_record(FINGERPRINT) == first
+    assert not shot.files_of(second).exists() and shot.files_of(first).exists()
+
+
+def test_who_may_no_longer_publish_does_not(shot: ShotFolder) -> None:
+    record = save(shot)
+    assert not shot.publish(record, may_publish=lambda: False)
+    assert not shot.is_committed(FINGERPRINT) and not shot.files_of(record).exists()
+
+
+def test_records_of_other_inputs_live_side_by_side_and_the_newest_is_found(shot: ShotFolder) -> None:
+    other = "cd" * 32
+    assert shot.newest_other_record(FINGERPRINT) is None
+    for fingerprint, when in ((FINGERPRINT, 1.0), (other, 3.0), ("ef" * 32, 2.0)):
+        assert shot.publish(save(shot, fingerprint=fingerprint, timing={"committed_at": when}), may_publish=yes)
+    assert len(shot.record_names()) == 3
+    newest = shot.newest_other_record(FINGERPRINT)
+    assert newest is not None and newest.fingerprint == other
+
+
+def test_a_published_attempt_cannot_be_discarded_even_when_it_was_published_in_that_moment(shot: ShotFolder) -> None:
+    record = save(shot)
+    shot.publish(record, may_publish=yes)
+    shot.discard_attempt(record.attempt_id)
+    assert shot.read_record(FINGERPRINT, check_contents=True) == record
+    assert (shot.files_of(record) / "record.json").exists(), "its own name is put back"
+
+
+def test_after_its_attempt_is_discarded_a_late_owner_cannot_publish(shot: ShotFolder) -> None:
+    late = save(shot)
+
+    def discarded_meanwhile() -> bool:
+        shot.discard_orphans(FINGERPRINT)
+        return True
+
+    with pytest.raises(FileNotFoundError):
+        shot.publish(late, may_publish=discarded_meanwhile)
+    assert not shot.is_committed(FINGERPRINT)
+
+
+def test_orphans_of_one_fingerprint_are_removed_and_nothing_else(shot: ShotFolder) -> None:
+    kept = save(shot)
+    shot.publish(kept, may_publish=yes)
+    orphan, foreign = save(shot), save(shot, fingerprint="cd" * 32)
+    assert shot.discard_orphans(FINGERPRINT) == [orphan.attempt_id]
+    assert shot.files_of(kept).exists() and shot.files_of(foreign).exists()
+    assert shot.discard_orphans(FINGERPRINT) == []
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"format": 1}', b"\xff\xfe"])
+def test_a_record_that_cannot_be_read_is_set_aside(shot: ShotFolder, text: str | bytes) -> None:
+    shot.publish(save(shot), may_publish=yes)
+    path = shot.folder / "records" / f"{FINGERPRINT[:16]}.json"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(DamagedRecord, match="was set aside"):
+        shot.read_record(FINGERPRINT)
+    assert shot.read_record(FINGERPRINT) is None and shot.record_names() == []
+    assert len(list((shot.folder / "records").glob("*.damaged-*"))) == 1
+    again = save(shot)
+    assert shot.publish(again, may_publish=yes) and shot.read_record(FINGERPRINT) == again
+
+
+def test_a_record_of_another_shot_under_this_name_is_set_aside(shot: ShotFolder) -> None:
+    shot.publish(save(shot), may_publish=yes)
+    path = shot.folder / "records" / f"{FINGERPRINT[:16]}.json"
+    value = json.loads(path.read_text()) | {"fingerprint": FINGERPRINT[:16] + "0" * 48}
+    path.write_text(json.dumps(value))
+    with pytest.raises(DamagedRecord, match="of fingerprint"):
+        shot.read_record(FINGERPRINT)
+
+
+def test_setting_aside_spares_a_good_record_that_has_just_replaced_the_bad_one(
+    shot: ShotFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shot.publish(save(shot), may_publish=yes)
+    path = shot.folder / "records" / f"{FINGERPRINT[:16]}.json"
+    path.unlink()
+    path.write_text("{")
+    good = save(shot)
+
+    parse = shot_folder._parse
+
+    def parse_late(data: bytes) -> ShotRecord:
+        path.unlink()
+        assert shot.publish(good, may_publish=yes)
+        return parse(data)
+
+    monkeypatch.setattr(shot_folder, "_parse", parse_late)
+    with pytest.raises(DamagedRecord):
+        shot.read_record(FINGERPRINT)
+    monkeypatch.undo()
+    assert shot.read_record(FINGERPRINT) == good
+    assert not list((shot.folder / "records").glob("*.damaged-*"))
+
+
+def test_an_image_that_cannot_be_decoded_sets_the_record_aside(shot: ShotFolder) -> None:
+    record = save(shot)
+    shot.publish(record, may_publish=yes)
+    (shot.files_of(record) / "tail_0.png").write_bytes(b"not an image")
+    with pytest.raises(DamagedRecord, match=r"set aside.*tail_0\.png cannot be read"):
+        shot.read_images(record)
+    assert not shot.is_committed(FINGERPRINT)
+
+
+def test_views_show_the_current_record_and_lose_what_it_does_not_have(shot: ShotFolder) -> None:
+    story = shot.folder.parent
+    many, few = save(shot, slots=(0, 1, 2)), save(shot, fingerprint="cd" * 32, slots=(1,))
+    for record in (many, few):
+        shot.publish(record, may_publish=yes)
+    (story / "keyframes").mkdir()
+    (story / "keyframes" / "shot_011_0.png").touch()
+    for record, names in ((many, ["0", "1", "2"]), (few, ["1"]), (few, ["1"]), (many, ["0", "1", "2"])):
+        shot.repair_views(record)
+        assert (story / "shot_01.mp4").samefile(shot.files_of(record) / "clip.mp4")
+        assert json.loads((story / "shot_01.json").read_text())["fingerprint"] == record.fingerprint
+        shown = sorted(path.name for path in (story / "keyframes").glob("shot_01_*.png"))
+        assert shown == [f"shot_01_{name}.png" for name in names]
+    assert (story / "keyframes" / "shot_011_0.png").exists(), "views of another shot are not touched"
