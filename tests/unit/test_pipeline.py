@@ -45,7 +45,7 @@ def test_every_mode_gives_a_video_of_the_asked_size_in_minus_one_to_one(pipeline
     for mode, video in videos.items():
         assert video.shape == (1, 3, 9, 32, 48), mode
         assert video.dtype == torch.float32
-        assert -1 <= video.min() and video.max() <= 1
+        assert video.min() >= -1 and video.max() <= 1
         assert video.std() > 0.01, f"{mode} is a flat picture"
     flat = [video.flatten() for video in videos.values()]
     assert all(not torch.equal(a, b) for i, a in enumerate(flat) for b in flat[:i]), "modes must differ"
