@@ -7,10 +7,11 @@
 batches, events spaced as in a render rather than in a burst), with each set of back ends.
 
 **Slowdown.** A stand-in for a render: steps of ``--step-ms`` of matrix products on one thread, an event after each.
-Rounds of such steps are timed with no observers and with a back end that behaves badly, taking turns so that a busy
-machine bothers both alike; the slowdown is the median over the rounds, the events lost are those missing from the event
-file. Starting up is left out. A denoising step of the 14B model is 50 to 500 times longer than the default step, with
-one event as here.
+Rounds of such steps are timed with no observers and with a back end that behaves badly, in turn; the slowdown is the
+median over the rounds (on a machine that does other things too, look at the quartiles). Processor times are not
+disturbed by others: by how much that of the rendering thread grows, and how much of the time the back end's thread
+computes, which it can at worst take from the render. The events lost are those missing from the event file. Starting up
+is left out. A denoising step of the 14B model is 50 to 500 times longer than the default step, with one event as here.
 """
 
 import argparse
@@ -192,9 +193,9 @@ def slowdown(make: type[WellBehaved], root: Path, num_rounds: int, products: int
             work(products)
             observers.notify(STEP)
 
-    ratios, seconds = [], []
+    ratios, seconds, own_ratios, other_ratios = [], [], [], []
     for number in range(num_rounds):
-        times = {}
+        times, own, other = {}, {}, {}
         for rival in (bare, observed) if number % 2 else (observed, bare):
             folder = root / str(number)
             if rival is observed:
@@ -202,19 +203,25 @@ def slowdown(make: type[WellBehaved], root: Path, num_rounds: int, products: int
                 observers = start(folder, [back_end])
                 back_end.observers = observers
                 time.sleep(0.3)
-            began = time.perf_counter()
+            began, own_began, all_began = time.perf_counter(), time.thread_time(), time.process_time()
             rival()
             times[rival] = time.perf_counter() - began
+            own[rival] = time.thread_time() - own_began
+            other[rival] = (time.process_time() - all_began - own[rival]) / times[rival]
             if rival is observed:
                 lost += 2 + STEPS_PER_ROUND - count_own(folder)
                 observers.close(0.0)
         ratios.append(times[observed] / times[bare])
+        own_ratios.append(own[observed] / own[bare])
+        other_ratios.append(other[observed])
         seconds.append(times[bare] / STEPS_PER_ROUND)
     return {
         "back end": make.name,
         "step ms": round(statistics.median(seconds) * 1000, 2),
         "slowdown %": round(100 * (statistics.median(ratios) - 1), 2),
         "quartiles %": " to ".join(f"{100 * (q - 1):.2f}" for q in statistics.quantiles(ratios, n=4)[::2]),
+        "own processor time %": round(100 * (statistics.median(own_ratios) - 1), 2),
+        "back end's processor time %": round(100 * statistics.median(other_ratios), 2),
         "events lost": lost,
     }
 
