@@ -5,7 +5,8 @@ computes a pixel.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -137,12 +138,12 @@ class ExpertLoader:
         self._sampler = sampler
         self._session = session
         self._progress = progress
+        self._reads_together = False
         self.num_loads: dict[str, int] = {}
 
     def __call__(self, kind: str) -> ExpertPair:
         """The experts of ``kind`` ("t2v" or "m2v"), ready to run. Collective over the replica."""
         checkpoint = self._weights.checkpoints[kind]
-        first_load = not self.num_loads
         modules = {}
         for name in EXPERTS:
             modules[name], _ = build_expert(
@@ -153,7 +154,7 @@ class ExpertLoader:
                 settings=self._parallel,
                 dtype=getattr(torch, self._model.dtype),
                 attention=self._model.attention,
-                share_reads=None if first_load else False,
+                share_reads=None if self._reads_together else False,
                 progress=self._named_progress(f"{kind} {name}"),
             )
         self.num_loads[kind] = self.num_loads.get(kind, 0) + 1
@@ -170,6 +171,15 @@ class ExpertLoader:
                 swap=self._model.experts == "swap",
             ),
         )
+
+    @contextmanager
+    def reading_together(self) -> Iterator[None]:
+        """While the body runs, all replicas of a node load the same experts, and one rank may read them for all."""
+        self._reads_together = True
+        try:
+            yield
+        finally:
+            self._reads_together = False
 
     def _named_progress(self, what: str) -> Callable[[int, int], None] | None:
         progress = self._progress

@@ -4,6 +4,7 @@ The settings themselves live beside the code they set. Hydra and omegaconf appea
 ``build``: everything below receives plain dataclasses.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,14 @@ from omegaconf.errors import OmegaConfBaseException
 from storymem_dist.artifacts.video import VideoSettings
 from storymem_dist.diffusion.settings import SamplerSettings
 from storymem_dist.dispatch.settings import DispatchSettings
-from storymem_dist.errors import ConfigError, StoryMemError, require_at_least
+from storymem_dist.errors import ConfigError, StoryMemError, require_at_least, require_one_of
+from storymem_dist.launch.settings import LaunchSettings
 from storymem_dist.memory.settings import MemorySettings
 from storymem_dist.models.settings import ModelSettings
 from storymem_dist.observe.settings import TrackingSettings
 from storymem_dist.parallel.settings import ParallelSettings
+
+SWEEPS = ("joined", "separate")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -62,9 +66,14 @@ class DebugSettings:
 
 @dataclass(kw_only=True, slots=True)
 class RenderConfig:
-    """Everything a render job needs. One field per config group, plus the run folder."""
+    """Everything a render job needs. One field per config group, plus the run folder.
+
+    ``sweep`` says how the points of a multirun are rendered: ``joined`` as one job wherever they share weights, so that
+    these are loaded once, or ``separate``, one point after the other.
+    """
 
     output: str = "runs/render"
+    sweep: str = "joined"
     model: ModelSettings = field(default_factory=ModelSettings)
     sampler: SamplerSettings = field(default_factory=SamplerSettings)
     memory: MemorySettings = field(default_factory=MemorySettings)
@@ -74,18 +83,44 @@ class RenderConfig:
     video: VideoSettings = field(default_factory=VideoSettings)
     tracking: TrackingSettings = field(default_factory=TrackingSettings)
     debug: DebugSettings = field(default_factory=DebugSettings)
+    launch: LaunchSettings = field(default_factory=LaunchSettings)
+
+    def __post_init__(self) -> None:
+        require_one_of("sweep", self.sweep, SWEEPS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """One configuration to render into one run folder: a job has one, a joined sweep several.
+
+    ``plain`` is the same as ``settings``, as nested plain values. ``name`` is the point's name in its sweep.
+    """
+
+    settings: RenderConfig
+    plain: Mapping[str, Any]
+    name: str = ""
+
+
+def assets_folder(name: str) -> Path:
+    """``conf``, ``launch`` or ``slurm``: inside an installed package, or beside the package in a checkout."""
+    package = Path(__file__).resolve().parent
+    installed = package / "assets" / name
+    return installed if installed.is_dir() else package.parent / name
 
 
 def config_folder() -> Path:
-    """The folder ``conf/``: inside an installed package, or beside the package in a checkout."""
-    package = Path(__file__).resolve().parent
-    installed = package / "conf"
-    return installed if installed.is_dir() else package.parent / "conf"
+    """The folder ``conf/``."""
+    return assets_folder("conf")
 
 
 def register_schema() -> None:
-    """Make the schema known to Hydra as ``render_schema`` (the first entry of ``conf/render.yaml``'s defaults)."""
+    """Make known to Hydra what ``conf/render.yaml`` names: the schema, and the launcher of multiruns."""
     ConfigStore.instance().store(name="render_schema", node=RenderConfig)
+    launcher = {"_target_": "storymem_dist.launch.sweep.SweepLauncher"}
+    ConfigStore.instance().store(group="hydra/launcher", name="storymem", node=launcher, provider="storymem_dist")
+    OmegaConf.register_new_resolver(
+        "storymem_examples", lambda: str(config_folder() / "stories" / "examples"), replace=True
+    )
 
 
 def to_settings(config: DictConfig | ListConfig) -> RenderConfig:
@@ -115,3 +150,18 @@ def to_plain(config: DictConfig | ListConfig | RenderConfig) -> dict[str, Any]:
     plain = OmegaConf.to_container(container, resolve=True)
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}
+
+
+def points_to_plain(points: Sequence[Point], sweep: str | None) -> dict[str, Any]:
+    """Points, and the name of their sweep, as plain values that another process can take."""
+    return {"sweep": sweep, "points": [{"name": point.name, "config": point.plain} for point in points]}
+
+
+def points_from_plain(plain: Mapping[str, Any]) -> tuple[list[Point], str | None]:
+    """The inverse of ``points_to_plain``; every group validates itself again."""
+    schema = OmegaConf.structured(RenderConfig)
+    points = [
+        Point(settings=to_settings(OmegaConf.merge(schema, one["config"])), plain=one["config"], name=one["name"])
+        for one in plain["points"]
+    ]
+    return points, plain["sweep"]

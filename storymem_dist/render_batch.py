@@ -35,10 +35,12 @@ def render_batch(
     stop: StopSwitch | None = None,
     leader_decides: LeaderDecides = alone,
     check_contents: bool = False,
+    loaded: str | None = None,
 ) -> BatchSummary:
     """Render all shots of all ``parts`` that are not committed, together with the other replicas and jobs.
 
     ``check_contents`` compares the contents of all files of a resumed run with their records, not only their sizes.
+    ``loaded`` is the kind whose experts the renderer has already.
     All ranks return the same summary.
 
     Raises ``RunFolderError`` and other ``StoryMemError`` when the batch cannot begin, and whatever the renderer raised
@@ -56,7 +58,6 @@ def render_batch(
         if opening.prompts:
             with timed_stage(parts[0].observers, "text"):
                 renderer.encode_prompts(opening.prompts)
-        loaded: str | None = None
         while True:
             assignment = leader_decides(partial(desk.next_assignment, loaded))
             if isinstance(assignment, End):

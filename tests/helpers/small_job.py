@@ -7,7 +7,7 @@ from pathlib import Path
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from storymem_dist.config import RenderConfig, config_folder, register_schema, to_plain, to_settings
+from storymem_dist.config import Point, RenderConfig, config_folder, register_schema, to_plain, to_settings
 from storymem_dist.job import render_job
 
 SMALL = (
@@ -53,7 +53,7 @@ def small_settings(*overrides: str) -> RenderConfig:
 def render_small(stories: Path, output: Path, *overrides: str) -> int:
     """Render ``stories`` into ``output`` in this process; the exit code."""
     settings = small_settings(f"stories.path='{stories}'", f"output='{output}'", *overrides)
-    return render_job(settings, to_plain(settings))
+    return render_job([Point(settings=settings, plain=to_plain(settings))])
 
 
 def media_bytes(run: Path) -> dict[str, bytes]:

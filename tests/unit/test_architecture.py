@@ -9,7 +9,7 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "storymem_dist"
 
 RULES = {
-    "torch.distributed": ("parallel/", "selftest.py"),
+    "torch.distributed": ("parallel/", "selftest.py", "launch/torchrun.py"),
     "hydra": ("cli.py", "build.py", "config.py", "launch/"),
     "omegaconf": ("cli.py", "build.py", "config.py", "launch/"),
     "wandb": ("observe/wandb.py",),

@@ -1,0 +1,140 @@
+"""Submits a render to SLURM: fills a template of ``slurm/`` by options of sbatch, which win over ``#SBATCH`` lines.
+
+The job runs the same command line on its nodes, with ``launch=torchrun`` instead. Nothing is rendered here; what can be
+wrong with settings, storyboards and weights is found before the job waits in a queue.
+"""
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from storymem_dist.config import Point, assets_folder
+from storymem_dist.errors import ConfigError
+from storymem_dist.job import check_job
+from storymem_dist.launch.forecast import describe
+from storymem_dist.launch.settings import SlurmSettings
+
+TEMPLATES = ("render", "render_array")
+_REPORT_TEMPLATE = "report"
+
+
+def submit(points: Sequence[Point], arguments: Sequence[str]) -> int:
+    """Submit one job that renders ``points``, with the command line that asked for them; print its number.
+
+    With ``launch.dry_run`` only say what would be submitted. Raises ``StoryMemError``.
+    """
+    launch = points[0].settings.launch
+    output = sweep_or_run_folder(points)
+    template = template_path(launch.slurm.template)
+    options = [*sbatch_options(launch.slurm, output, is_array=template.stem.endswith("_array"))]
+    command = ["sbatch", "--parsable", *options, str(template), *job_arguments(arguments)]
+    report = ["sbatch", "--parsable", f"--output={output / 'logs' / 'report-%j.out'}"]
+    environment = job_environment(launch.slurm, output)
+    if launch.dry_run:
+        sys.stdout.write(f"would submit:\n  {_shown(environment, command)}\n")
+        if launch.slurm.report:
+            sys.stdout.write(f"and, when it has ended:\n  {_shown(environment, _report(report, 'JOB', output))}\n")
+        sys.stdout.write(describe(points, num_replicas=num_replicas(points[0])))
+        return 0
+    check_job(points)
+    if shutil.which("sbatch") is None:
+        raise ConfigError(
+            "launch=slurm, but there is no sbatch on this machine's PATH; submit from a login node of the cluster, "
+            "or use launch=torchrun"
+        )
+    (output / "logs").mkdir(parents=True, exist_ok=True)
+    job = _sbatch(command, environment)
+    sys.stdout.write(f"submitted job {job}; logs are in {output / 'logs'}\n")
+    if launch.slurm.report:
+        sys.stdout.write(f"submitted job {_sbatch(_report(report, job, output), environment)} for the report\n")
+    return 0
+
+
+def sbatch_options(slurm: SlurmSettings, output: Path, *, is_array: bool) -> list[str]:
+    """The settings as options of sbatch; what is None stays as the template says."""
+    given = {
+        "job-name": slurm.job_name,
+        "nodes": slurm.nodes,
+        "array": f"0-{slurm.tasks - 1}" if slurm.tasks else None,
+        "gres": f"gpu:{slurm.gpus_per_node}" if slurm.gpus_per_node else None,
+        "cpus-per-task": slurm.cpus_per_task,
+        "mem": slurm.memory,
+        "time": slurm.time,
+        "partition": slurm.partition,
+        "account": slurm.account,
+        "qos": slurm.qos,
+        "output": output / "logs" / ("slurm-%A_%a.out" if is_array else "slurm-%j.out"),
+    }
+    options = [f"--{name}={value}" for name, value in given.items() if value is not None]
+    if slurm.gpus_per_node == 0:
+        options.append("--gres=none")
+    return [*options, *slurm.options]
+
+
+def job_environment(slurm: SlurmSettings, output: Path) -> dict[str, str]:
+    """What the scripts of the job need to know beyond their arguments."""
+    return {
+        "STORYMEM_LAUNCH": str(assets_folder("launch")),
+        "STORYMEM_PYTHON": sys.executable,
+        "STORYMEM_OUTPUT": str(output),
+        "STORYMEM_MAX_REQUEUES": str(slurm.max_requeues),
+    }
+
+
+def job_arguments(arguments: Sequence[str]) -> list[str]:
+    """The command line without what is about submitting."""
+
+    def is_about_submitting(argument: str) -> bool:
+        key = argument.partition("=")[0].lstrip("+~")
+        return key in ("launch", "launch.mode", "launch.dry_run") or key.split(".")[:2] == ["launch", "slurm"]
+
+    return [argument for argument in arguments if not is_about_submitting(argument)]
+
+
+def template_path(template: str) -> Path:
+    """A template of this project by name, or somebody's own by path. Raises ``ConfigError``."""
+    if template in TEMPLATES:
+        return assets_folder("slurm") / f"{template}.sbatch"
+    path = Path(template).absolute()
+    if not path.is_file():
+        raise ConfigError(
+            f"launch.slurm.template={template!r} is neither a template of this project ({', '.join(TEMPLATES)}) nor "
+            "a file"
+        )
+    return path
+
+
+def sweep_or_run_folder(points: Sequence[Point]) -> Path:
+    """The run folder of a job, or the folder of all run folders of a sweep."""
+    output = Path(points[0].settings.output).absolute()
+    return output.parent if points[0].name else output
+
+
+def num_replicas(point: Point) -> int | None:
+    """How many replicas the job will have, where the settings say so."""
+    launch, parallel = point.settings.launch, point.settings.parallel
+    num_nodes = launch.slurm.tasks or launch.slurm.nodes
+    ranks_per_node = launch.processes_per_node or launch.slurm.gpus_per_node
+    if num_nodes is None or ranks_per_node is None:
+        return None
+    return max(1, num_nodes * ranks_per_node // parallel.ranks_per_replica)
+
+
+def _report(start: Sequence[str], job: str, output: Path) -> list[str]:
+    template = assets_folder("slurm") / f"{_REPORT_TEMPLATE}.sbatch"
+    return [*start, f"--dependency=afterany:{job}", str(template), str(output)]
+
+
+def _sbatch(command: Sequence[str], environment: dict[str, str]) -> str:
+    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ConfigError(f"sbatch refused the job: {done.stderr.strip()} (the command was: {shlex.join(command)})")
+    return done.stdout.strip().partition(";")[0]
+
+
+def _shown(environment: dict[str, str], command: Sequence[str]) -> str:
+    return " ".join([*(f"{name}={shlex.quote(value)}" for name, value in environment.items()), shlex.join(command)])

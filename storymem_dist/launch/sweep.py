@@ -1,0 +1,172 @@
+"""Hydra's multirun: the launcher that joins points into jobs, and the table that ends every sweep.
+
+``storymem-render -m sampler.num_inference_steps=20,40 memory.max_keyframes=6,10`` goes through Hydra's own sweeper;
+this launcher gets the composed points. Points that share weights and layout become one job with one run folder each;
+the others are rendered one after the other. Another launcher (``hydra/launcher=submitit_slurm``) calls the application
+once for each point instead.
+"""
+
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.experimental.callback import Callback
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from storymem_dist.config import Point
+from storymem_dist.errors import ConfigError, StoryMemError
+from storymem_dist.launch.points import (
+    forget_error,
+    keep_error,
+    point_of,
+    points_table,
+    read_point,
+    read_points,
+)
+
+
+class RendersPoints(Protocol):
+    """The application as a sweep sees it."""
+
+    def begin(self) -> None:
+        """All points are composed."""
+
+    def render(self, points: Sequence[Point], *, sweep: str | None = None) -> int:
+        """Render points as one job."""
+
+    def tell(self, error: StoryMemError) -> None:
+        """Print a user's error."""
+
+
+class SweepLauncher(Launcher):
+    """Renders all points of a multirun as few jobs as their weights allow. A point that fails stops no other."""
+
+    def setup(self, *, hydra_context: HydraContext, task_function: Any, config: DictConfig) -> None:
+        """See Hydra's ``Launcher``. ``task_function`` is the application."""
+        self._context = hydra_context
+        self._application: RendersPoints = task_function
+        self._config = config
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Render the points with the given overrides."""
+        self._application.begin()
+        points: list[tuple[str, Point]] = []
+        sweep_folder = str(self._config.output)
+        for number, overrides in enumerate(job_overrides, start=initial_job_idx):
+            config = self._context.config_loader.load_sweep_config(self._config, list(overrides))
+            with open_dict(config):
+                config.hydra.job.id = config.hydra.job.num = number
+            name = str(config.hydra.job.override_dirname)
+            sweep_folder = str(config.output)
+            forget_error(sweep_folder, name)
+            try:
+                points.append((name, point_of(_without_hydra(config), name)))
+            except StoryMemError as error:
+                self._note(sweep_folder, name, error)
+        self._render(sweep_folder, points)
+        return [_finished(overrides) for overrides in job_overrides]
+
+    def _render(self, sweep_folder: str, points: Sequence[tuple[str, Point]]) -> None:
+        if points and points[0][1].settings.launch.mode == "slurm":
+            self._application.render([point for _, point in points], sweep=Path(sweep_folder).name)
+            return
+        jobs = group_points([point for _, point in points], self._can_begin(sweep_folder, points))
+        if len(jobs) > 1 and "RANK" in os.environ:
+            error = ConfigError(
+                f"the points of this sweep need {len(jobs)} jobs (they differ in weights or layout, or sweep=separate) "
+                "but ranks that were started from outside can only work on one; use launch=torchrun instead of "
+                "starting the ranks yourself"
+            )
+            for name, _ in points:
+                keep_error(sweep_folder, name, error)
+            self._application.tell(error)
+            return
+        names = {id(point): name for name, point in points}
+        for job in jobs:
+            try:
+                self._application.render(job, sweep=Path(sweep_folder).name)
+            except StoryMemError as error:
+                for point in job:
+                    keep_error(sweep_folder, names[id(point)], error)
+                self._application.tell(error)
+            except Exception:  # a fault of ours in one job is no reason to lose the others
+                traceback.print_exc()
+            if any(read_point(Path(point.settings.output)).state == "stopped" for point in job):
+                return
+
+    def _can_begin(self, sweep_folder: str, points: Sequence[tuple[str, Point]]) -> Callable[[Point], bool]:
+        names = {id(point): name for name, point in points}
+
+        def can_begin(point: Point) -> bool:
+            from storymem_dist.job import check_job
+
+            try:
+                check_job([point])
+            except StoryMemError as error:
+                self._note(sweep_folder, names[id(point)], error)
+                return False
+            return True
+
+        return can_begin
+
+    def _note(self, sweep_folder: str, name: str, error: StoryMemError) -> None:
+        keep_error(sweep_folder, name, error)
+        message = f"{name}: {error}"
+        told = StoryMemError(message)
+        self._application.tell(told)
+
+
+def group_points(points: Sequence[Point], can_begin: Callable[[Point], bool]) -> list[list[Point]]:
+    """Sort points into jobs, in order, leaving out those that cannot begin."""
+    from storymem_dist.job import can_join
+
+    jobs: list[list[Point]] = []
+    for point in points:
+        if not can_begin(point):
+            continue
+        settings = point.settings
+        fitting = [job for job in jobs if settings.sweep == "joined" and can_join(job[0].settings, settings)]
+        if fitting:
+            fitting[0].append(point)
+        else:
+            jobs.append([point])
+    return jobs
+
+
+class SweepTable(Callback):
+    """Ends every multirun, whoever launched it, with one table, and with the exit code of the worst point."""
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """Print how all points in the sweep's folder stand."""
+        if config.launch.mode == "slurm" or config.launch.dry_run:
+            return
+        points = read_points(str(config.output))
+        if os.environ.get("RANK", "0") == "0":
+            sys.stdout.write(f"\nsweep {config.output}: {len(points)} points\n{points_table(points)}")
+            sys.stdout.flush()
+        sys.exit(max((point.exit_code for point in points), default=0))
+
+
+def register_launcher() -> None:
+    """Make Hydra know ``SweepLauncher``."""
+    Plugins.instance().register(SweepLauncher)
+
+
+def _without_hydra(config: DictConfig) -> DictConfig:
+    """The composed configuration without Hydra's own part."""
+    rest = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+    assert isinstance(rest, DictConfig)
+    return rest
+
+
+def _finished(overrides: Sequence[str]) -> JobReturn:
+    job = JobReturn(overrides=list(overrides), status=JobStatus.COMPLETED)
+    job.return_value = 0
+    return job
