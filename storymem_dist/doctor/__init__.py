@@ -1,0 +1,1 @@
+"""``storymem-doctor``: one page about a machine and a configuration, each line with the fix where one is needed."""

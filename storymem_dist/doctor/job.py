@@ -1,0 +1,161 @@
+"""Checks of a configuration on this machine: its weights, the disks they and the run folder are on, memory, tracking.
+
+Each check returns findings; what a render would raise is shown as a problem with the same words.
+"""
+
+import importlib.metadata
+import netrc
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from storymem_dist.build import open_weights, with_generated_weights
+from storymem_dist.config import RenderConfig
+from storymem_dist.doctor.finding import Finding, ok, problem, warning
+from storymem_dist.doctor.machine import GIB
+from storymem_dist.errors import StoryMemError, WeightsNotFound
+from storymem_dist.models.wan.checkpoints import WanCheckpoint, dit_shapes
+
+KINDS = ("t2v", "m2v")
+_READ_BYTES = 512 * 2**20
+_READ_SECONDS = 2.0
+_READ_BLOCK = 16 * 2**20
+_SLOW_BYTES_PER_SECOND = 500e6
+_MIN_OUTPUT_BYTES = 5 * GIB
+_BYTES = {"bfloat16": 2, "float32": 4}
+
+
+def check_weights(settings: RenderConfig) -> Iterator[Finding]:
+    """Whether the weights of this configuration are there, whole, and the right ones; and how fast they can be read."""
+    try:
+        model = with_generated_weights(settings.model)
+    except OSError as error:
+        yield problem("weights", "tiny", error, "make room, or set STORYMEM_CACHE to another folder")
+        return
+    for kind in KINDS:
+        try:
+            weights = open_weights(model, (kind,), settings.sampler.continuation)
+        except WeightsNotFound as error:
+            yield problem("weights", kind, "not there", str(error))
+            continue
+        except StoryMemError as error:
+            yield problem("weights", kind, "cannot be used", str(error))
+            continue
+        checkpoint = weights.checkpoints[kind]
+        loras = {name: len(loras) for name, loras in weights.loras[kind].items()}
+        yield ok(
+            "weights",
+            kind,
+            f"{checkpoint.layout}, {checkpoint.root}"
+            + (f", {max(loras.values())} LoRAs" if any(loras.values()) else ""),
+        )
+        yield from _check_read_speed(kind, checkpoint)
+        yield from _check_gpu_memory(settings, kind, checkpoint)
+
+
+def _check_read_speed(kind: str, checkpoint: WanCheckpoint) -> Iterator[Finding]:
+    files = [path for path in checkpoint.root.rglob("*.safetensors") if path.is_file()]
+    largest = max(files, key=lambda path: path.stat().st_size)
+    num_bytes, seconds = _timed_read(largest)
+    if num_bytes < _READ_BLOCK:
+        return
+    speed = num_bytes / seconds
+    total = sum(path.stat().st_size for path in files)
+    value = f"{speed / 1e9:.2f} GB/s: {total / speed / 60:.1f} min to read {total / 1e9:.0f} GB"
+    if speed < _SLOW_BYTES_PER_SECOND:
+        fix = "put them on a local NVMe disk, or `storymem-weights prepare` them (half the bytes)"
+        yield warning("weights", f"{kind} disk", value, fix)
+    else:
+        yield ok("weights", f"{kind} disk", value)
+
+
+def _timed_read(path: Path) -> tuple[int, float]:
+    """Bytes read from the disk itself, where the kernel agrees to forget what it has cached, and the seconds taken."""
+    num_bytes = 0
+    with path.open("rb", buffering=0) as file:
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, _READ_BYTES, os.POSIX_FADV_DONTNEED)
+        start = time.perf_counter()
+        while num_bytes < _READ_BYTES and time.perf_counter() - start < _READ_SECONDS:
+            block = file.read(_READ_BLOCK)
+            if not block:
+                break
+            num_bytes += len(block)
+        return num_bytes, max(time.perf_counter() - start, 1e-9)
+
+
+def _check_gpu_memory(settings: RenderConfig, kind: str, checkpoint: WanCheckpoint) -> Iterator[Finding]:
+    """Whether the experts fit, activations not counted; for unsharded weights only (else it depends on the ranks)."""
+    if not torch.cuda.is_available() or settings.parallel.weights != "replicated":
+        return
+    parameters = sum(shape.numel() for shape in dit_shapes(checkpoint.dit_config).values())
+    resident = 2 if settings.model.experts == "resident" else 1
+    needed = parameters * _BYTES[settings.model.dtype] * resident
+    total = torch.cuda.get_device_properties(0).total_memory
+    value = f"{needed / GIB:.0f} GiB of weights on a GPU of {total / GIB:.0f} GiB"
+    if needed > total:
+        yield problem(
+            "weights", f"{kind} fit", value, "use model.experts=swap, or parallel.weights=fsdp or fsdp_offload"
+        )
+    else:
+        yield ok("weights", f"{kind} fit", value)
+
+
+def check_output(settings: RenderConfig) -> Iterator[Finding]:
+    """Whether the run folder can be written as the records need it, and has room."""
+    folder = Path(settings.output).absolute()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        yield problem("output", "folder", f"{existing} cannot be written", "choose another one with output=FOLDER")
+        return
+    free = shutil.disk_usage(existing).free
+    if free < _MIN_OUTPUT_BYTES:
+        yield warning(
+            "output", "free space", f"{free / 1e9:.1f} GB on {existing}", "make room, or output=FOLDER elsewhere"
+        )
+    else:
+        yield ok("output", "free space", f"{free / 1e9:.0f} GB on {existing}")
+    probe = existing / f".storymem-doctor-{uuid.uuid4().hex}"
+    linked = probe.with_suffix(".link")
+    try:
+        probe.touch()
+        os.link(probe, linked)
+        yield ok("output", "hard links", "work: shots are committed exactly once")
+    except OSError as error:
+        fix = "records are published by hard links: choose a POSIX file system with output=FOLDER"
+        yield problem("output", "hard links", error.strerror or str(error), fix)
+    finally:
+        probe.unlink(missing_ok=True)
+        linked.unlink(missing_ok=True)
+
+
+def check_tracking(settings: RenderConfig) -> Iterator[Finding]:
+    """Whether Weights & Biases would upload."""
+    mode = settings.tracking.wandb.mode
+    if mode == "off":
+        yield ok("tracking", "wandb", "off")
+        return
+    version = importlib.metadata.version("wandb")
+    if _has_wandb_key():
+        yield ok("tracking", "wandb", f"{version}, mode {mode}, key found")
+    elif mode == "online":
+        yield problem(
+            "tracking", "wandb", f"{version}, mode online, no key", "wandb login, or tracking.wandb.mode=offline"
+        )
+    else:
+        yield ok("tracking", "wandb", f"{version}, mode {mode}, no key: kept in the run folder (wandb sync uploads it)")
+
+
+def _has_wandb_key() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].split("/")[0]
+    try:
+        return netrc.netrc().authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
