@@ -20,6 +20,9 @@ from storymem_dist.observe.run_values import (
     StoryState,
 )
 
+SILENCE_SECONDS = 60.0
+"""A replica that says nothing for so long leaves its row to the next job (system samples come more often)."""
+
 
 class RunState:
     """Everything that the events so far say about a run."""
@@ -83,9 +86,19 @@ class RunState:
         )
 
     def row_label(self, key: RowKey) -> str:
-        """``replica 0``, with the job's name in front when several jobs share the folder."""
-        job, replica = key
-        return f"{job} replica {replica}" if len({name for name, _ in self.rows}) > 1 and job else f"replica {replica}"
+        """``replica 0``, or ``job 2 replica 0`` where several jobs worked at once."""
+        name, replica = key
+        return f"{name} replica {replica}" if name else f"replica {replica}"
+
+    def newest_start(self, job: str, replica: int) -> Start | None:
+        """The last start of a replica of ``job``."""
+        starts = [
+            start
+            for row in self.rows.values()
+            for start in row.starts
+            if row.key[1] == replica and start.job.job == job
+        ]
+        return max(starts, key=lambda start: start.start, default=None)
 
     def rates(self, key: RowKey | None = None) -> Rates:
         """Rates of one row, or of the whole run."""
@@ -212,6 +225,21 @@ class RunState:
             return self._part_rows(stamped, row)
         return row
 
+    def _new_row(self, stamped: ev.StampedEvent) -> Row:
+        """A row that is named apart from those of other jobs with the same replica number."""
+        number = sum(replica == stamped.replica for _, replica in self.rows)
+        key = (f"job {number + 1}" if number else "", stamped.replica)
+        self._row_of_writer[stamped.writer] = key
+        return self.rows.setdefault(key, Row(key=key))
+
+    def _row_to_go_on_in(self, job: str, replica: int, now: float) -> Row | None:
+        """The row of an earlier start of the same job, else one that its job has left."""
+        rows = [row for key, row in sorted(self.rows.items()) if key[1] == replica]
+        for row in rows:
+            if row.starts and row.starts[-1].job.job == job:
+                return row
+        return next((row for row in rows if row.is_over or now - row.last_seen > SILENCE_SECONDS), None)
+
     def _part_rows(self, stamped: ev.StampedEvent, row: Row) -> Row:
         """Give a writer a row of its own: it still speaks although its row has a newer start.
 
@@ -219,9 +247,7 @@ class RunState:
         people start by hand have none).
         """
         own = [start for start in row.starts if start.writer == stamped.writer]
-        name = f"{own[-1].job.host}-{own[-1].job.process_id}" if own else stamped.writer
-        parted = self.rows.setdefault((name, stamped.replica), Row(key=(name, stamped.replica)))
-        self._row_of_writer[stamped.writer] = parted.key
+        parted = self._new_row(stamped)
         parted.starts.extend(own)
         row.starts = [start for start in row.starts if start.writer != stamped.writer]
         attempts = sorted((a for a in self.attempts() if a.writer == stamped.writer), key=lambda a: a.start)
@@ -245,11 +271,12 @@ class RunState:
                 return
 
     def _job_started(self, stamped: ev.StampedEvent, event: ev.JobStarted) -> None:
-        key = (event.job, stamped.replica)
-        self._row_of_writer[stamped.writer] = key
-        row = self.rows.setdefault(key, Row(key=key))
-        self._close_open(row, "interrupted", row.last_seen)
         now = stamped.wall_time
+        row = self._row_to_go_on_in(event.job, stamped.replica, now)
+        if row is None:
+            row = self._new_row(stamped)
+        self._row_of_writer[stamped.writer] = row.key
+        self._close_open(row, "interrupted", row.last_seen)
         row.starts.append(Start(writer=stamped.writer, job=event, start=now, last_seen=now))
         row.last_seen = now
         self.run_id = event.run_id or self.run_id

@@ -1,6 +1,7 @@
 """The parts of a run as ``run_state.py`` keeps them: stories, shots, attempts, and rows of time. Plain values.
 
-Words: a *row* is one replica of one job over all its starts; an *attempt* is one try at a shot by one writer.
+Words: a *row* is one replica over all its starts (a later job goes on in the rows that an earlier one has left); an
+*attempt* is one try at a shot by one writer.
 """
 
 from collections import deque
@@ -12,7 +13,7 @@ RECENT_STEPS = 8
 """How many steps the shown seconds-per-step look back."""
 
 RowKey = tuple[str, int]
-"""Job name and replica number."""
+"""Replica number, and before it the name that tells jobs apart that share the folder: empty for the first of them."""
 
 
 @dataclass(kw_only=True, slots=True)

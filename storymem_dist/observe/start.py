@@ -146,14 +146,14 @@ def wait_for_replicas_of(run_folder: Path, place: Place, *, silence_seconds: flo
     tail = JournalTail(run_folder / "events")
     state = RunState()
     began = time.time()
-    keys = [(place.job, number) for number in range(place.num_replicas) if number != place.replica]
+    others = [number for number in range(place.num_replicas) if number != place.replica]
     while True:
         while events := tail.poll():
             for stamped in events:
                 state.apply(stamped)
-        rows = [state.rows.get(key) for key in keys]
-        waiting = [row for row in rows if row is None or not row.is_over]
-        last_signs = [max(began, row.last_seen if row is not None else 0.0) for row in waiting]
+        starts = [state.newest_start(place.job, number) for number in others]
+        waiting = [start for start in starts if start is None or not start.outcome]
+        last_signs = [max(began, start.last_seen if start is not None else 0.0) for start in waiting]
         if all(time.time() - last > silence_seconds for last in last_signs):
             return
         time.sleep(1.0)

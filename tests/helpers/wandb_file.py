@@ -10,6 +10,10 @@ from typing import Any
 
 from wandb.proto import wandb_internal_pb2
 
+from storymem_dist.observe.events import MemoryDecided
+from storymem_dist.observe.journal import read_journal
+from storymem_dist.observe.run_state import RunState
+
 BLOCK_SIZE = 32768
 FULL, FIRST, MIDDLE, LAST = 1, 2, 3, 4
 
@@ -43,6 +47,20 @@ class WandbRun:
 def read_segments(wandb_folder: Path) -> list[WandbRun]:
     """All offline segments in a run folder's ``wandb`` folder, oldest first."""
     return [_read(folder) for folder in sorted(wandb_folder.glob("offline-run-*"))]
+
+
+def memory_rows_of_events(run_folder: Path) -> list[list[Any]]:
+    """What the ``memory_frames`` table must hold between its first column (the picture) and its last (the time)."""
+    state, events = RunState(), read_journal(run_folder / "events")
+    for stamped in events:
+        state.apply(stamped)
+    rows = []
+    for event in (state.with_scores(stamped.event) for stamped in events if isinstance(stamped.event, MemoryDecided)):
+        source = "reference" if event.source_shot_index < 0 else f"shot_{event.source_shot_index + 1:02d}"
+        where = [event.story_id, event.shot_id, event.verdict, source, event.source_frame_index]
+        scores = [event.similarity, event.bank_similarity, event.against, event.quality]
+        rows.append([*where, event.slot, event.position, *scores, event.why])
+    return sorted(rows, key=repr)
 
 
 def _read(folder: Path) -> WandbRun:

@@ -13,10 +13,9 @@ import pytest
 from storymem_dist.observe import events as ev
 from storymem_dist.observe.feeder import WandbProcess
 from storymem_dist.observe.journal import read_journal
-from storymem_dist.observe.run_state import RunState
 from storymem_dist.observe.settings import WandbSettings
 from tests.helpers.fake_run import START_TIME, FakeRun
-from tests.helpers.wandb_file import WandbRun, read_segments
+from tests.helpers.wandb_file import WandbRun, memory_rows_of_events, read_segments
 
 ROOT = Path(__file__).parents[2]
 
@@ -83,22 +82,12 @@ def test_the_run_goes_by_the_folders_id_and_names_what_was_asked_for(fed: tuple[
 
 def test_every_memory_decision_is_in_the_table_and_equals_the_event_files(fed: tuple[FakeRun, WandbRun]) -> None:
     run, segment = fed
-    state = RunState()
-    for stamped in read_journal(run.root / "events"):
-        state.apply(stamped)
-    expected = []
-    for event in map(state.with_scores, events_of(run, ev.MemoryDecided)):
-        source = f"shot_{event.source_shot_index + 1:02d}"
-        where = [event.story_id, event.shot_id, event.verdict, source, event.source_frame_index]
-        scores = [event.similarity, event.bank_similarity, event.against, event.quality]
-        expected.append([*where, event.slot, event.position, *scores, event.why])
     columns, rows = segment.table("memory_frames")
     assert columns[1:-1] == [
         *("story", "shot", "verdict", "source_shot", "source_frame", "slot", "position"),
         *("similarity", "bank_similarity", "against", "quality", "why"),
     ]
-    key = repr
-    assert sorted((row[1:-1] for row in rows), key=key) == sorted(expected, key=key)
+    assert sorted((row[1:-1] for row in rows), key=repr) == memory_rows_of_events(run.root)
     assert {row[3] for row in rows} == {"recalled", "evicted", "kept", "duplicate", "low_quality"}
     assert all(row[0] == "Image" for row in rows), "every frame has its thumbnail"
 

@@ -63,11 +63,11 @@ def test_a_killed_replica_leaves_an_interrupted_attempt_and_its_restart_goes_on_
         run.shot(second, 0, 1, resume_at=2)
         run.finish(second)
     state = fold(run.root)
-    assert list(state.rows) == [("local", 0)]
+    assert list(state.rows) == [("", 0)]
     interrupted, resumed = state.stories["story_0"].shots["shot_02"].attempts
     assert (interrupted.outcome, interrupted.step) == ("interrupted", 2)
     assert (resumed.outcome, resumed.resumed_step, resumed.step, resumed.num_timed_steps) == ("finished", 2, 4, 2)
-    row = state.rows[("local", 0)]
+    row = state.rows[("", 0)]
     assert (row.num_finished, row.num_resumed, len(row.starts)) == (2, 1, 2)
     assert state.up_seconds < 60.0 < state.last_time - START_TIME
 
@@ -86,6 +86,26 @@ def test_two_jobs_of_one_name_at_once_are_two_rows_not_a_restart(tmp_path: Path)
     assert sorted(row.num_finished for row in state.rows.values()) == [1, 1]
     assert [attempt.outcome for attempt in state.attempts()] == ["finished", "finished"]
     assert all(row.is_over for row in state.rows.values())
+
+
+@pytest.mark.parametrize(("outcome", "pause", "num_rows"), [("stopped", 1.0, 1), (None, 300.0, 1), (None, 1.0, 2)])
+def test_a_later_job_goes_on_in_the_rows_that_an_earlier_one_has_left(
+    tmp_path: Path, outcome: str | None, pause: float, num_rows: int
+) -> None:
+    run = FakeRun(tmp_path / "run", num_stories=1, num_shots=2, job="torchrun-1")
+    with run.replica(0) as replica:
+        run.shot(replica, 0, 0)
+        if outcome is not None:
+            run.finish(replica, outcome)
+    run.job = "torchrun-2"
+    with run.replica(0, at=replica.clock.now + pause) as later:
+        run.shot(later, 0, 1)
+        run.finish(later)
+    state = fold(run.root)
+    assert len(state.rows) == num_rows
+    assert sum(row.num_finished for row in state.rows.values()) == 2
+    labels = {state.row_label(key) for key in state.rows}
+    assert labels == ({"replica 0"} if num_rows == 1 else {"replica 0", "job 2 replica 0"})
 
 
 def test_an_attempt_that_was_under_way_when_the_other_job_started_is_not_taken_for_dead(tmp_path: Path) -> None:
@@ -122,7 +142,7 @@ def test_time_left_is_bound_by_the_longest_chain(tmp_path: Path) -> None:
     per_clip = state.rates().seconds_per_clip
     assert per_clip is not None
     assert state.seconds_left() == pytest.approx(3 * per_clip)
-    state.rows[("local", 1)] = state.rows[("local", 0)]
+    state.rows[("", 1)] = state.rows[("", 0)]
     assert state.seconds_left() == pytest.approx(3 * per_clip), "a second replica does not shorten a chain"
 
 
