@@ -15,6 +15,8 @@ from storymem_dist.observe.run_values import Attempt, Row, RowKey, Span
 SMALLEST_SHARE = 0.0004
 """Pieces shorter than this share of the whole (half a pixel) are joined to equal neighbours, or left out."""
 
+SMALLEST_LABELLED_SHARE = 0.03
+
 KINDS = (*STAGES, "wait")
 MAX_ROWS = 64
 
@@ -111,9 +113,10 @@ def _shot_block(attempt: Attempt, axis: Axis, now: float) -> str:
     name = f"{attempt.started.story_id}/{attempt.started.shot_id}"
     tip = f"{name}: {attempt.outcome}, {fmt.duration(end - attempt.start)}"
     tip += f". {attempt.reason}" if attempt.reason else ""
+    is_wide = axis.share(end) - axis.share(attempt.start) > SMALLEST_LABELLED_SHARE
     return (
         f'<span class="shot {esc(attempt.outcome)}" style="{_place(attempt.start, end, axis)}" data-tip="{esc(tip)}">'
-        f"{esc(name)}</span>"
+        f"{esc(name) if is_wide else ''}</span>"
     )
 
 
@@ -157,7 +160,7 @@ def _ticks(axis: Axis) -> str:
     )
     marks = []
     second = 0.0
-    while second <= axis.seconds:
+    while second <= 0.97 * axis.seconds:
         label = f"{second:g} s" if step < 60 else fmt.duration(second)
         marks.append(f'<span class="tick" style="left:{100 * second / axis.seconds:.2f}%">{label}</span>')
         second += step
