@@ -139,8 +139,8 @@ def name_points_by_what_is_swept(arguments: Sequence[str]) -> list[str]:
         parsed = OverridesParser.create().parse_overrides(overrides)
     except OverrideParseException:
         return list(arguments)  # Hydra will say it
-    fixed = [one.key_or_group for one in parsed if not one.is_sweep_override() and not one.is_hydra_override()]
-    listed = ",".join(f"'{key}'" for key in fixed)
+    is_swept = {one.key_or_group: one.is_sweep_override() for one in parsed if not one.is_hydra_override()}
+    listed = ",".join(f"'{key}'" for key, swept in is_swept.items() if not swept)
     return [*arguments, f"hydra.job.config.override_dirname.exclude_keys=[{listed}]"]
 
 

@@ -116,7 +116,7 @@ def config_folder() -> Path:
 def register_schema() -> None:
     """Make known to Hydra what ``conf/render.yaml`` names: the schema, and the launcher of multiruns."""
     ConfigStore.instance().store(name="render_schema", node=RenderConfig)
-    launcher = {"_target_": "storymem_dist.launch.sweep.SweepLauncher"}
+    launcher = {"_target_": "hydra_plugins.storymem_launcher.SweepLauncher"}
     ConfigStore.instance().store(group="hydra/launcher", name="storymem", node=launcher, provider="storymem_dist")
     OmegaConf.register_new_resolver(
         "storymem_examples", lambda: str(config_folder() / "stories" / "examples"), replace=True

@@ -6,6 +6,7 @@ the others are rendered one after the other. Another launcher (``hydra/launcher=
 once for each point instead.
 """
 
+import copy
 import os
 import sys
 import traceback
@@ -18,7 +19,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, open_dict, read_write
 
 from storymem_dist.config import Point
 from storymem_dist.errors import ConfigError, StoryMemError
@@ -30,6 +31,10 @@ from storymem_dist.launch.points import (
     read_point,
     read_points,
 )
+
+
+PLUGIN_MODULE = "hydra_plugins.storymem_launcher"
+"""Hydra instantiates only plugins of this namespace; ``register_launcher`` makes this module known there."""
 
 
 class RendersPoints(Protocol):
@@ -47,6 +52,8 @@ class RendersPoints(Protocol):
 
 class SweepLauncher(Launcher):
     """Renders all points of a multirun as few jobs as their weights allow. A point that fails stops no other."""
+
+    __module__ = PLUGIN_MODULE
 
     def setup(self, *, hydra_context: HydraContext, task_function: Any, config: DictConfig) -> None:
         """See Hydra's ``Launcher``. ``task_function`` is the application."""
@@ -155,14 +162,16 @@ class SweepTable(Callback):
 
 
 def register_launcher() -> None:
-    """Make Hydra know ``SweepLauncher``."""
+    """Make Hydra know ``SweepLauncher``, without a package of our own in the namespace that all plugins share."""
+    sys.modules[PLUGIN_MODULE] = sys.modules[__name__]
     Plugins.instance().register(SweepLauncher)
 
 
 def _without_hydra(config: DictConfig) -> DictConfig:
     """The composed configuration without Hydra's own part."""
-    rest = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
-    assert isinstance(rest, DictConfig)
+    rest = copy.deepcopy(config)
+    with read_write(rest), open_dict(rest):
+        del rest["hydra"]
     return rest
 
 

@@ -1,0 +1,54 @@
+# shellcheck shell=bash
+# batch.sh - sourced by the templates in slurm/: start the nodes, stop in time, go back to the queue.
+#
+# A template sets START, an array with the command (srun ...) that starts node.sh on every node, and then sources this
+# file with the overrides as arguments. SLURM sends the batch script USR1 before the time is up (#SBATCH --signal); then
+# STOP.JOB appears in the run folder's logs/, every rank of this job (and of no other in that folder) finishes its
+# denoising step and saves, and the job is requeued under the same number, at most STORYMEM_MAX_REQUEUES times.
+here=$STORYMEM_LAUNCH
+# shellcheck source=launch/env.sh
+source "$here/env.sh"
+
+output=$(storymem_output "$@")
+if [ -z "$output" ]; then
+  echo "the overrides are refused: $*" >&2
+  exit 2
+fi
+mkdir -p "$output/logs"
+own_stop=$output/logs/STOP.$SLURM_JOB_ID
+rm -f "$own_stop" # of this job before it was requeued
+export STORYMEM_STOP_FILES=$own_stop
+export STORYMEM_OUTPUT=$output
+# For parallel.across_nodes=true: where the nodes meet, and a port that another job on that node is unlikely to use.
+STORYMEM_HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+export STORYMEM_HEAD STORYMEM_PORT=$((20000 + SLURM_JOB_ID % 20000))
+unset STORYMEM_NODE # each node finds its own
+
+times_up=0
+trap 'times_up=1; touch "$own_stop"; echo "time is up: stopping after the running step"' USR1
+# Preemption and scancel: the same, but SLURM itself decides whether the job comes back.
+trap 'touch "$own_stop"' TERM
+
+echo "job $SLURM_JOB_ID, start ${SLURM_RESTART_COUNT:-0}, on $SLURM_JOB_NODELIST: $*"
+"${START[@]}" bash "$here/node.sh" "$@" &
+nodes=$!
+while :; do
+  wait "$nodes"
+  code=$?
+  kill -0 "$nodes" 2>/dev/null || break # a trapped signal ends wait before the nodes have ended
+done
+state=$(storymem_state "$output")
+echo "nodes ended with $code, the batch is ${state:-unfinished}"
+if [ "$state" = "done" ]; then
+  exit 0 # also when a node was lost: the others have done its work
+fi
+if [ "$times_up" = 1 ] && [ "$state" = stopped ]; then
+  if [ "${SLURM_RESTART_COUNT:-0}" -lt "${STORYMEM_MAX_REQUEUES:-20}" ]; then
+    scontrol requeue "$SLURM_JOB_ID"
+    sleep 120 # SLURM ends this script
+  fi
+  echo "not requeued again: this was start ${SLURM_RESTART_COUNT:-0}, STORYMEM_MAX_REQUEUES=${STORYMEM_MAX_REQUEUES:-20}" >&2
+  exit 75
+fi
+[ "$code" = 0 ] && [ "$state" != stopped ] && code=1
+exit "$code"

@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# local.sh OVERRIDES... - one node, all its GPUs; renders until everything is done, also through crashes of the launcher.
+#
+#   bash launch/local.sh stories=my_stories/ output=runs/night
+#
+# The same as `storymem-render launch=torchrun ...` with the environment of env.sh. Ctrl-C stops after the running step,
+# twice at once; the same command goes on. ATTEMPTS=3 starts it again when the whole group is lost.
+set -uo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+for ((attempt = 1; attempt <= ${ATTEMPTS:-1}; attempt++)); do
+  bash "$here/node.sh" "$@"
+  code=$?
+  [ "$code" = 1 ] || [ "$code" -gt 128 ] || break
+  echo "attempt $attempt of ${ATTEMPTS:-1} ended with $code" >&2
+done
+# Stopped on request is no failure when a person did it.
+[ "$code" = 75 ] && code=0
+exit "$code"
