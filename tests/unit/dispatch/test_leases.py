@@ -174,6 +174,21 @@ def test_generations_count_deaths_and_a_release_forgets_them(tmp_path: Path) -> 
     assert holder.scan() == {}
 
 
+def test_a_late_release_does_not_take_a_lease_that_another_has_made_under_the_same_name(tmp_path: Path) -> None:
+    clock = Clock()
+    late, second, third = (folder_of(tmp_path, far_owner(n), clock) for n in range(3))
+    lost = late.try_claim("key")
+    second.try_claim("key", 0)
+    clock.now += 61.0
+    taken = second.try_claim("key", 0)
+    assert lost is not None and taken is not None
+    second.release(taken)
+    current = third.try_claim("key")
+    assert current is not None and current.generation == lost.generation == 0
+    late.release(lost)
+    assert third.is_held(current)
+
+
 def test_random_deaths_pauses_and_wakings_never_give_two_holders(tmp_path: Path) -> None:
     """A model check in miniature: at every moment, at most one living owner believes that it holds the key."""
     for seed in range(30):
