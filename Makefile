@@ -1,12 +1,13 @@
 # One command each on a fresh machine: `make demo`, `make test`, `make lint` make .venv and install what they need.
 PYTHON ?= python3
-VENV := .venv
+VENV ?= .venv
 BIN := $(VENV)/bin
 OUTPUT ?= runs/demo
 
-.PHONY: demo test lint format install clean
+.PHONY: demo test lint format install dev clean
 
 install: $(VENV)/.runtime-installed
+dev: $(VENV)/.dev-installed
 demo: $(VENV)/.runtime-installed
 	$(BIN)/storymem-render experiment=demo output=$(OUTPUT)
 
