@@ -14,8 +14,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from storymem_dist.errors import require_one_of
 
 BACKENDS = ("auto", "sdpa_flash", "sdpa_math")
-"""``auto``: torch's own choice for the device and dtype. ``sdpa_flash``: torch's flash kernel or an error.
-``sdpa_math``: unfused softmax in fp32, the exact reference (memory grows with L x S)."""
+"""``auto``: torch's own choice for the device and dtype. On Hopper that is cuDNN's kernel where the installed cuDNN can
+be trusted with lengths that 128 does not divide (as ours), else flash; forcing cuDNN would override that guard.
+``sdpa_flash``: torch's flash kernel or an error. ``sdpa_math``: unfused softmax in fp32, the exact reference (memory
+grows with L x S)."""
 
 _MATH_QUERY_ROWS = 1024  # rows of the score matrix held at once by the unfused path of attend_with_lse
 
