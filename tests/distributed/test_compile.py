@@ -1,7 +1,7 @@
 """Ulysses and ring inside per-block compiled regions, under FSDP2, compute what one eager device computes.
 
-The compiler's front end alone is used ("eager"): it captures, guards and decides about recompilation as always, but does
-not spend minutes on generating code.
+The compiler's front end alone is used ("eager"): it captures, guards and decides about recompilation as always, but
+does not spend minutes on generating code.
 """
 
 from dataclasses import replace
