@@ -305,9 +305,11 @@ class FakeRun:
         return record
 
 
-def whole_run(root: Path, *, num_stories: int = 3, num_shots: int = 4, num_replicas: int = 2) -> FakeRun:
+def whole_run(
+    root: Path, *, num_stories: int = 3, num_shots: int = 4, num_replicas: int = 2, max_keyframes: int = 4
+) -> FakeRun:
     """A batch that is complete: stories handed to replicas in turn, one wait, weights loaded by each."""
-    run = FakeRun(root, num_stories=num_stories, num_shots=num_shots)
+    run = FakeRun(root, num_stories=num_stories, num_shots=num_shots, max_keyframes=max_keyframes)
     for number in range(num_replicas):
         with run.replica(number, num_replicas=num_replicas) as replica:
             run.load_weights(replica)

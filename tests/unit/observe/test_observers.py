@@ -87,10 +87,13 @@ def test_events_from_many_threads_get_gapless_numbers(tmp_path: Path) -> None:
 def test_a_back_end_that_raises_is_dropped_with_one_warning(tmp_path: Path) -> None:
     raising, good, lines = Raising(), Recorder(), list[str]()
     with Observers(
-        [raising, good], journal=JournalWriter(tmp_path, "w"), writer="w", report_line=lines.append
+        [raising, good], journal=JournalWriter(tmp_path, "w"), writer="w", queue_size=4, report_line=lines.append
     ) as observers:
         for number in range(20):
             observers.notify(StopRequested(reason=str(number)))
+            deadline = time.monotonic() + 10.0
+            while len(reasons(good.events)) <= number and time.monotonic() < deadline:
+                time.sleep(0.001)
     assert len(raising.events) == 1 and not raising.closed
     assert len(reasons(good.events)) == 20
     told = warnings(read_journal(tmp_path))

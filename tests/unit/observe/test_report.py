@@ -53,7 +53,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def complete(tmp_path_factory: pytest.TempPathFactory) -> FakeRun:
-    return whole_run(tmp_path_factory.mktemp("runs") / "ünï code & co", num_stories=2, num_shots=3)
+    return whole_run(tmp_path_factory.mktemp("runs") / "ünï code & co", num_stories=2, num_shots=3, max_keyframes=2)
 
 
 def report(run: FakeRun, **options: object) -> Page:
@@ -89,6 +89,8 @@ def test_lineage_edges_are_the_recalls_of_the_records(complete: FakeRun) -> None
     assert drawn == sorted(recorded) and drawn
     told = [edge["aria-label"] for edge in page.all("g", "edge")]
     assert all("shown to shot_" in label and "quality 4.500" in label for label in told)
+    gone = [(edge["data-from"], edge["data-to"]) for edge in page.all("g", "gone")]
+    assert gone == [("0:1", "shot_03")] * 2, "of three keyframes the window holds the first and the newest"
     view = read_run(complete.root)
     assert sum(len(edges(story)) for story in view.stories) == len(drawn)
 
