@@ -32,7 +32,6 @@ from storymem_dist.launch.points import (
     read_points,
 )
 
-
 PLUGIN_MODULE = "hydra_plugins.storymem_launcher"
 """Hydra instantiates only plugins of this namespace; ``register_launcher`` makes this module known there."""
 

@@ -20,6 +20,7 @@ from types import FrameType
 import torch
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous.api import RendezvousError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from storymem_dist.config import Point, points_to_plain
@@ -34,6 +35,7 @@ from storymem_dist.parallel.settings import ParallelSettings
 _ELASTIC_LOGGER = "torch.distributed.elastic"
 _JOIN_SECONDS = 300
 _NO_RESTART_HELPED = 1
+_MEETING_PORT = 29400  # torchrun's own default
 
 
 def render_with_torchrun(points: Sequence[Point], *, sweep: str | None = None) -> int:
@@ -76,11 +78,20 @@ def check_start(points: Sequence[Point]) -> int:
             f"launch.processes_per_node={num_processes}, but this node has {num_gpus} GPUs; start at most that many "
             "ranks on it, or use parallel.device=cpu"
         )
-    if launch.port is not None and launch.node_rank == 0:
-        _check_port(launch.port)
+    port = chosen_port(launch, parallel)
+    if port is not None and launch.node_rank == 0:
+        _check_port(port)
     checked = check_job(points)
     check_heads(parallel, checked.weights.any_checkpoint.dit_config.num_heads)
     return num_processes
+
+
+def chosen_port(launch: LaunchSettings, parallel: ParallelSettings) -> int | None:
+    """The port that somebody chose for this node's group; None: any free one.
+
+    Among several nodes without a rendezvous it would be the port where they do not meet.
+    """
+    return launch.port if parallel.across_nodes or launch.num_nodes == 1 else None
 
 
 def _check_port(port: int) -> None:
@@ -109,13 +120,14 @@ def _set_environment(folder: GroupFolder, num_processes: int) -> None:
 def _run(launch: LaunchSettings, parallel: ParallelSettings, num_processes: int, folder: GroupFolder) -> None:
     """Run the ranks until they have ended. Raises ``RankError`` when they died once too often."""
     one_node = not (parallel.across_nodes and launch.num_nodes > 1)
+    port = chosen_port(launch, parallel)
     config = LaunchConfig(
         min_nodes=1 if one_node else launch.num_nodes,
         max_nodes=1 if one_node else launch.num_nodes,
         nproc_per_node=num_processes,
         run_id=os.environ["STORYMEM_JOB_ID"] if not one_node else folder.root.name,
         rdzv_backend="c10d",
-        rdzv_endpoint=f"localhost:{launch.port or 0}" if one_node else f"{launch.head}:{launch.port or 29400}",
+        rdzv_endpoint=f"localhost:{port or 0}" if one_node else f"{launch.head}:{port or _MEETING_PORT}",
         rdzv_configs={"is_host": one_node or launch.node_rank == 0, "timeout": _JOIN_SECONDS},
         local_addr="localhost" if one_node else None,
         max_restarts=launch.max_restarts,
@@ -123,8 +135,14 @@ def _run(launch: LaunchSettings, parallel: ParallelSettings, num_processes: int,
         logs_specs=DefaultLogsSpecs(log_dir=str(folder.root / "logs")),
         signals_to_handle="SIGQUIT",  # the others are ours, see _signals_become_a_file
     )
+    where = config.rdzv_endpoint
     try:
         elastic_launch(config, sys.executable)("-m", "storymem_dist.launch.rank", str(folder.root))
+    except RendezvousError as error:
+        raise LayoutError(
+            f"the ranks cannot meet at {where} ({str(error).splitlines()[0]}); is node {launch.head} there, and is the "
+            f"port free and open? launch.head and launch.port say where the {launch.num_nodes} nodes meet"
+        ) from error
     except ChildFailedError as error:
         if folder.error() is not None:
             return

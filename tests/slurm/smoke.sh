@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# shellcheck disable=SC2317  # checks are called by name
 # smoke.sh - renders on a real SLURM (up.sh has started it: two virtual nodes) and compares with a local render.
 #
 #   SLCI_BASE=/tmp/slurm_ci bash tests/slurm/up.sh && PY=.venv/bin/python bash tests/slurm/smoke.sh [CHECK...]
@@ -6,7 +7,7 @@
 # Checks: nodes array signal lost sweep. The model is tiny, the clips are a few pixels: what is tested is that nothing is
 # lost and that every byte is that of a local run.
 set -uo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+cd "$(dirname "${BASH_SOURCE[0]}")/../.." || exit
 # shellcheck disable=SC1091
 . "${SLCI_BASE:-/tmp/slurm_ci}/env.sh"
 PY=$(realpath -s "${PY:-.venv/bin/python}")
@@ -25,7 +26,7 @@ until_true() { # until_true SECONDS COMMAND...
   local end=$((SECONDS + $1))
   shift
   until "$@" > /dev/null 2>&1; do
-    [ $SECONDS -lt $end ] || return 1
+    [ "$SECONDS" -lt "$end" ] || return 1
     sleep 0.3
   done
 }
@@ -83,7 +84,7 @@ check_signal() {
   scancel --signal=USR1 --batch "$job"
   gone "$job"
   ok "signal in a shot: job" "$(state "$job")" COMPLETED
-  ok "signal in a shot: came back" "$(cat "$run"/logs/slurm-"$job".out | grep -c '^job .* start 1,')" 1
+  ok "signal in a shot: came back" "$(grep -c '^job .* start 1,' "$run"/logs/slurm-"$job".out)" 1
   ok "signal in a shot: went on inside it" "$(count "$run" ShotResumed)" 1
   ok "signal in a shot: bytes of a local run" "$(media "$run")" "$(media "$work/long-local")"
 }
@@ -108,7 +109,7 @@ check_sweep() {
     stories="$work/stories/fox.json" output="$run" sampler.num_inference_steps=2,3 > "$work/sweep.log" 2>&1
   ok "submitit sweep: exit code" $? 0
   for steps in 2 3; do
-    render stories="$work/stories/fox.json" output="$work/one-$steps" sampler.num_inference_steps=$steps \
+    render stories="$work/stories/fox.json" output="$work/one-$steps" sampler.num_inference_steps="$steps" \
       > "$work/one.log" 2>&1 || bad=1
     ok "submitit sweep: bytes of point $steps" "$(media "$run/sampler.num_inference_steps=$steps")" \
       "$(media "$work/one-$steps")"

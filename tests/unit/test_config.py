@@ -10,7 +10,7 @@ from storymem_dist.config import RenderConfig, config_folder, register_schema, t
 from storymem_dist.errors import ConfigError
 
 CONF = config_folder()
-GROUPS = ("model", "sampler", "memory", "stories", "parallel", "tracking", "debug")
+GROUPS = ("model", "sampler", "memory", "stories", "parallel", "tracking", "debug", "launch")
 
 
 def compose_settings(*overrides: str) -> RenderConfig:
@@ -121,4 +121,5 @@ def test_no_storyboard_is_told_with_an_example(path: str) -> None:
 
 def test_the_configuration_lies_in_the_checkout_or_in_the_package() -> None:
     assert (CONF / "render.yaml").is_file()
-    assert CONF in (Path(__file__).parents[2] / "conf", Path(__file__).parents[2] / "storymem_dist" / "conf")
+    root = Path(__file__).parents[2]
+    assert CONF in (root / "conf", root / "storymem_dist" / "assets" / "conf")
