@@ -11,9 +11,8 @@ from pathlib import Path
 
 import torch
 from harness import device_name, interleaved_seconds, median_ratio, peak_gib, print_table, write_json
-from rivals import make_diffusers, make_inputs, make_ours, run_diffusers, run_ours
+from rivals import make_diffusers, make_inputs, make_ours, run_diffusers, run_ours, small_config
 
-from storymem_dist.models.wan.dit import DiTConfig
 from storymem_dist.models.wan.presets import PRESETS
 
 
@@ -23,7 +22,7 @@ def main() -> None:
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     if args.threads:
         torch.set_num_threads(args.threads)
-    config = PRESETS[args.preset].i2v if args.preset else small_config(args)
+    config = PRESETS[args.preset].i2v if args.preset else small_config(args.dim, args.heads, args.layers, args.in_dim)
     ours = make_ours(config, dtype, device)
     theirs = make_diffusers(ours)
     inputs = make_inputs(config, tuple(args.latents), device)
@@ -31,14 +30,12 @@ def main() -> None:
     rivals = [lambda: run_ours(ours, inputs), lambda: run_diffusers(theirs, inputs, dtype)]
     difference = ((rivals[0]() - rivals[1]()).norm() / rivals[0]().norm()).item()
     peaks = [peak_gib(rival, device) for rival in rivals]
-    rounds = interleaved_seconds(rivals, repeats=args.repeats, device=device)
+    rounds = interleaved_seconds(rivals, repeats=args.repeats, device=device, clock=args.clock)
     best = [min(times[i] for times in rounds) for i in range(2)]
     speedup = median_ratio(rounds, numerator=1, denominator=0)
 
-    frames, height, width = args.latents
-    num_tokens = frames * (height // 2) * (width // 2)
     print(f"{device_name(device)}, torch {torch.__version__}, {args.dtype}")
-    print(f"dim {config.dim}, {config.num_heads} heads, {config.num_layers} layers, {num_tokens} tokens")
+    print(f"dim {config.dim}, {config.num_heads} heads, {config.num_layers} layers, {inputs.num_tokens} tokens")
     print_table(
         [
             {"model": name, "best seconds": best[i], "peak GiB": peaks[i]}
@@ -49,10 +46,11 @@ def main() -> None:
     results = {
         "benchmark": "dit_forward",
         "dtype": args.dtype,
+        "clock": args.clock,
         "dim": config.dim,
         "num_heads": config.num_heads,
         "num_layers": config.num_layers,
-        "num_tokens": num_tokens,
+        "num_tokens": inputs.num_tokens,
         "ours_seconds": best[0],
         "diffusers_seconds": best[1],
         "speedup": speedup,
@@ -61,20 +59,6 @@ def main() -> None:
         "relative_difference": difference,
     }
     write_json(args.json, results, device)
-
-
-def small_config(args: argparse.Namespace) -> DiTConfig:
-    """A14B's proportions at the width asked for."""
-    return DiTConfig(
-        dim=args.dim,
-        ffn_dim=int(args.dim * 2.7),
-        freq_dim=256,
-        num_heads=args.heads,
-        num_layers=args.layers,
-        in_dim=args.in_dim,
-        text_dim=args.dim,
-        text_len=512,
-    )
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -90,6 +74,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--latents", type=int, nargs=3, default=[8, 30, 50], metavar=("FRAMES", "HEIGHT", "WIDTH"))
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's own choice)")
+    parser.add_argument("--clock", default="wall", choices=["wall", "cpu"], help="cpu: this process's own seconds")
     parser.add_argument("--json", type=Path, help="write the results here too")
     return parser.parse_args()
 

@@ -6,12 +6,38 @@ import statistics
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+_MATMULS = {"aten::addmm", "aten::mm", "aten::bmm", "aten::baddbmm", "aten::mkldnn_linear", "aten::_int_mm"}
+_ATTENTION_PREFIXES = ("aten::_scaled_dot_product", "aten::_flash_attention", "aten::_cudnn_attention")
+# Operators that only allocate, or that only call others (which are counted themselves).
+_NO_WORK_PREFIXES = (
+    "aten::empty",
+    "aten::resize",
+    "aten::linear",
+    "aten::to",
+    "aten::_to_copy",
+    "aten::contiguous",
+    "aten::reshape",
+    "aten::rms_norm",
+    "aten::_fused_rms_norm",
+    "aten::layer_norm",
+    "aten::scaled_dot_product_attention",
+    "aten::mean",
+    "aten::stack",
+    "aten::type_as",
+    "aten::chunk",
+    "aten::dropout",
+    "aten::result_type",
+    "aten::resolve_",
+)
 
 
 def device_name(device: torch.device) -> str:
@@ -26,9 +52,12 @@ def device_name(device: torch.device) -> str:
 
 
 def interleaved_seconds(
-    rivals: Sequence[Callable[[], Any]], *, repeats: int, device: torch.device
+    rivals: Sequence[Callable[[], Any]], *, repeats: int, device: torch.device, clock: str = "wall"
 ) -> list[tuple[float, ...]]:
     """Run all rivals in turn, ``repeats`` times, after one warm-up of each; one tuple of seconds per round.
+
+    ``clock="cpu"`` counts the seconds that this process computes, which other processes disturb much less than the wall
+    clock (with one thread the two agree on an idle machine).
 
     Whatever disturbs the machine disturbs all rivals of a round alike, so compare within rounds. Every other round runs
     in reverse, so that nobody always comes first.
@@ -38,7 +67,7 @@ def interleaved_seconds(
     rounds = []
     for index in range(repeats):
         order = range(len(rivals)) if index % 2 == 0 else reversed(range(len(rivals)))
-        seconds = {position: _seconds(rivals[position], device) for position in order}
+        seconds = {position: _seconds(rivals[position], device, clock) for position in order}
         rounds.append(tuple(seconds[position] for position in range(len(rivals))))
     return rounds
 
@@ -63,6 +92,35 @@ def peak_gib(run: Callable[[], Any], device: torch.device) -> float:
     with _LiveTensors() as live:
         run()
     return live.peak_bytes / 2**30
+
+
+def profile_run(run: Callable[[], Any], device: torch.device) -> "Profile":
+    """Run once under torch's profiler."""
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
+    with profile(activities=activities) as profiler:
+        seconds = _seconds(run, device, "wall")
+    self_time = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    events = profiler.key_averages()
+    heavy_seconds = sum(getattr(event, self_time) for event in events if _is_heavy(event.key)) / 1e6
+    num_kernels = sum(event.count for event in events if _is_kernel(event.key, device))
+    return Profile(seconds=seconds, matmul_attention_seconds=heavy_seconds, num_kernels=num_kernels)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile:
+    """What the profiler saw of one run.
+
+    ``num_kernels`` counts kernel launches on CUDA; on the CPU, operators that touch memory and fused loops.
+    """
+
+    seconds: float
+    matmul_attention_seconds: float
+    num_kernels: int
+
+    @property
+    def other_ratio(self) -> float:
+        """Share of the time that is neither matrix product nor attention."""
+        return 1 - self.matmul_attention_seconds / self.seconds
 
 
 def print_table(rows: Sequence[dict[str, Any]]) -> None:
@@ -113,12 +171,28 @@ class _LiveTensors(TorchDispatchMode):
         self.peak_bytes = max(self.peak_bytes, self._live_bytes)
 
 
-def _seconds(run: Callable[[], Any], device: torch.device) -> float:
-    start = time.perf_counter()
+def _is_heavy(name: str) -> bool:
+    return name in _MATMULS or name.startswith(_ATTENTION_PREFIXES)
+
+
+def _is_kernel(name: str, device: torch.device) -> bool:
+    if device.type == "cuda":
+        return "LaunchKernel" in name
+    if "cpp_fused" in name:
+        return True
+    if not name.startswith("aten::") or name.startswith(_NO_WORK_PREFIXES):
+        return False
+    packet = getattr(torch.ops.aten, name.removeprefix("aten::"))
+    return not any(getattr(packet, overload).is_view for overload in packet.overloads())
+
+
+def _seconds(run: Callable[[], Any], device: torch.device, clock: str) -> float:
+    now = time.process_time if clock == "cpu" else time.perf_counter
+    start = now()
     run()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+    return now() - start
 
 
 def _read_lines(path: str) -> list[str]:

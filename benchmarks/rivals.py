@@ -1,6 +1,6 @@
 """Our transformer and diffusers', built with the same random weights, for the benchmarks that compare them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from diffusers import WanTransformer3DModel
@@ -12,12 +12,36 @@ from storymem_dist.models.wan.key_maps import diffusers_dit_key
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """One forward's inputs: latents ``[1, in_dim, T, h, w]``, timestep, text (full length), contiguous positions."""
+    """One step's inputs: latents ``[1, in_dim, T, h, w]``, timestep, two texts (full length), contiguous positions."""
 
     latents: Tensor
     timestep: Tensor
     context: Tensor
+    negative_context: Tensor
     positions: Tensor
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the video, with patches of 1 x 2 x 2."""
+        return self.latents.shape[2] * (self.latents.shape[3] // 2) * (self.latents.shape[4] // 2)
+
+    def with_context(self, context: Tensor) -> "Inputs":
+        """The same with another text."""
+        return replace(self, context=context)
+
+
+def small_config(dim: int, num_heads: int, num_layers: int, in_dim: int = 36) -> DiTConfig:
+    """A14B's proportions at another width and depth."""
+    return DiTConfig(
+        dim=dim,
+        ffn_dim=int(dim * 2.7),
+        freq_dim=256,
+        num_heads=num_heads,
+        num_layers=num_layers,
+        in_dim=in_dim,
+        text_dim=dim,
+        text_len=512,
+    )
 
 
 def make_ours(config: DiTConfig, dtype: torch.dtype, device: torch.device, seed: int = 0) -> WanDiT:
@@ -69,10 +93,12 @@ def make_diffusers(ours: WanDiT) -> WanTransformer3DModel:
 def make_inputs(config: DiTConfig, latent_size: tuple[int, int, int], device: torch.device, seed: int = 1) -> Inputs:
     """Random fp32 inputs for latents of ``(frames, height, width)``."""
     generator = torch.Generator(device).manual_seed(seed)
+    text_shape = (1, config.text_len, config.text_dim)
     return Inputs(
         latents=torch.randn(1, config.in_dim, *latent_size, generator=generator, device=device),
         timestep=torch.tensor([900], device=device),
-        context=torch.randn(1, config.text_len, config.text_dim, generator=generator, device=device),
+        context=torch.randn(text_shape, generator=generator, device=device),
+        negative_context=torch.randn(text_shape, generator=generator, device=device),
         positions=torch.arange(latent_size[0], device=device),
     )
 

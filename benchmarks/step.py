@@ -1,0 +1,215 @@
+"""One denoising step (both guidance passes), ours and diffusers', eager and compiled: seconds, utilisation, memory.
+
+    python benchmarks/step.py                                     # small, on the CPU: 4,000 tokens
+    python benchmarks/step.py --memory 0 10 --repeats 3           # with and without memory frames
+    python benchmarks/step.py --device cuda --preset wan22_a14b --dtype bfloat16 --latents 21 60 104 --memory 0 10
+
+All rivals have the same weights and inputs and run in turn in one process. Compiled rivals are compiled block by
+block, before the first number of memory frames is timed. Utilisation is over the device's published bf16 peak, or where
+that is unknown over what a large matrix product reaches on it. "Other time" is the share of a profiled step spent
+outside matrix products and attention; "kernels" is what one block launches.
+"""
+
+import argparse
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from harness import (
+    device_name,
+    interleaved_seconds,
+    median_ratio,
+    peak_gib,
+    print_table,
+    profile_run,
+    write_json,
+)
+from rivals import Inputs, make_diffusers, make_inputs, make_ours, run_diffusers, run_ours, small_config
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+
+from storymem_dist.models.attention import BACKENDS, Attend
+from storymem_dist.models.compile import compile_blocks
+from storymem_dist.models.wan.dit import DiTConfig
+from storymem_dist.models.wan.presets import PRESETS
+from storymem_dist.observe.system import peak_tflops
+
+GUIDANCE_SCALE = 3.5
+STORY = (1, 3, 6, 9, 10)  # memory frames of the shots of one story
+
+
+def main() -> None:
+    """Build the rivals, time them for each number of memory frames, print and write what came out."""
+    args = parse_arguments()
+    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    torch._inductor.config.cpp.enable_kernel_profile = True  # lets the profiler see fused loops on the CPU
+    config = PRESETS[args.preset].i2v if args.preset else small_config(args.dim, args.heads, args.layers)
+    rivals = make_rivals(config, args, dtype, device)
+    peak = peak_tflops(device_name(device)) or measured_tflops(dtype, device, args.clock)
+
+    print(f"{device_name(device)}, torch {torch.__version__}, {args.dtype}; 100% utilisation is {peak:.3g} TFLOP/s")
+    print(f"dim {config.dim}, {config.num_heads} heads, {config.num_layers} layers")
+    rows = []
+    for num_memory in args.memory:
+        frames, height, width = args.latents
+        inputs = make_inputs(config, (frames + num_memory, height, width), device)
+        rows += measure(rivals, inputs, step_tflop(config, inputs.num_tokens), peak, args, device)
+        print(f"\n{num_memory} memory frames, {inputs.num_tokens} tokens")
+        print_table([{key: value for key, value in row.items() if key != "num_tokens"} for row in rows[-len(rivals) :]])
+    results: dict[str, Any] = {
+        "benchmark": "step",
+        "dtype": args.dtype,
+        "clock": args.clock,
+        "peak_tflops": peak,
+        "rows": rows,
+    }
+    if "ours compiled" in rivals:
+        results["recompilations"] = count_recompilations(rivals["ours compiled"], config, args.latents, device)
+        print(f"\nrecompilations over a story with {STORY} memory frames: {results['recompilations']}")
+    write_json(args.json, results, device)
+
+
+class Rival:
+    """One way to run the transformer."""
+
+    def __init__(self, module: nn.Module, forward: Callable[[nn.Module, Inputs], Tensor]) -> None:
+        self.module = module
+        self._forward = forward
+
+    def step(self, inputs: Inputs) -> Tensor:
+        """Velocity under classifier-free guidance: two forwards."""
+        conditional = self._forward(self.module, inputs)
+        unconditional = self._forward(self.module, inputs.with_context(inputs.negative_context))
+        return torch.lerp(unconditional, conditional, GUIDANCE_SCALE)
+
+    def block_call(self, inputs: Inputs) -> Callable[[], Any]:
+        """A call of the first block, with the arguments it gets in a forward."""
+        captured: dict[str, Any] = {}
+        block = self.module.blocks[0]
+        hook = block.register_forward_pre_hook(
+            lambda _module, args, kwargs: captured.update(args=args, kwargs=kwargs), with_kwargs=True
+        )
+        self._forward(self.module, inputs)
+        hook.remove()
+
+        def call() -> Any:
+            with torch.no_grad():
+                return block(*captured["args"], **captured["kwargs"])
+
+        call()
+        return call
+
+
+def make_rivals(
+    config: DiTConfig, args: argparse.Namespace, dtype: torch.dtype, device: torch.device
+) -> dict[str, Rival]:
+    """All rivals, sharing one set of weights."""
+    ours = make_ours(config, dtype, device)
+    theirs = make_diffusers(ours)
+
+    def diffusers_forward(module: nn.Module, inputs: Inputs) -> Tensor:
+        return run_diffusers(module, inputs, dtype)
+
+    rivals = {"diffusers": Rival(theirs, diffusers_forward), "ours": Rival(ours, run_ours)}
+    for backend in args.backends:
+        variant = share_weights(ours)
+        for module in variant.modules():
+            if isinstance(module, Attend):
+                module.backend = backend
+        rivals[f"ours {backend}"] = Rival(variant, run_ours)
+    if args.compile:
+        compiled_theirs = share_weights(theirs)
+        compiled_theirs.compile_repeated_blocks(dynamic=True)
+        compiled_ours = share_weights(ours)
+        compile_blocks(compiled_ours)
+        rivals["diffusers compiled"] = Rival(compiled_theirs, diffusers_forward)
+        rivals["ours compiled"] = Rival(compiled_ours, run_ours)
+    return rivals
+
+
+def share_weights(module: nn.Module) -> Any:
+    """A second module over the same weights."""
+    memo = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    return copy.deepcopy(module, memo)
+
+
+def measure(
+    rivals: dict[str, Rival], inputs: Inputs, tflop: float, peak: float, args: argparse.Namespace, device: torch.device
+) -> list[dict[str, Any]]:
+    """One row per rival; speed-up and difference are against the first."""
+    steps = [lambda rival=rival: rival.step(inputs) for rival in rivals.values()]
+    rounds = interleaved_seconds(steps, repeats=args.repeats, device=device, clock=args.clock)
+    rows: list[dict[str, Any]] = []
+    velocities: list[Tensor] = []
+    for index, (name, rival) in enumerate(rivals.items()):
+        best = min(times[index] for times in rounds)
+        other_ratio = profile_run(steps[index], device).other_ratio
+        num_kernels = profile_run(rival.block_call(inputs), device).num_kernels
+        peak_memory = peak_gib(lambda step=steps[index]: velocities.append(step()), device)
+        rows.append(
+            {
+                "num_tokens": inputs.num_tokens,
+                "rival": name,
+                "s/step": best,
+                "speed-up": median_ratio(rounds, numerator=0, denominator=index),
+                "utilisation": tflop / best / peak,
+                "other time": other_ratio,
+                "kernels": num_kernels,
+                "peak GiB": peak_memory,
+                "difference": ((velocities[index] - velocities[0]).norm() / velocities[0].norm()).item(),
+            }
+        )
+    return rows
+
+
+def count_recompilations(rival: Rival, config: DiTConfig, latents: list[int], device: torch.device) -> int:
+    """Graphs that are compiled while the number of memory frames changes from shot to shot."""
+    before = counters["stats"]["unique_graphs"]
+    for num_memory in STORY:
+        rival.step(make_inputs(config, (latents[0] + num_memory, *latents[1:]), device))
+    return counters["stats"]["unique_graphs"] - before
+
+
+def step_tflop(config: DiTConfig, num_tokens: int) -> float:
+    """TFLOP of the matrix products and attention of two forwards."""
+    dim, text = config.dim, config.text_len
+    attention_linears = 2 * dim * dim * (4 * num_tokens + 2 * num_tokens + 2 * text)
+    attention = 4 * num_tokens * dim * (num_tokens + text)
+    feed_forward = 4 * num_tokens * dim * config.ffn_dim
+    ends = 2 * num_tokens * dim * (4 * config.in_dim + 4 * config.out_dim) + 2 * text * dim * (config.text_dim + dim)
+    return 2 * (config.num_layers * (attention_linears + attention + feed_forward) + ends) / 1e12
+
+
+def measured_tflops(dtype: torch.dtype, device: torch.device, clock: str, size: int = 1536) -> float:
+    """What a large matrix product reaches, in TFLOP/s: the best of a few."""
+    a = torch.randn(size, size, device=device).to(dtype)
+    rounds = interleaved_seconds([lambda: torch.mm(a, a)], repeats=10, device=device, clock=clock)
+    return 2 * size**3 / min(rounds)[0] / 1e12
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--preset", choices=sorted(PRESETS), help="full sizes instead of --dim, --heads, --layers")
+    parser.add_argument("--dim", type=int, default=1024)
+    parser.add_argument("--heads", type=int, default=8)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--latents", type=int, nargs=3, default=[10, 32, 50], metavar=("FRAMES", "HEIGHT", "WIDTH"))
+    parser.add_argument("--memory", type=int, nargs="+", default=[0], metavar="FRAMES", help="memory frames in front")
+    parser.add_argument("--backends", nargs="*", default=[], choices=BACKENDS, help="attention backends to add")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's own choice)")
+    parser.add_argument("--clock", default="wall", choices=["wall", "cpu"], help="cpu: this process's own seconds")
+    parser.add_argument("--json", type=Path, help="write the results here too")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
