@@ -46,6 +46,7 @@ if [ "$times_up" = 1 ] && [ "$state" = stopped ]; then
   if [ "${SLURM_RESTART_COUNT:-0}" -lt "${STORYMEM_MAX_REQUEUES:-20}" ]; then
     scontrol requeue "$SLURM_JOB_ID"
     sleep 120 # SLURM ends this script
+    exit 75
   fi
   echo "not requeued again: this was start ${SLURM_RESTART_COUNT:-0}, STORYMEM_MAX_REQUEUES=${STORYMEM_MAX_REQUEUES:-20}" >&2
   exit 75

@@ -50,6 +50,12 @@ def small_settings(*overrides: str) -> RenderConfig:
         return to_settings(compose("render", overrides=[*SMALL, *overrides]))
 
 
+def small_point(*overrides: str, name: str = "") -> Point:
+    """The same as one point of a job."""
+    settings = small_settings(*overrides)
+    return Point(settings=settings, plain=to_plain(settings), name=name)
+
+
 def render_small(stories: Path, output: Path, *overrides: str) -> int:
     """Render ``stories`` into ``output`` in this process; the exit code."""
     settings = small_settings(f"stories.path='{stories}'", f"output='{output}'", *overrides)

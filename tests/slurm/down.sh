@@ -4,6 +4,7 @@
 #   SLCI_KEEP=1   keep the folder (logs) as SLCI_BASE.old
 #   SLCI_REAP=0   only report processes that jobs left behind (exit status 3); default: end them
 #                  (descendants of the saved slurmd PIDs; needs python3 when the cluster was started)
+# shellcheck disable=SC2046,SC2086
 set -uo pipefail
 BASE=${SLCI_BASE:-/tmp/slurm_ci}
 PATH=$PATH:/usr/sbin:/sbin

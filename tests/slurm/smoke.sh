@@ -19,8 +19,8 @@ small=(model=tiny sampler.num_frames=5 sampler.height=32 sampler.width=48 memory
 cluster=(launch=slurm launch.slurm.cpus_per_task=4 launch.slurm.memory=4G "launch.slurm.time='10'")
 
 ok() { if [ "$2" = "$3" ]; then echo "ok   $1"; else echo "FAIL $1: got [$2], want [$3]"; bad=1; fi; }
-render() { "$PY" -m storymem_dist.cli "${small[@]}" "$@"; }
-submit() { render "${cluster[@]}" "$@" | sed -n 's/^submitted job \([0-9]*\);.*/\1/p'; }
+render() { "$PY" -m storymem_dist.cli "$@" "${small[@]}"; }
+submit() { render "$@" "${cluster[@]}" | sed -n 's/^submitted job \([0-9]*\);.*/\1/p'; }
 state() { scontrol -o show job "$1" | grep -oE 'JobState=[A-Z_]+' | sort -u | cut -d= -f2 | tr '\n' ' ' | sed 's/ $//'; }
 until_true() { # until_true SECONDS COMMAND...
   local end=$((SECONDS + $1))
@@ -99,12 +99,13 @@ check_lost() {
   gone "$job"
   ok "a node lost: job" "$(state "$job")" COMPLETED
   ok "a node lost: bytes of a local run" "$(media "$run")" "$reference"
-  scontrol update nodename=n2 state=resume
+  ok "a node lost: it did not end by itself" "$(grep -c 'ended with' "$run"/logs/node-*-1.out)" 0
+  scontrol update nodename=n2 state=resume > /dev/null 2>&1 # where it has not come back by itself
 }
 
 check_sweep() {
   local run=$work/sweep steps
-  render -m hydra/launcher=submitit_slurm hydra.launcher.partition=main hydra.launcher.timeout_min=10 \
+  render --multirun hydra/launcher=submitit_slurm hydra.launcher.partition=main hydra.launcher.timeout_min=10 \
     hydra.launcher.mem_gb=4 hydra.launcher.cpus_per_task=4 hydra.launcher.signal_delay_s=30 \
     stories="$work/stories/fox.json" output="$run" sampler.num_inference_steps=2,3 > "$work/sweep.log" 2>&1
   ok "submitit sweep: exit code" $? 0
