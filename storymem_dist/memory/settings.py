@@ -1,4 +1,7 @@
-"""Settings of the memory bank; the defaults are StoryMem's. Knows nothing about the scorers behind the names."""
+"""Settings of the memory bank; the defaults are StoryMem's, but for the quality test: sharpness needs no weights.
+
+Knows nothing about the scorers behind the names.
+"""
 
 from dataclasses import dataclass
 

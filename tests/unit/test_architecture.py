@@ -13,7 +13,7 @@ RULES = {
     "hydra": ("cli.py", "build.py", "config.py", "launch/"),
     "omegaconf": ("cli.py", "build.py", "config.py", "launch/"),
     "wandb": ("observe/wandb.py",),
-    "diffusers": ("models/wan/", "diffusion/solver.py", "parallel/vae.py"),
+    "diffusers": ("models/wan/", "diffusion/solver.py", "parallel/vae.py", "selftest.py"),
     "deepspeed": ("parallel/zero3.py",),
     "accelerate": ("parallel/",),
 }

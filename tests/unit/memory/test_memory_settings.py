@@ -6,11 +6,11 @@ from storymem_dist.errors import ConfigError
 from storymem_dist.memory.settings import MemorySettings
 
 
-def test_the_defaults_are_storymem_s() -> None:
+def test_the_defaults_are_storymem_s_but_for_the_quality_test_which_needs_no_weights() -> None:
     settings = MemorySettings()
     assert (settings.max_keyframes, settings.num_fixed, settings.max_per_shot) == (10, 3, 3)
     assert (settings.similarity, settings.similarity_threshold, settings.threshold_step) == ("clip", 0.9, 0.01)
-    assert (settings.quality, settings.quality_threshold) == ("hpsv3", None)
+    assert (settings.quality, settings.quality_threshold) == ("sharpness", None)
 
 
 @pytest.mark.parametrize(

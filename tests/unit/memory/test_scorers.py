@@ -176,7 +176,7 @@ def test_the_threshold_of_a_quality_can_be_set_and_has_a_default() -> None:
 def test_hpsv3_not_installed_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "hpsv3", None)
     with pytest.raises(ExtraNotInstalled, match=r"memory\.quality=hpsv3 needs the package hpsv3 .*pip install hpsv3"):
-        build_quality(MemorySettings(), CPU)
+        build_quality(MemorySettings(quality="hpsv3"), CPU)
 
 
 class FakeInferencer:
@@ -218,7 +218,7 @@ def test_hpsv3_is_loaded_from_the_local_cache_and_scores_with_an_empty_prompt(
 ) -> None:
     checkpoint = put_in_cache(tmp_path, "MizzenAI/HPSv3", "HPSv3.safetensors")
     put_in_cache(tmp_path, "Qwen/Qwen2-VL-7B-Instruct", "config.json")
-    quality = build_quality(MemorySettings(), CPU)
+    quality = build_quality(MemorySettings(quality="hpsv3"), CPU)
     assert fake_hpsv3 == [{"checkpoint_path": str(checkpoint), "device": "cpu"}]
     assert (quality.threshold, isinstance(quality, HpsV3Quality)) == (3.0, True)
     assert quality.score(torch.full((3, 4, 6), 7, dtype=torch.uint8)) == 7.0
@@ -234,5 +234,5 @@ def test_missing_hpsv3_weights_say_what_to_download(
     for repo, filename in cached:
         put_in_cache(tmp_path, repo, filename)
     with pytest.raises(WeightsNotFound, match=f"run: hf download {missing}"):
-        build_quality(MemorySettings(), CPU)
+        build_quality(MemorySettings(quality="hpsv3"), CPU)
     assert fake_hpsv3 == []
