@@ -37,9 +37,9 @@ class VideoSettings:
     """How clips are encoded. The defaults (H.264) play in every browser and player; VP9 plays in current browsers.
 
     ``crf``: constant quality, 0 (best) to 51 (H.264) or 63 (VP9). ``preset``: x264's names, from fast to small; for
-    VP9 they set the corresponding speed. Fast by default, because the GPUs of a replica wait while it saves a clip:
-    "medium" takes 2.5 times as long for files of the same size. ``pixel_format``: yuv420p plays everywhere, yuv444p keeps the full colour
-    resolution but few browsers show it.
+    VP9 they set the corresponding speed. Fast by default, because the GPUs of a replica wait while it saves a clip
+    ("medium" takes 2.5 times as long for files of about the same size). ``pixel_format``: yuv420p plays everywhere,
+    yuv444p keeps the full colour resolution but few browsers show it.
     """
 
     codec: str = "libx264"
