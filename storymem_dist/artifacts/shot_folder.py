@@ -10,7 +10,6 @@ a shot is committed exactly once for each fingerprint, whatever dies or wakes up
 
 import contextlib
 import json
-import os
 import re
 import secrets
 import shutil
@@ -145,9 +144,7 @@ class ShotFolder:
         """
         path = self._record_path(fingerprint)
         try:
-            with path.open("rb") as file:
-                inode = os.fstat(file.fileno()).st_ino
-                data = file.read()
+            data = path.read_bytes()
         except FileNotFoundError:
             return None
         try:
@@ -156,7 +153,7 @@ class ShotFolder:
                 raise DamagedRecord(f"it is of fingerprint {record.fingerprint!r}")
             record.check_files(self.files_of(record), contents=check_contents)
         except DamagedRecord as damage:
-            self._set_aside(path, inode)
+            self._set_aside(path, data)
             raise DamagedRecord(f"the record {path} was set aside: {damage}") from damage
         return record
 
@@ -178,8 +175,7 @@ class ShotFolder:
             tail = [read_png(folder / name) for name in record.tail]
         except RunFolderError as error:
             path = self._record_path(record.fingerprint)
-            with contextlib.suppress(FileNotFoundError):
-                self._set_aside(path, path.stat().st_ino)
+            self._set_aside(path, record.to_json())
             raise DamagedRecord(f"the record {path} was set aside: {error}") from error
         return keyframes, torch.stack(tail) if tail else None
 
@@ -219,14 +215,17 @@ class ShotFolder:
         except (OSError, ValueError, DamagedRecord):
             return None
 
-    def _set_aside(self, path: Path, inode: int) -> None:
-        """Rename a bad record, unless another process has replaced it by a good one in the meantime."""
+    def _set_aside(self, path: Path, data: bytes) -> None:
+        """Rename the bad record that holds ``data``, unless another process has replaced it in the meantime.
+
+        Contents are compared, not inode numbers, which a file system may use again at once.
+        """
         aside = path.with_name(f"{path.stem}.damaged-{secrets.token_hex(4)}")
         try:
             path.rename(aside)
         except FileNotFoundError:
             return
-        if aside.stat().st_ino != inode:
+        if aside.read_bytes() != data:
             publish_exclusively(aside, path)
             aside.unlink()
 
