@@ -4,7 +4,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
+from storymem_dist import StoryMemPipeline
 from storymem_dist.build import open_weights
 from storymem_dist.errors import CheckpointError
 from storymem_dist.models.settings import ModelSettings
@@ -12,6 +14,7 @@ from storymem_dist.models.wan.checkpoints import open_checkpoint
 from storymem_dist.models.wan.lora import LoraSettings, storymem_lora
 from storymem_dist.models.wan.prepare import prepare_checkpoint
 from storymem_dist.models.wan.tiny_checkpoint import generate_tiny_checkpoint
+from storymem_dist.weights_cli import main
 
 
 @pytest.fixture
@@ -23,6 +26,22 @@ def settings(tmp_path: Path) -> ModelSettings:
     i2v = open_checkpoint(tiny.i2v_dir, "i2v")
     prepare_checkpoint(i2v, loras, tmp_path / "i2v", storymem_folder="Wan2.2-MI2V-A14B")
     return ModelSettings(t2v_checkpoint=str(tmp_path / "t2v"), i2v_checkpoint=str(tmp_path / "i2v"))
+
+
+def test_prepared_and_original_weights_render_the_same_pixels(tmp_path: Path) -> None:
+    tiny = generate_tiny_checkpoint(tmp_path / "tiny")
+    main(["prepare", str(tiny.t2v_dir), str(tmp_path / "t2v"), "--dtype", "float32"])
+    lora = ["--storymem-lora", str(tiny.lora_dir)]
+    main(["prepare", str(tiny.i2v_dir), str(tmp_path / "i2v"), "--dtype", "float32", *lora])
+    memory = [torch.randint(0, 256, (3, 32, 48), dtype=torch.uint8)]
+    size = {"num_frames": 5, "height": 32, "width": 48, "steps": 2}
+    clips = []
+    for folders in ((tiny.t2v_dir, tiny.i2v_dir, tiny.lora_dir), (tmp_path / "t2v", tmp_path / "i2v", None)):
+        paths = [str(folder) if folder else None for folder in folders]
+        with StoryMemPipeline(*paths, device="cpu", dtype="float32") as pipeline:
+            clips.append((pipeline.generate_t2v("a fox", **size), pipeline.generate_m2v("a fox", memory, **size)))
+    for original, prepared in zip(*clips, strict=True):
+        assert torch.equal(original, prepared)
 
 
 @pytest.mark.parametrize("continuation", ["none", "mi2v"])

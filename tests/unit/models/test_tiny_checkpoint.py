@@ -2,7 +2,7 @@
 
 import json
 import multiprocessing
-from concurrent.futures import ProcessPoolExecutor
+import uuid
 from pathlib import Path
 
 import pytest
@@ -79,15 +79,31 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytes
     assert [path.name for path in tmp_path.iterdir()] == [".tiny.lock"]
 
 
-def test_processes_that_ask_at_once_all_get_a_whole_checkpoint(tmp_path: Path) -> None:
-    with ProcessPoolExecutor(3, mp_context=multiprocessing.get_context("fork")) as pool:
-        identities = list(pool.map(_generate_and_open, [tmp_path / "tiny"] * 3))
-    assert len(set(identities)) == 1
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".tiny.lock", "tiny"]
+def test_of_processes_that_ask_at_once_one_writes_and_all_get_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generate = tiny_checkpoint.generate_checkpoint
 
+    def counted(root: Path, *args: object, **kwargs: object) -> Path:
+        (tmp_path / f"call-{uuid.uuid4().hex}").touch()
+        return generate(root, *args, **kwargs)
 
-def _generate_and_open(root: Path) -> str:
-    return open_checkpoint(generate_tiny_checkpoint(root).i2v_dir, "i2v").identity
+    monkeypatch.setattr(tiny_checkpoint, "generate_checkpoint", counted)
+    fork = multiprocessing.get_context("fork")
+    barrier, answers = fork.Barrier(3), fork.Queue()
+
+    def ask() -> None:
+        barrier.wait()
+        answers.put(open_checkpoint(generate_tiny_checkpoint(tmp_path / "tiny").i2v_dir, "i2v").identity)
+
+    processes = [fork.Process(target=ask) for _ in range(3)]
+    for process in processes:
+        process.start()
+    identities = {answers.get(timeout=120) for _ in processes}
+    for process in processes:
+        process.join()
+    assert len(identities) == 1
+    assert len(list(tmp_path.glob("call-*"))) == 2  # one for each base model
 
 
 def test_no_weight_is_zero_or_one_throughout(tiny: TinyCheckpoint) -> None:
