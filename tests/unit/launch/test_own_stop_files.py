@@ -1,0 +1,28 @@
+import os
+from pathlib import Path
+
+import pytest
+
+from storymem_dist.dispatch.stop import StopSwitch
+from storymem_dist.job import group_identity, job_identity, own_stop_files
+
+
+def test_a_file_for_this_job_alone_counts_although_it_was_there_before(tmp_path: Path) -> None:
+    of_all, own = tmp_path / "STOP", tmp_path / "STOP.7"
+    of_all.touch()
+    own.touch()
+    assert StopSwitch([of_all]).reason() is None
+    assert StopSwitch([of_all], own_files=[own]).reason() == "STOP file"
+
+
+def test_files_for_this_job_come_from_its_launchers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STORYMEM_STOP_FILES", os.pathsep.join(["/a/STOP.7", "/b/STOP"]))
+    assert own_stop_files() == [Path("/a/STOP.7"), Path("/b/STOP")]
+    monkeypatch.delenv("STORYMEM_STOP_FILES")
+    assert own_stop_files() == []
+
+
+def test_nodes_of_a_job_share_its_name_and_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STORYMEM_JOB_ID", "slurm-7")
+    monkeypatch.setenv("STORYMEM_NODE", "1")
+    assert (job_identity(), group_identity()) == ("slurm-7", "slurm-7.node1")
