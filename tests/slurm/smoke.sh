@@ -21,7 +21,7 @@ cluster=(launch=slurm launch.slurm.cpus_per_task=4 launch.slurm.memory=4G "launc
 ok() { if [ "$2" = "$3" ]; then echo "ok   $1"; else echo "FAIL $1: got [$2], want [$3]"; bad=1; fi; }
 render() { "$PY" -m storymem_dist.cli "$@" "${small[@]}"; }
 submit() { render "$@" "${cluster[@]}" | sed -n 's/^submitted job \([0-9]*\);.*/\1/p'; }
-state() { scontrol -o show job "$1" | grep -oE 'JobState=[A-Z_]+' | sort -u | cut -d= -f2 | tr '\n' ' ' | sed 's/ $//'; }
+state() { [ -n "$1" ] || { echo "not submitted"; return; }; scontrol -o show job "$1" | grep -oE 'JobState=[A-Z_]+' | sort -u | cut -d= -f2 | tr '\n' ' ' | sed 's/ $//'; }
 until_true() { # until_true SECONDS COMMAND...
   local end=$((SECONDS + $1))
   shift
@@ -31,7 +31,7 @@ until_true() { # until_true SECONDS COMMAND...
   done
 }
 is_gone() { [ -z "$(squeue -h -j "$1" 2> /dev/null)" ]; }
-gone() { until_true 240 is_gone "$1" || { echo "job $1 does not end"; scancel "$1"; bad=1; }; }
+gone() { [ -n "$1" ] || return; until_true 240 is_gone "$1" || { echo "job $1 does not end"; scancel "$1"; bad=1; }; }
 media() { (cd "$1/stories" && find . \( -name '*.mp4' -o -name '*.png' \) -not -path '*/attempts/*' -print0 | sort -z | xargs -0 sha256sum | sha256sum); }
 seen() { grep -qs "\"event\":\"$2\"" "$1"/events/*.jsonl; }
 count() { cat "$1"/events/*.jsonl | grep -c "\"event\":\"$2\""; }
