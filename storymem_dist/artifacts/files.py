@@ -121,10 +121,9 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_bytes())
 
 
-def remove_temporaries(folder: Path, name: str = "*") -> None:
-    """Remove half-made files for ``name`` that dead processes left. Only for who alone may write such files."""
-    for path in folder.glob(f"{TEMPORARY_PREFIX}*-{name}"):
-        path.unlink(missing_ok=True)
+def temporaries_in(folder: Path, name: str = "*") -> list[Path]:
+    """Return the half-made files for ``name`` in ``folder``: of processes that are writing, or that died doing so."""
+    return list(folder.glob(f"{TEMPORARY_PREFIX}*-{name}"))
 
 
 def names_in(folder: Path) -> list[str]:

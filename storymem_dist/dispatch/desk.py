@@ -323,7 +323,10 @@ class Desk:
         self._let_go(ShotState.COMMITTED)
         chain = self._queue.graph.chain_of(shot)
         if chain.is_complete:
-            self._joiner.join(chain)
+            try:
+                self._joiner.join(chain)
+            except OSError as error:  # tried again before the end
+                self._warn(part, f"{story_id} cannot be joined now: {error}", "join")
 
     def shot_failed(self, reason: str, error_type: str, *, details: str = "", low_memory_next: bool = False) -> None:
         """The held shot cannot be rendered: mark it, and so all after it; or have it tried again with less memory."""

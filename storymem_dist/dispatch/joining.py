@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from storymem_dist.artifacts.files import canonical_json, read_json, remove_temporaries, write_bytes
+from storymem_dist.artifacts.files import canonical_json, read_json, temporaries_in, write_bytes
 from storymem_dist.artifacts.records import DamagedRecord, ShotRecord
 from storymem_dist.artifacts.run_folder import RunFolder
 from storymem_dist.artifacts.video import concat_clips
@@ -102,7 +102,8 @@ def join_story(run: RunFolder, story_id: str, records: Sequence[ShotRecord]) -> 
     For who holds the story's lease. Raises ``OSError``, and ``RunFolderError`` when the clips do not go together.
     """
     video = run.story_video(story_id)
-    remove_temporaries(video.parent, video.name)
+    for path in temporaries_in(video.parent, video.name):
+        path.unlink(missing_ok=True)
     clips = [run.shot(story_id, record.shot_id).files_of(record) / record.clip for record in records]
     num_frames = concat_clips(clips, video)
     made_of = {

@@ -23,7 +23,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -162,10 +162,18 @@ class LeaseFolder:
         return self._make(key, known_generation + 1)
 
     def is_held(self, lease: Lease) -> bool:
-        """Whether this process still is the holder: its lease is there and no higher generation is."""
-        if self._lease_path(lease.key, lease.generation + 1).exists():
+        """Whether this process still is the holder: its lease is there and no higher generation is.
+
+        A folder that cannot be read for the moment changes nothing: publishing is exclusive, whoever holds the lease.
+        """
+        try:
+            if self._lease_path(lease.key, lease.generation + 1).exists():
+                return False
+            owner = _parse_owner(self._lease_path(lease.key, lease.generation).read_bytes())
+        except FileNotFoundError:
             return False
-        owner = _read_owner(self._lease_path(lease.key, lease.generation))
+        except OSError:
+            return True
         return owner is not None and owner.owner_id == self.owner.owner_id
 
     def release(self, lease: Lease) -> None:
@@ -201,6 +209,8 @@ class LeaseFolder:
         owner = _read_owner(path)
         if owner is None:  # released in this moment, or damaged: then nobody renews it, and it expires like any other
             return self._stands_still(str(path), "")
+        if owner.owner_id == self.owner.owner_id:  # one of its own that could not be removed
+            return key not in self._held
         return owner.is_known_dead() or self.is_silent(owner)
 
     def is_silent(self, owner: Owner) -> bool:
@@ -234,13 +244,10 @@ class LeaseFolder:
                     with contextlib.suppress(OSError):
                         (self.folder / name).unlink(missing_ok=True)
 
-    def remove_leases(self, keys: Iterable[str]) -> None:
-        """Remove leases that dead owners left on keys that nobody needs any more. Only while nobody else is alive."""
-        unwanted = set(keys)
-        for name in names_in(self.folder):
-            match = _LEASE_NAME.fullmatch(name)
-            if match and match["key"] in unwanted:
-                (self.folder / name).unlink(missing_ok=True)
+    def lease_files(self, *, except_keys: Set[str]) -> list[Path]:
+        """Return the files of all leases on other keys than ``except_keys``, whoever holds them."""
+        matches = [(name, _LEASE_NAME.fullmatch(name)) for name in names_in(self.folder)]
+        return [self.folder / name for name, match in matches if match and match["key"] not in except_keys]
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
@@ -300,9 +307,16 @@ def _owner_json(owner: Owner) -> dict[str, object]:
 
 def _read_owner(path: Path) -> Owner | None:
     try:
-        value = json.loads(path.read_bytes())
+        return _parse_owner(path.read_bytes())
+    except OSError:
+        return None
+
+
+def _parse_owner(data: bytes) -> Owner | None:
+    try:
+        value = json.loads(data)
         return Owner(**{name: value[name] for name in Owner.__dataclass_fields__})
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         return None
 
 

@@ -4,11 +4,12 @@ Resuming is nothing but this: the same shots are planned, and those whose record
 leaders only; several of them, of one or several jobs, may do it at once. Knows nothing of ranks or models.
 """
 
+import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from storymem_dist.artifacts.files import remove_temporaries
+from storymem_dist.artifacts.files import temporaries_in
 from storymem_dist.artifacts.fingerprint import differences
 from storymem_dist.artifacts.records import DamagedRecord
 from storymem_dist.artifacts.run_folder import SMALL_FOLDERS, Failure, RunFolder, shot_ids
@@ -17,7 +18,7 @@ from storymem_dist.dispatch.graph import Chain, ShotGraph, ShotState, shot_key
 from storymem_dist.dispatch.joining import is_joined, say_finished
 from storymem_dist.dispatch.leases import WAITING, WORKING, LeaseFolder, Owner
 from storymem_dist.dispatch.plan import BatchPart, PlannedShot, plan_part
-from storymem_dist.dispatch.queue import ShotQueue, parse_lease_key
+from storymem_dist.dispatch.queue import ShotQueue, lease_key
 from storymem_dist.dispatch.settings import DispatchSettings
 from storymem_dist.dispatch.summary import Replica
 from storymem_dist.errors import RunFolderError, StoryboardError
@@ -50,15 +51,16 @@ def open_batch(
     Raises ``RunFolderError`` when a folder cannot be used, another job works there (``on_busy=refuse``), or records
     differ from the settings (``resume=strict``), and ``StoryMemError`` for settings that do not fit the stories.
     """
-    for part in parts:
-        part.run.open()
-        part.run.write_config(part.config_hash, part.config_text)
     leases = [
         LeaseFolder(folder=part.run.leases_folder, owner=owner, lease_seconds=settings.lease_seconds) for part in parts
     ]
     try:
         for part, folder in zip(parts, leases, strict=True):
-            _enter(part.run, folder, settings, stop_reason)
+            part.run.open()
+            if not _enter(part.run, folder, settings, stop_reason):
+                parts = ()  # asked to stop before the turn came: there is nothing to do
+                break
+            part.run.write_config(part.config_hash, part.config_text)
         _force_rerenders(parts, settings, owner.job_id)
         chains, rejected = _plan(parts, replica, owner.job_id)
         graph = ShotGraph(chains)
@@ -74,20 +76,18 @@ def open_batch(
         queue.read_committed()
         if settings.resume == "strict":
             _refuse_differences(parts, graph)
-        for number, folder in enumerate(leases):
-            folder.remove_dead_owners()
-            leased = folder.scan()
-            if folder.num_alive == 1:  # nobody else can be writing
-                _sweep(parts[number].run, [chain.story_id for chain in graph.chains if chain.part == number])
-                folder.remove_leases(key for key in leased if not _is_wanted(graph, number, key))
+        for number, part in enumerate(parts):
+            _sweep(part.run, leases[number], [chain for chain in graph.chains if chain.part == number])
         share = list(_share(graph, replica))
         num_skipped = sum(_check_chain(parts[chain.part], chain, queue, check_contents) for chain in share)
         queue.scan(force=True)
         for chain in share:
             _tell_how_it_stands(parts[chain.part], chain, queue)
-    except BaseException:
+    except BaseException as error:
         for folder in leases:
             folder.close()
+        if isinstance(error, OSError):
+            raise RunFolderError(f"output={parts[0].run.root} cannot be used: {error}") from error
         raise
     return OpenBatch(queue=queue, leases=leases, rejected=rejected, num_skipped=num_skipped)
 
@@ -105,29 +105,27 @@ def why_again(part: BatchPart, shot: PlannedShot) -> str:
 
 def _enter(
     run: RunFolder, leases: LeaseFolder, settings: DispatchSettings, stop_reason: Callable[[], str | None]
-) -> None:
-    """Begin to work in a folder: at once (``join``), or when no other job does."""
+) -> bool:
+    """Begin to work in a folder: at once (``join``), or when no other job does. False when asked to stop meanwhile."""
     if settings.on_busy == "join":
         leases.start(WORKING)
-        return
+        return True
     leases.start(WAITING)
-    pause = settings.lease_seconds / 4
-    while True:
+    while stop_reason() is None:
         others = leases.others_working()
         if not others:
             leases.set_state(WORKING)
             others = leases.others_working()  # two jobs may come at once; each then sees the other, and both step back
             if not others:
-                return
+                return True
             leases.set_state(WAITING)
         if settings.on_busy == "refuse" and (busy := leases.surely_working(others)):
             raise RunFolderError(
                 f"output={run.root} is in use by another job (process {busy.pid} on {busy.host}); "
                 "stop it, give another output, or set dispatch.on_busy=join or wait"
             )
-        if reason := stop_reason():
-            raise RunFolderError(f"stopped ({reason}) while waiting for output={run.root}, which another job uses")
-        time.sleep(min(pause, settings.poll_seconds))
+        time.sleep(settings.poll_seconds * random.uniform(0.5, 1.5))  # apart, after both stepped back
+    return False
 
 
 def _force_rerenders(parts: Sequence[BatchPart], settings: DispatchSettings, job_id: str) -> None:
@@ -185,20 +183,30 @@ def _refuse_differences(parts: Sequence[BatchPart], graph: ShotGraph) -> None:
         )
 
 
-def _sweep(run: RunFolder, story_ids: Sequence[str]) -> None:
-    """Remove what processes that died in the middle of writing a file left behind (attempts apart)."""
-    folders = [run.root, run.leases_folder, run.failures_folder, *(run.root / name for name in SMALL_FOLDERS)]
-    for story_id in story_ids:
-        folders += [run.story_folder(story_id), run.story_folder(story_id) / "keyframes"]
-    for folder in folders:
-        remove_temporaries(folder)
+def _sweep(run: RunFolder, leases: LeaseFolder, chains: Sequence[Chain]) -> None:
+    """Remove what processes that died left behind: half-made files, and leases on shots that are committed.
 
-
-def _is_wanted(graph: ShotGraph, part: int, key: str) -> bool:
-    """Whether a lease that a dead owner left is on a shot that is still to be rendered (it then counts the deaths)."""
-    parsed = parse_lease_key(key)
-    place = graph.place((part, *parsed)) if parsed else None
-    return place is not None and place[0].states[place[1]] is not ShotState.COMMITTED
+    Everything is listed first and removed if this process turns out to be alone after that. So nothing of a living
+    process can be on the list: each shows a sign of life before it makes any file here. (Attempts have rules of their
+    own, and leases on shots that are still to be rendered stay, because they count the deaths.)
+    """
+    folders = [run.leases_folder, run.failures_folder, *(run.root / name for name in SMALL_FOLDERS)]
+    for chain in chains:
+        folders += [run.story_folder(chain.story_id), run.story_folder(chain.story_id) / "keyframes"]
+    left = temporaries_in(run.root, "stop.json")  # not the marker's: it is made before the first sign of life
+    left += [path for folder in folders for path in temporaries_in(folder)]
+    wanted = {
+        lease_key(shot)
+        for chain in chains
+        for shot, state in zip(chain.shots, chain.states, strict=True)
+        if state is not ShotState.COMMITTED
+    }
+    left += leases.lease_files(except_keys=wanted)
+    leases.remove_dead_owners()
+    leases.scan()
+    if leases.num_alive == 1:
+        for path in left:
+            path.unlink(missing_ok=True)
 
 
 def _share(graph: ShotGraph, replica: Replica) -> Iterator[Chain]:

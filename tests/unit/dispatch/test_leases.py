@@ -189,6 +189,40 @@ def test_a_late_release_does_not_take_a_lease_that_another_has_made_under_the_sa
     assert third.is_held(current)
 
 
+def test_a_folder_that_cannot_be_read_for_a_moment_takes_no_lease_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leases = folder_of(tmp_path, far_owner(0), Clock())
+    lease = leases.try_claim("key")
+    assert lease is not None
+
+    def stale(path: Path) -> bytes:
+        raise OSError(116, "Stale file handle")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", stale)
+        assert leases.is_held(lease)
+    assert leases.is_held(lease)
+
+
+def test_an_own_lease_that_could_not_be_removed_can_be_claimed_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leases = folder_of(tmp_path, far_owner(0), Clock())
+    lease = leases.try_claim("key")
+    assert lease is not None
+    assert leases.try_claim("key", 0) is None
+
+    def refuse(path: Path, missing_ok: bool = False) -> None:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", refuse)
+        leases.release(lease)
+    assert leases.scan() == {"key": 0}
+    assert leases.try_claim("key", 0) is not None
+
+
 def test_random_deaths_pauses_and_wakings_never_give_two_holders(tmp_path: Path) -> None:
     """A model check in miniature: at every moment, at most one living owner believes that it holds the key."""
     for seed in range(30):
