@@ -1,6 +1,6 @@
 """What observing costs a render.
 
-    python benchmarks/observe.py                      # both tables, about a minute
+    python benchmarks/observe.py                      # both tables, about two minutes
     python benchmarks/observe.py --json observe.json
 
 **Cost of a step.** Microseconds that the rendering thread spends in ``notify`` for one ``StepFinished`` (median over
@@ -11,7 +11,8 @@ Rounds of such steps are timed with no observers and with a back end that behave
 median over the rounds (on a machine that does other things too, look at the quartiles). Processor times are not
 disturbed by others: by how much that of the rendering thread grows, and how much of the time the back end's thread
 computes, which it can at worst take from the render. The events lost are those missing from the event file. Starting up
-is left out. A denoising step of the 14B model is 50 to 500 times longer than the default step, with one event as here.
+is left out. The default step is as long as one of the tiny model on a CPU; one of the 14B model is 10 times longer or
+more.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -35,7 +37,7 @@ from storymem_dist.observe.journal import JournalWriter, read_journal
 from storymem_dist.observe.observers import BackEnd, Observers
 from storymem_dist.observe.settings import WandbSettings
 
-STEPS_PER_ROUND = 60
+STEPS_PER_ROUND = 20
 
 STEP = StepFinished(
     story_id="ocean", shot_id="shot_01", step=3, num_steps=40, expert="low_noise", elapsed_seconds=6.1, timestep=876
@@ -99,8 +101,8 @@ def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--events", type=int, default=600, help="steps for the cost of a step, for each set")
-    parser.add_argument("--rounds", type=int, default=12, help=f"rounds of {STEPS_PER_ROUND} steps for the slowdown")
-    parser.add_argument("--step-ms", type=float, default=25.0)
+    parser.add_argument("--rounds", type=int, default=8, help=f"rounds of {STEPS_PER_ROUND} steps for the slowdown")
+    parser.add_argument("--step-ms", type=float, default=100.0, help="processor time of a step")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -182,39 +184,22 @@ def cost_of_a_step(name: str, make: Callable[[Path], list[BackEnd]], root: Path,
 def slowdown(make: type[WellBehaved], root: Path, num_rounds: int, products: int) -> dict[str, object]:
     """Time rounds of steps with no observers at all and with a badly behaved one, in turn; compare within rounds."""
     lost = 0
-
-    def bare() -> None:
-        for _ in range(STEPS_PER_ROUND):
-            work(products)
-
-    def observed() -> None:
-        nonlocal lost
-        for _ in range(STEPS_PER_ROUND):
-            work(products)
-            observers.notify(STEP)
-
     ratios, seconds, own_ratios, other_ratios = [], [], [], []
     for number in range(num_rounds):
-        times, own, other = {}, {}, {}
-        for rival in (bare, observed) if number % 2 else (observed, bare):
-            folder = root / str(number)
-            if rival is observed:
-                back_end = make()
-                observers = start(folder, [back_end])
-                back_end.observers = observers
-                time.sleep(0.3)
-            began, own_began, all_began = time.perf_counter(), time.thread_time(), time.process_time()
-            rival()
-            times[rival] = time.perf_counter() - began
-            own[rival] = time.thread_time() - own_began
-            other[rival] = (time.process_time() - all_began - own[rival]) / times[rival]
-            if rival is observed:
-                lost += 2 + STEPS_PER_ROUND - count_own(folder)
-                observers.close(0.0)
-        ratios.append(times[observed] / times[bare])
-        own_ratios.append(own[observed] / own[bare])
-        other_ratios.append(other[observed])
-        seconds.append(times[bare] / STEPS_PER_ROUND)
+        folder = root / str(number)
+        bare = timed_steps(products, None)
+        back_end = make()
+        observers = back_end.observers = start(folder, [back_end])
+        time.sleep(0.3)
+        began, busy_began = time.perf_counter(), time.process_time()
+        observed = timed_steps(products, observers)
+        busy, passed = time.process_time() - busy_began, time.perf_counter() - began
+        lost += 2 + STEPS_PER_ROUND - count_own(folder)
+        observers.close(0.0)
+        ratios.append(observed.wall / bare.wall)
+        own_ratios.append(observed.processor / bare.processor)
+        other_ratios.append((busy - observed.total_processor) / passed)
+        seconds.append(bare.wall)
     return {
         "back end": make.name,
         "step ms": round(statistics.median(seconds) * 1000, 2),
@@ -224,6 +209,29 @@ def slowdown(make: type[WellBehaved], root: Path, num_rounds: int, products: int
         "back end's processor time %": round(100 * statistics.median(other_ratios), 2),
         "events lost": lost,
     }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Steps:
+    """Seconds of a step, medians over a round: by the clock and of this thread's processor time; and their sum."""
+
+    wall: float
+    processor: float
+    total_processor: float
+
+
+def timed_steps(products: int, observers: Observers | None) -> Steps:
+    """Do a round of steps, with an event after each if there are observers."""
+    wall, processor = [], []
+    work(products)
+    for _ in range(STEPS_PER_ROUND):
+        began, busy_began = time.perf_counter(), time.thread_time()
+        work(products)
+        if observers is not None:
+            observers.notify(STEP)
+        wall.append(time.perf_counter() - began)
+        processor.append(time.thread_time() - busy_began)
+    return Steps(wall=statistics.median(wall), processor=statistics.median(processor), total_processor=sum(processor))
 
 
 def count_own(root: Path) -> int:
@@ -242,11 +250,11 @@ def work(products: int) -> None:
 
 
 def calibrate(seconds: float) -> int:
-    """How many products take about ``seconds``."""
+    """How many products take about ``seconds`` of processor time."""
     work(20)
-    began = time.perf_counter()
+    began = time.thread_time()
     work(50)
-    return max(1, round(50 * seconds / (time.perf_counter() - began)))
+    return max(1, round(50 * seconds / (time.thread_time() - began)))
 
 
 if __name__ == "__main__":
