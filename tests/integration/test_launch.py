@@ -140,7 +140,7 @@ def test_a_point_that_cannot_begin_stops_no_other(stories: Path, tmp_path: Path)
     [
         (["sampler.stepz=3"], 2, "Could not override 'sampler.stepz'"),
         (["sampler.num_frames=18"], 2, "sampler.num_frames=18 is not allowed"),
-        (["model=wan22_a14b", "model.t2v_checkpoint=nowhere"], 4, "nowhere"),
+        (["model=wan22_a14b", "model.t2v_checkpoint=nowhere"], 4, "nowhere is not a folder"),
         (["parallel.backend=nccl"], 2, "parallel.backend=nccl needs GPUs"),
         (["parallel=ulysses4"], 2, "needs 4 ranks per replica, but the job has 2 ranks"),
     ],
