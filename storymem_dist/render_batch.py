@@ -16,8 +16,8 @@ from functools import partial
 import torch
 
 from storymem_dist.diffusion.denoise import DenoiseState, DenoiseStopped, StepInfo
-from storymem_dist.dispatch.desk import Assignment, Desk, End
-from storymem_dist.dispatch.jobs import LeaderDecides, RenderedShot, ShotRenderer, alone
+from storymem_dist.dispatch.desk import Desk
+from storymem_dist.dispatch.jobs import Assignment, End, LeaderDecides, RenderedShot, ShotRenderer, alone
 from storymem_dist.dispatch.plan import BatchPart
 from storymem_dist.dispatch.settings import DispatchSettings
 from storymem_dist.dispatch.stop import StopSwitch

@@ -4,11 +4,21 @@ from collections.abc import Mapping
 
 from storymem_dist.artifacts.records import ShotRecord
 from storymem_dist.artifacts.run_folder import Failure
-from storymem_dist.dispatch.graph import Chain
+from storymem_dist.diffusion.denoise import DenoiseState
+from storymem_dist.dispatch.graph import Chain, ShotGraph
 from storymem_dist.dispatch.jobs import ShotHistory, ShotJob
-from storymem_dist.dispatch.plan import M2V, BatchPart, PlannedShot
+from storymem_dist.dispatch.plan import M2V, T2V, BatchPart, PlannedShot
 from storymem_dist.dispatch.summary import BatchSummary
-from storymem_dist.observe.events import JobFinished, ShotFailed, ShotFinished, ShotSkipped, ShotStarted, StoryFinished
+from storymem_dist.observe.events import (
+    JobFinished,
+    ShotFailed,
+    ShotFinished,
+    ShotResumed,
+    ShotSkipped,
+    ShotStarted,
+    StoryFinished,
+    ThroughputSampled,
+)
 
 _OUTCOMES = {"done": "finished", "stopped": "stopped", "failed": "failed"}
 
@@ -36,6 +46,18 @@ def shot_started(job: ShotJob, part: BatchPart, history: ShotHistory) -> ShotSta
         tflop_per_step=cost.passes_per_step * cost.forward_tflop(num_memory) if cost.is_a14b else None,
         why=job.why,
     )
+
+
+def shot_resumed(job: ShotJob, state: DenoiseState) -> ShotResumed:
+    """An attempt goes on where an earlier one was left."""
+    return ShotResumed(
+        story_id=job.story.story_id, shot_id=job.shot.shot_id, step=state.step, num_steps=state.num_steps
+    )
+
+
+def queue_sampled(graph: ShotGraph) -> ThroughputSampled:
+    """How many shots are ready, and how many are being rendered."""
+    return ThroughputSampled(queue_depth=graph.num_ready(T2V) + graph.num_ready(M2V), num_running=len(graph.leased()))
 
 
 def shot_finished(

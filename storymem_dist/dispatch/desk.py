@@ -8,61 +8,33 @@ Knows the queue, the run folder and the observers; nothing of ranks, models or h
 import contextlib
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from storymem_dist.artifacts.run_folder import Failure
 from storymem_dist.artifacts.shot_folder import ShotFolder, new_attempt_id
 from storymem_dist.diffusion.denoise import DenoiseState
 from storymem_dist.dispatch import announcing
 from storymem_dist.dispatch.graph import ShotState
-from storymem_dist.dispatch.history import DamagedHistory, read_history
-from storymem_dist.dispatch.jobs import RenderedShot, ShotHistory, ShotJob
+from storymem_dist.dispatch.history import DamagedHistory, read_checkpoint, read_history
+from storymem_dist.dispatch.jobs import Assignment, End, Opening, RenderedShot, ShotJob
 from storymem_dist.dispatch.joining import Joined, StoryJoiner
 from storymem_dist.dispatch.leases import Owner
 from storymem_dist.dispatch.opening import OpenBatch, open_batch, why_again
-from storymem_dist.dispatch.plan import M2V, T2V, BatchPart, PlannedShot
+from storymem_dist.dispatch.plan import BatchPart, PlannedShot
 from storymem_dist.dispatch.queue import Claim, ShotQueue
 from storymem_dist.dispatch.saving import save_shot
 from storymem_dist.dispatch.settings import DispatchSettings
 from storymem_dist.dispatch.stop import StopSwitch
-from storymem_dist.dispatch.summary import DONE, FAILED, STOPPED, BatchSummary, Replica, Tally
+from storymem_dist.dispatch.summary import DONE, FAILED, STOPPED, BatchSummary, Replica, Tally, summarize
 from storymem_dist.errors import RunFolderError
 from storymem_dist.observe.events import (
     ReplicaWaited,
-    ShotResumed,
     StopRequested,
-    ThroughputSampled,
     WarningIssued,
     timed_stage,
 )
 
 _LONGEST_PAUSE = 4.0  # between two looks while there is nothing to do, in units of poll_seconds
 _LEASE_LOOK_SECONDS = 1.0  # between two looks at the own lease while a shot is rendered
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Opening:
-    """What is to do: ``prompts`` of all shots that are not committed, in order, each once."""
-
-    prompts: tuple[str, ...]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Assignment:
-    """A shot for this replica, with all that rendering it needs."""
-
-    job: ShotJob
-    history: ShotHistory
-    resume: DenoiseState | None
-    low_memory: bool
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class End:
-    """No more shots for this replica. ``state``: ``done``, ``stopped`` or ``failed``."""
-
-    state: str
-    reason: str = ""
 
 
 class Desk:
@@ -209,35 +181,16 @@ class Desk:
             why=why,
         )
         part.observers.notify(announcing.shot_started(job, part, history))
-        part.observers.notify(
-            ThroughputSampled(
-                queue_depth=self._queue.graph.num_ready(T2V) + self._queue.graph.num_ready(M2V),
-                num_running=len(self._queue.graph.leased()),
-            )
-        )
-        resume = self._checkpoint(shot, part)
-        self._resumed_at = None if resume is None else resume.step
-        if resume is not None:
-            part.observers.notify(
-                ShotResumed(
-                    story_id=shot.story.story_id,
-                    shot_id=shot.shot.shot_id,
-                    step=resume.step,
-                    num_steps=resume.num_steps,
-                )
-            )
-        return Assignment(job=job, history=history, resume=resume, low_memory=claim.low_memory)
-
-    def _checkpoint(self, shot: PlannedShot, part: BatchPart) -> DenoiseState | None:
-        path = part.run.checkpoint(shot.story.story_id, shot.shot.shot_id, shot.fingerprint)
-        if not path.exists():
-            return None
+        part.observers.notify(announcing.queue_sampled(self._queue.graph))
+        resume = None
         try:
-            return DenoiseState.load(path, fingerprint=shot.fingerprint)
+            resume = read_checkpoint(part.run, shot)
         except RunFolderError as error:
             self._warn(part, f"{error}; the shot starts again", "resume")
-            path.unlink(missing_ok=True)
-            return None
+        self._resumed_at = None if resume is None else resume.step
+        if resume is not None:
+            part.observers.notify(announcing.shot_resumed(job, resume))
+        return Assignment(job=job, history=history, resume=resume, low_memory=claim.low_memory)
 
     # -- while a shot is rendered --------------------------------------------------------------------------------------
 
@@ -429,36 +382,22 @@ class Desk:
         part.observers.notify(WarningIssued(message=message, source=source))
 
     def _outcome(self) -> End:
-        blocked = [chain for chain in self._queue.graph.chains if chain.is_blocked]
-        rejected = self._batch.rejected if self._batch else ()
-        if not blocked and not rejected:
+        num_failed = sum(chain.is_blocked for chain in self._queue.graph.chains)
+        num_failed += len(self._batch.rejected) if self._batch else 0
+        if not num_failed:
             return End(state=DONE)
-        return End(state=FAILED, reason=f"{len(blocked) + len(rejected)} stories could not be rendered to their end")
+        return End(state=FAILED, reason=f"{num_failed} stories could not be rendered to their end")
 
     def _summary(self, end: End, part: int | None = None) -> BatchSummary:
         """How the batch stands, or one part of it; the tally is this replica's in both cases."""
-        chains = [chain for chain in self._queue.graph.chains if part in (None, chain.part)]
-        rejected = [failure for of, failure in self._batch.rejected if part in (None, of)] if self._batch else []
-        failures = [
-            failure for key, failure in self._queue.failures.items() if failure.is_final and part in (None, key[0])
-        ]
-        num_done = sum(chain.is_complete for chain in chains)
-        is_done = num_done == len(chains) and not rejected
-        state = DONE if part is not None and is_done else end.state
-        if part is not None and state == FAILED and not (failures or rejected):
-            state = STOPPED  # the batch ended for another reason: the folder of some part cannot be used
-        return BatchSummary(
-            state=state,
-            reason=end.reason,
-            num_stories=len(chains) + len(rejected),
-            num_stories_done=num_done,
-            num_rendered=self._tally.num_rendered,
-            num_resumed=self._tally.num_resumed,
-            num_skipped=self._tally.num_skipped,
-            num_failed=len(failures) + len(rejected),
-            num_blocked=sum(len(chain.shots) - chain.front - 1 for chain in chains if chain.is_blocked),
+        assert self._batch is not None, "the desk is not open"
+        return summarize(
+            end.state,
+            end.reason,
+            chains=[chain for chain in self._queue.graph.chains if part in (None, chain.part)],
+            rejected=[failure for of, failure in self._batch.rejected if part in (None, of)],
+            failures=[failure for key, failure in self._queue.failures.items() if part in (None, key[0])],
+            tally=self._tally,
             elapsed_seconds=time.monotonic() - self._began,
-            waited_seconds=self._tally.waited_seconds,
-            stage_seconds=dict(self._tally.stage_seconds),
-            failures=(*rejected, *failures),
+            is_whole=part is None,
         )

@@ -1,13 +1,17 @@
-"""What the shots before a shot left for it: a pure function of their committed records and images.
+"""What is on disk for a shot that begins: what the shots before it left, and where an earlier attempt stopped.
+
+The former is a pure function of committed records and images.
 
 Knows a run folder and a chain; nothing of how a memory bank chooses among the keyframes.
 """
 
 from storymem_dist.artifacts.records import DamagedRecord
 from storymem_dist.artifacts.run_folder import RunFolder
+from storymem_dist.diffusion.denoise import DenoiseState
 from storymem_dist.dispatch.graph import Chain
 from storymem_dist.dispatch.jobs import ShotHistory
 from storymem_dist.dispatch.plan import M2V, PlannedShot
+from storymem_dist.errors import RunFolderError
 from storymem_dist.memory.bank import Keyframe
 
 
@@ -39,3 +43,18 @@ def read_history(run: RunFolder, chain: Chain, index: int) -> ShotHistory:
                 for image, kept in zip(images, record.keyframes, strict=True)
             ]
     return ShotHistory(keyframes=tuple(keyframes), tail=tail)
+
+
+def read_checkpoint(run: RunFolder, shot: PlannedShot) -> DenoiseState | None:
+    """Return the denoising state in which an earlier attempt at ``shot`` was left, if there is one.
+
+    Raises ``RunFolderError`` after removing one that cannot be used.
+    """
+    path = run.checkpoint(shot.story.story_id, shot.shot.shot_id, shot.fingerprint)
+    if not path.exists():
+        return None
+    try:
+        return DenoiseState.load(path, fingerprint=shot.fingerprint)
+    except RunFolderError:
+        path.unlink(missing_ok=True)
+        raise

@@ -66,6 +66,31 @@ class RenderedShot:
     stage_seconds: Mapping[str, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Opening:
+    """What is to do: ``prompts`` of all shots that are not committed, in order, each once."""
+
+    prompts: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Assignment:
+    """A shot for this replica, with all that rendering it needs."""
+
+    job: ShotJob
+    history: ShotHistory
+    resume: DenoiseState | None
+    low_memory: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class End:
+    """No more shots for this replica. ``state``: ``done``, ``stopped`` or ``failed``."""
+
+    state: str
+    reason: str = ""
+
+
 class ShotRenderer(Protocol):
     """Renders shots on the ranks of one replica. All its methods are called by all ranks, in the same order.
 

@@ -1,9 +1,10 @@
-"""How a replica's share of a batch ended. Values only."""
+"""How a replica's share of a batch ended. Values, and how they are summed up."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from storymem_dist.artifacts.run_folder import Failure
+from storymem_dist.dispatch.graph import Chain
 from storymem_dist.errors import ShotFailed
 
 DONE = "done"
@@ -73,3 +74,43 @@ class BatchSummary:
     def clips_per_device_hour(self, num_devices: int) -> float:
         """Clips this replica rendered, per hour and device."""
         return 3600 * self.num_rendered / max(self.elapsed_seconds * num_devices, 1e-9)
+
+
+def summarize(
+    state: str,
+    reason: str,
+    *,
+    chains: Sequence[Chain],
+    rejected: Sequence[Failure],
+    failures: Sequence[Failure],
+    tally: Tally,
+    elapsed_seconds: float,
+    is_whole: bool,
+) -> BatchSummary:
+    """Sum up the given chains, of the whole batch (``is_whole``) or of one part of it.
+
+    ``state`` is that of the whole batch. A part may be done although others failed; and where nothing of a part failed,
+    it can go on when the same command is given again, so it is stopped.
+    """
+    final = [failure for failure in failures if failure.is_final]
+    num_done = sum(chain.is_complete for chain in chains)
+    if not is_whole:
+        if chains and num_done == len(chains) and not rejected:
+            state = DONE
+        elif state == FAILED and not (final or rejected):
+            state = STOPPED
+    return BatchSummary(
+        state=state,
+        reason=reason,
+        num_stories=len(chains) + len(rejected),
+        num_stories_done=num_done,
+        num_rendered=tally.num_rendered,
+        num_resumed=tally.num_resumed,
+        num_skipped=tally.num_skipped,
+        num_failed=len(final) + len(rejected),
+        num_blocked=sum(len(chain.shots) - chain.front - 1 for chain in chains if chain.is_blocked),
+        elapsed_seconds=elapsed_seconds,
+        waited_seconds=tally.waited_seconds,
+        stage_seconds=dict(tally.stage_seconds),
+        failures=(*rejected, *final),
+    )
