@@ -103,7 +103,7 @@ def test_a_split_layout_renders_the_same_memory(
 
 
 def test_a_joined_sweep_loads_each_model_once_and_equals_separate_runs(stories: Path, tmp_path: Path) -> None:
-    swept = ["sampler.seed=1,2", "memory.max_keyframes=1,3"]
+    swept = ["sampler.seed=1,2", "sampler.guidance_scale_low=2.0,3.5"]
     sweep = tmp_path / "sweep"
     given = [*SMALL, LOCAL_STEPS, f"stories.path='{stories / 'fox.json'}'", f"output='{sweep}'"]
     done = run_python([*RENDER, "-m", *given, *swept])
@@ -116,11 +116,11 @@ def test_a_joined_sweep_loads_each_model_once_and_equals_separate_runs(stories: 
     ]
     assert len(loads) == 2  # t2v and m2v experts, for eight shots of four points
     for seed in (1, 2):
-        for number in (1, 3):
-            point = sweep / f"memory.max_keyframes={number},sampler.seed={seed}"
+        for scale in (2.0, 3.5):
+            point = sweep / f"sampler.guidance_scale_low={scale},sampler.seed={seed}"
             assert f"{point.name}  done" in done.stdout
-            run = tmp_path / f"{seed}-{number}"
-            settings = (LOCAL_STEPS, f"sampler.seed={seed}", f"memory.max_keyframes={number}")
+            run = tmp_path / f"{seed}-{scale}"
+            settings = (LOCAL_STEPS, f"sampler.seed={seed}", f"sampler.guidance_scale_low={scale}")
             assert render_small(stories / "fox.json", run, *settings) == 0
             assert media_bytes(point) == media_bytes(run)
             assert records(point) == records(run)
