@@ -175,12 +175,13 @@ class SelfAttention(nn.Module):
 
     def forward(self, x_BLD: Tensor, rope_cos_LP: Tensor, rope_sin_LP: Tensor) -> Tensor:
         """``x_BLD`` in the matmul dtype, rotary tables fp32; returns the output projection in the matmul dtype."""
-        heads = (self.num_heads, -1)
-        q_BLNH = apply_rope(self.norm_q(self.q(x_BLD).float()).unflatten(-1, heads), rope_cos_LP, rope_sin_LP)
-        k_BLNH = apply_rope(self.norm_k(self.k(x_BLD).float()).unflatten(-1, heads), rope_cos_LP, rope_sin_LP)
-        v_BLNH = self.v(x_BLD).unflatten(-1, heads)
-        out_BLNH = self.attend(q_BLNH.to(v_BLNH.dtype), k_BLNH.to(v_BLNH.dtype), v_BLNH)
-        return self.o(out_BLNH.flatten(2))
+        q_BLNH = self._rotate(self.norm_q(self.q(x_BLD).float()), rope_cos_LP, rope_sin_LP).to(x_BLD.dtype)
+        k_BLNH = self._rotate(self.norm_k(self.k(x_BLD).float()), rope_cos_LP, rope_sin_LP).to(x_BLD.dtype)
+        v_BLNH = self.v(x_BLD).unflatten(-1, (self.num_heads, -1))
+        return self.o(self.attend(q_BLNH, k_BLNH, v_BLNH).flatten(2))
+
+    def _rotate(self, x_BLD: Tensor, rope_cos_LP: Tensor, rope_sin_LP: Tensor) -> Tensor:
+        return apply_rope(x_BLD.unflatten(-1, (self.num_heads, -1)), rope_cos_LP, rope_sin_LP)
 
 
 class CrossAttention(nn.Module):
@@ -203,6 +204,22 @@ class CrossAttention(nn.Module):
         return self.o(self.attend(q_BLNH, k_BSNH, v_BSNH).flatten(2))
 
 
+class FeedForward(nn.Sequential):
+    """Linear, tanh-GELU, linear. The activation overwrites its input, the widest tensor of a block."""
+
+    def __init__(self, config: DiTConfig, dtype: torch.dtype):
+        super().__init__(
+            nn.Linear(config.dim, config.ffn_dim, dtype=dtype),
+            nn.GELU(approximate="tanh"),
+            nn.Linear(config.ffn_dim, config.dim, dtype=dtype),
+        )
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        """Input and result in the matmul dtype."""
+        expand, activate, reduce = self
+        return reduce(torch.ops.aten.gelu_(expand(x_BLD), approximate=activate.approximate))
+
+
 class WanBlock(nn.Module):
     """Self-attention, cross-attention and feed-forward around one fp32 residual stream."""
 
@@ -214,22 +231,22 @@ class WanBlock(nn.Module):
         self.self_attn = SelfAttention(config, dtype, attention_backend)
         self.norm3 = nn.LayerNorm(config.dim, config.eps, dtype=torch.float32)
         self.cross_attn = CrossAttention(config, dtype, attention_backend)
-        self.ffn = nn.Sequential(
-            nn.Linear(config.dim, config.ffn_dim, dtype=dtype),
-            nn.GELU(approximate="tanh"),
-            nn.Linear(config.ffn_dim, config.dim, dtype=dtype),
-        )
+        self.ffn = FeedForward(config, dtype)
 
     def forward(
         self, tokens_BLD: Tensor, rope_cos_LP: Tensor, rope_sin_LP: Tensor, modulation_B6D: Tensor, context_BSD: Tensor
     ) -> Tensor:
         """Tokens, tables and modulation are fp32, context is in the matmul dtype; returns fp32 tokens."""
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + modulation_B6D).unbind(1)
-        x_BLD = modulated_norm(tokens_BLD, shift1, scale1, self.eps).to(self.dtype)
-        tokens_BLD = gated_residual(tokens_BLD, self.self_attn(x_BLD, rope_cos_LP, rope_sin_LP), gate1)
+        # Intermediates get no names here: they would stay in memory while the next layers run.
+        tokens_BLD = gated_residual(
+            tokens_BLD, self.self_attn(self._normed(tokens_BLD, shift1, scale1), rope_cos_LP, rope_sin_LP), gate1
+        )
         tokens_BLD = tokens_BLD + self.cross_attn(self.norm3(tokens_BLD).to(self.dtype), context_BSD)
-        x_BLD = modulated_norm(tokens_BLD, shift2, scale2, self.eps).to(self.dtype)
-        return gated_residual(tokens_BLD, self.ffn(x_BLD), gate2)
+        return gated_residual(tokens_BLD, self.ffn(self._normed(tokens_BLD, shift2, scale2)), gate2)
+
+    def _normed(self, tokens_BLD: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
+        return modulated_norm(tokens_BLD, shift_BD, scale_BD, self.eps).to(self.dtype)
 
 
 class BlockStack(nn.ModuleList):
