@@ -191,14 +191,12 @@ def slowdown(make: type[WellBehaved], root: Path, num_rounds: int, products: int
         back_end = make()
         observers = back_end.observers = start(folder, [back_end])
         time.sleep(0.3)
-        began, busy_began = time.perf_counter(), time.process_time()
         observed = timed_steps(products, observers)
-        busy, passed = time.process_time() - busy_began, time.perf_counter() - began
         lost += 2 + STEPS_PER_ROUND - count_own(folder)
         observers.close(0.0)
         ratios.append(observed.wall / bare.wall)
         own_ratios.append(observed.processor / bare.processor)
-        other_ratios.append((busy - observed.total_processor) / passed)
+        other_ratios.append(observed.others)
         seconds.append(bare.wall)
     return {
         "back end": make.name,
@@ -213,17 +211,21 @@ def slowdown(make: type[WellBehaved], root: Path, num_rounds: int, products: int
 
 @dataclass(frozen=True, kw_only=True)
 class Steps:
-    """Seconds of a step, medians over a round: by the clock and of this thread's processor time; and their sum."""
+    """A round of steps: median seconds of one by the clock, and of this thread's processor time.
+
+    ``others``: processor time of all other threads of this process, as a share of the round's time.
+    """
 
     wall: float
     processor: float
-    total_processor: float
+    others: float
 
 
 def timed_steps(products: int, observers: Observers | None) -> Steps:
     """Do a round of steps, with an event after each if there are observers."""
     wall, processor = [], []
     work(products)
+    all_began, own_began = time.process_time(), time.thread_time()
     for _ in range(STEPS_PER_ROUND):
         began, busy_began = time.perf_counter(), time.thread_time()
         work(products)
@@ -231,7 +233,10 @@ def timed_steps(products: int, observers: Observers | None) -> Steps:
             observers.notify(STEP)
         wall.append(time.perf_counter() - began)
         processor.append(time.thread_time() - busy_began)
-    return Steps(wall=statistics.median(wall), processor=statistics.median(processor), total_processor=sum(processor))
+    others = (time.process_time() - all_began) - (time.thread_time() - own_began)
+    return Steps(
+        wall=statistics.median(wall), processor=statistics.median(processor), others=max(0.0, others) / sum(wall)
+    )
 
 
 def count_own(root: Path) -> int:
