@@ -1,25 +1,32 @@
 """Kills replicas at random moments and compares what comes out with an undisturbed run, byte by byte.
 
     python -m benchmarks.chaos                       # 20 trials: 12 stories x 8 shots, 4 replicas, one killed with -9
-    python -m benchmarks.chaos --trials 5 --kills 6 --pauses 2 --json chaos.json
+    python -m benchmarks.chaos --renderer drawing    # the same in a fifth of the time
+    python -m benchmarks.chaos --renderer drawing --trials 5 --kills 6 --pauses 2 --json chaos.json
 
-Each replica is a process of its own that joins the run folder, with a renderer that draws small pictures; what is
-tested is everything around it. A killed one is started again, as torchrun or a batch system would. Passes when
-in every trial the run ends complete; all MP4s and PNGs, and the records apart from ``timing`` and ``host``, are those
-of the undisturbed run; every shot has one record and one attempt; nothing half-made is left; and no shot was begun
-twice but those in flight at a kill or pause.
+``--renderer tiny`` is the real thing: ``torchrun`` with four gloo ranks, each a replica of the tiny model; a rank is
+killed, torchrun ends the others and starts all again. ``--renderer drawing`` starts four independent processes that
+join the run folder, with a renderer that draws small pictures; a killed one is started again. It can also pause
+processes past their leases and wake them in the end.
+
+Passes (exit code 0) when in every trial the run ends complete; all MP4s and PNGs, and the records apart from their
+``timing`` and ``host`` parts, are those of the undisturbed run; every shot has one record and one attempt; nothing
+half-made is left; and no shot was begun twice but those in flight at a disturbance (one per replica that it ended).
 """
 
 import argparse
+import json
+import os
 import random
 import signal
+import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -28,33 +35,38 @@ from storymem_dist.dispatch.settings import DispatchSettings
 from storymem_dist.dispatch.summary import Replica
 from storymem_dist.story.schema import Story
 from tests.helpers.fake_renderer import finished_files, make_story
+from tests.helpers.small_job import SMALL, write_storyboard
 from tests.helpers.workers import begun, exit_code, has_ended, kill, start_worker
 
 
 def main() -> int:
     """Run all trials, print a table and say whether all passed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--renderer", choices=("tiny", "drawing"), default="tiny")
     parser.add_argument("--trials", type=int, default=20)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--stories", type=int, default=12)
     parser.add_argument("--shots", type=int, default=8)
     parser.add_argument("--replicas", type=int, default=4)
-    parser.add_argument("--kills", type=int, default=1, help="replicas killed with -9 in each trial")
-    parser.add_argument("--pauses", type=int, default=0, help="replicas paused past their lease in each trial")
-    parser.add_argument("--step-seconds", type=float, default=0.02)
+    parser.add_argument("--kills", type=int, default=1, help="processes killed with -9 in each trial")
+    parser.add_argument("--pauses", type=int, default=0, help="processes paused past their lease (drawing only)")
+    parser.add_argument("--step-seconds", type=float, default=0.02, help="how long a step takes (drawing only)")
     parser.add_argument("--folder", type=Path, help="where to work; a shared file system is a good test")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    if arguments.renderer == "tiny" and arguments.pauses:
+        parser.error("--pauses needs --renderer drawing")
 
-    stories = [make_story(f"story_{number:02d}", arguments.shots) for number in range(arguments.stories)]
+    rows = []
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        stage: Stage = TinyRanks(arguments, Path(folder)) if arguments.renderer == "tiny" else Drawing(arguments)
         whole = Path(folder) / "undisturbed"
-        assert exit_code(start_worker(whole, stories)) == 0
+        stage.render_undisturbed(whole)
         expected = finished_files(whole)
-        rows = []
         for seed in range(arguments.first_seed, arguments.first_seed + arguments.trials):
-            trial = Trial(root=Path(folder) / f"trial_{seed}", stories=stories, arguments=arguments)
-            rows.append(trial.run(seed, expected))
+            rows.append(trial(stage, Path(folder) / f"trial_{seed}", seed, expected, arguments))
+            print_table(rows[-1:])
+    print()
     print_table(rows)
     passed = all(row["passed"] for row in rows)
     print("all trials passed" if passed else "SOME TRIALS FAILED")
@@ -62,82 +74,183 @@ def main() -> int:
     return 0 if passed else 1
 
 
-@dataclass
-class Trial:
-    """One run that is disturbed."""
+class Stage(Protocol):
+    """A way to run replicas and to disturb them."""
 
-    root: Path
-    stories: list[Story]
-    arguments: argparse.Namespace
+    def render_undisturbed(self, root: Path) -> None:
+        """Render everything in peace."""
 
-    def run(self, seed: int, expected: dict[str, bytes]) -> dict[str, Any]:
-        """Disturb, wait for the end, compare."""
-        rng, began = random.Random(seed), time.monotonic()
-        replicas, disturbances = self.arguments.replicas, self.arguments.kills + self.arguments.pauses
-        num_shots = len(self.stories) * self.arguments.shots
-        moments = sorted(rng.randrange(1, num_shots) for _ in range(disturbances))
-        kinds = ["kill"] * self.arguments.kills + ["pause"] * self.arguments.pauses
+    def render_disturbed(self, root: Path, rng: random.Random) -> "Disturbed":
+        """Render everything while killing and pausing; return when all processes have ended."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Disturbed:
+    """What happened: exit codes at the end, processes hit, shots that these were rendering, and all shots begun."""
+
+    codes: list[int]
+    num_hit: int
+    num_in_flight: int
+    begun: list[str]
+
+
+def trial(
+    stage: Stage, root: Path, seed: int, expected: dict[str, bytes], arguments: argparse.Namespace
+) -> dict[str, Any]:
+    """Run one trial and compare it with the undisturbed run."""
+    began = time.monotonic()
+    disturbed = stage.render_disturbed(root, random.Random(seed))
+    elapsed = time.monotonic() - began
+    files = finished_files(root)
+    different = [name for name in {*files, *expected} if files.get(name) != expected.get(name)]
+    attempts = [len(list(shot.iterdir())) for shot in root.glob("stories/*/*/attempts")]
+    records = [len(list(shot.iterdir())) for shot in root.glob("stories/*/*/records")]
+    once = attempts == records == [1] * arguments.stories * arguments.shots
+    twice = sum(times - 1 for times in Counter(disturbed.begun).values())
+    left = [path for path in root.rglob("*") if path.name.startswith(".tmp-") or path.suffix == ".lease"]
+    passed = not different and once and twice <= disturbed.num_in_flight and not any(disturbed.codes) and not left
+    return {
+        "seed": seed,
+        "passed": passed,
+        "hit": disturbed.num_hit,
+        "rendered twice": twice,
+        "files": len(files),
+        "different": len(different),
+        "left behind": len(left),
+        "seconds": round(elapsed, 1),
+    }
+
+
+class Drawing:
+    """Independent processes with a renderer that draws."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self._arguments = arguments
+        self._stories: list[Story] = [
+            make_story(f"story_{number:02d}", arguments.shots) for number in range(arguments.stories)
+        ]
+
+    def render_undisturbed(self, root: Path) -> None:
+        """Render in one process."""
+        assert exit_code(start_worker(root, self._stories)) == 0
+
+    def render_disturbed(self, root: Path, rng: random.Random) -> Disturbed:
+        """Kill and pause processes at random moments; start another in the place of each."""
+        arguments, log = self._arguments, root.with_suffix(".log")
+        num_shots = arguments.stories * arguments.shots
+        kinds = ["kill"] * arguments.kills + ["pause"] * arguments.pauses
         rng.shuffle(kinds)
-        workers = [self._start(index) for index in range(replicas)]
+        moments = sorted(rng.randrange(1, num_shots) for _ in kinds)
+        workers = [self._start(root, log, index) for index in range(arguments.replicas)]
         hit, asleep = 0, []
         for moment, kind in zip(moments, kinds, strict=True):
-            while len(begun(self._log)) < moment:
+            while len(begun(log)) < moment:
                 time.sleep(0.005)
-            time.sleep(rng.uniform(0.0, 4 * self.arguments.step_seconds))
-            victim = rng.randrange(replicas)
+            time.sleep(rng.uniform(0.0, 4 * arguments.step_seconds))
+            victim = rng.randrange(arguments.replicas)
             if has_ended(workers[victim]):
                 continue
             if kind == "pause":
                 kill(workers[victim], signal.SIGSTOP)
                 asleep.append(workers[victim])
-                workers[victim] = self._start(victim)
                 hit += 1
             else:
                 kill(workers[victim])
                 hit += exit_code(workers[victim]) == -signal.SIGKILL
-                workers[victim] = self._start(victim)
+            workers[victim] = self._start(root, log, victim)
         codes = [exit_code(worker) for worker in workers]
         for worker in asleep:
             kill(worker, signal.SIGCONT)
         codes += [exit_code(worker) for worker in asleep]
-        return self._compare(seed, expected, codes, hit, time.monotonic() - began)
+        return Disturbed(codes=codes, num_hit=hit, num_in_flight=hit, begun=begun(log))
 
-    def _compare(
-        self, seed: int, expected: dict[str, bytes], codes: list[int], hit: int, elapsed: float
-    ) -> dict[str, Any]:
-        files = finished_files(self.root)
-        different = [name for name in {*files, *expected} if files.get(name) != expected.get(name)]
-        attempts = [len(list(shot.iterdir())) for shot in self.root.glob("stories/*/*/attempts")]
-        records = [len(list(shot.iterdir())) for shot in self.root.glob("stories/*/*/records")]
-        num_shots = len(self.stories) * self.arguments.shots
-        once = attempts == records == [1] * num_shots
-        twice = sum(times - 1 for times in Counter(begun(self._log)).values())
-        left = [path.name for path in self.root.rglob("*") if path.name.startswith(".") or path.suffix == ".lease"]
-        passed = not different and once and twice <= hit and not any(codes) and not left
-        return {
-            "seed": seed,
-            "passed": passed,
-            "hit": hit,
-            "rendered twice": twice,
-            "files": len(files),
-            "different": len(different),
-            "left behind": len(left),
-            "seconds": round(elapsed, 1),
-        }
-
-    @property
-    def _log(self) -> Path:
-        return self.root.with_suffix(".log")
-
-    def _start(self, index: int) -> int:
+    def _start(self, root: Path, log: Path, index: int) -> int:
         return start_worker(
-            self.root,
-            self.stories,
-            log=self._log,
-            step_seconds=self.arguments.step_seconds,
+            root,
+            self._stories,
+            log=log,
+            step_seconds=self._arguments.step_seconds,
             settings=DispatchSettings(poll_seconds=0.05, lease_seconds=5.0, checkpoint_every_steps=1),
-            replica=Replica(index=index, count=self.arguments.replicas, job_id="chaos"),
+            replica=Replica(index=index, count=self._arguments.replicas, job_id="chaos"),
         )
+
+
+class TinyRanks:
+    """torchrun with one replica of the tiny model per rank."""
+
+    def __init__(self, arguments: argparse.Namespace, folder: Path) -> None:
+        self._arguments = arguments
+        self._folder = folder
+        cuts = [[index % 3 != 2 for index in range(arguments.shots)]]
+        for number in range(arguments.stories):
+            write_storyboard(folder / "boards" / f"story_{number:02d}.json", cuts)
+
+    def render_undisturbed(self, root: Path) -> None:
+        """Render with as many ranks, and let them be."""
+        code = self._start(root).wait()
+        assert code == 0, self._log_of(root).read_text()
+
+    def render_disturbed(self, root: Path, rng: random.Random) -> Disturbed:
+        """Kill a rank whenever a random number of shots is committed."""
+        arguments = self._arguments
+        job = self._start(root)
+        hit = 0
+        for moment in sorted(rng.randrange(arguments.stories * arguments.shots) for _ in range(arguments.kills)):
+            while job.poll() is None and (self._num_committed(root) < moment or not self._living(root)):
+                time.sleep(0.02)
+            time.sleep(rng.uniform(0.0, 0.3))
+            living = self._living(root)
+            if job.poll() is None and living:
+                kill(rng.choice(living))
+                hit += 1
+                while job.poll() is None and set(self._living(root)) & set(living):
+                    time.sleep(0.05)
+        codes = [job.wait()]
+        if any(codes):
+            print(self._log_of(root).read_text()[-4000:], file=sys.stderr)
+        started = [
+            f"{event['story_id']}:{event['shot_id']}"
+            for path in (root / "events").glob("*.jsonl")
+            for event in map(json.loads, path.read_text().splitlines())
+            if event["event"] == "ShotStarted"
+        ]
+        return Disturbed(codes=codes, num_hit=hit, num_in_flight=hit * arguments.replicas, begun=started)
+
+    def _start(self, root: Path) -> subprocess.Popen[bytes]:
+        arguments = self._arguments
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        launcher += [f"--nproc-per-node={arguments.replicas}", f"--max-restarts={arguments.kills + 2}"]
+        settings = [*SMALL, "parallel=replicas", "dispatch.poll_seconds=0.2", "dispatch.lease_seconds=20"]
+        paths = [f"stories.path='{self._folder / 'boards'}'", f"output='{root}'"]
+        environment = os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "OMP_NUM_THREADS": "1"}
+        with self._log_of(root).open("wb") as log:
+            return subprocess.Popen(
+                [*launcher, "-m", "storymem_dist.cli", *settings, *paths],
+                env=environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+
+    @staticmethod
+    def _log_of(root: Path) -> Path:
+        return root.with_suffix(".log")
+
+    @staticmethod
+    def _num_committed(root: Path) -> int:
+        return len(list(root.glob("stories/*/*/records/*.json")))
+
+    @staticmethod
+    def _living(root: Path) -> list[int]:
+        """Process ids of the replica leaders, as they say themselves, that run."""
+        pids = []
+        for path in sorted(root.glob("leases/*.alive")):
+            try:
+                pid = int(json.loads(path.read_text())["pid"])
+                os.kill(pid, 0)
+            except (OSError, ValueError, KeyError):
+                continue
+            pids.append(pid)
+        return pids
 
 
 if __name__ == "__main__":
