@@ -253,10 +253,7 @@ class Desk:
                 published = folder.publish(record, may_publish=self._still_held)
         except OSError as error:
             folder.discard_attempt(self._attempt_id)
-            if self._still_held():
-                self.shot_failed(f"the shot cannot be saved: {error}", type(error).__name__)
-            else:  # whoever took the shot over has cleared this attempt away
-                self._give_up_lost_shot()
+            self.shot_failed(f"the shot cannot be saved: {error}", type(error).__name__)
             return
         if not published:
             self._give_up_lost_shot()
@@ -283,6 +280,9 @@ class Desk:
 
     def shot_failed(self, reason: str, error_type: str, *, details: str = "", low_memory_next: bool = False) -> None:
         """The held shot cannot be rendered: mark it, and so all after it; or have it tried again with less memory."""
+        if not self._still_held():
+            self._give_up_lost_shot()
+            return
         shot, part = self._held.shot, self._parts[self._held.shot.part]
         failure = Failure(
             story_id=shot.story.story_id,

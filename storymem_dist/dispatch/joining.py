@@ -47,7 +47,7 @@ class StoryJoiner:
         if is_joined(part.run, chain.story_id, fingerprints):
             return Joined.YES
         key = f"{chain.story_id}.story.{fingerprints[-1][:16]}"
-        lease = leases.try_claim(key, leases.scan().get(key))
+        lease = leases.try_claim(key, leases.generation_of(key))
         if lease is None:
             return Joined.ELSEWHERE
         try:

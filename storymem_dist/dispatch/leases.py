@@ -200,6 +200,13 @@ class LeaseFolder:
                 keys[match["key"]] = max(keys.get(match["key"], 0), int(match["generation"]))
         return keys
 
+    def generation_of(self, key: str) -> int | None:
+        """Return the highest generation of one key, None when it is free, without listing the folder."""
+        generation = 0
+        while self._lease_path(key, generation).exists():
+            generation += 1
+        return generation - 1 if generation else None
+
     def holder_is_dead(self, key: str, generation: int) -> bool:
         """Whether the owner of this lease has shown no sign of life for ``lease_seconds``, or is surely gone.
 

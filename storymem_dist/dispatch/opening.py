@@ -60,7 +60,8 @@ def open_batch(
             if not _enter(part.run, folder, settings, stop_reason):
                 parts = ()  # asked to stop before the turn came: there is nothing to do
                 break
-            part.run.write_config(part.config_hash, part.config_text)
+            if part.config_hash:
+                part.run.write_config(part.config_hash, part.config_text)
         _force_rerenders(parts, settings, owner.job_id)
         chains, rejected = _plan(parts, replica, owner.job_id)
         graph = ShotGraph(chains)

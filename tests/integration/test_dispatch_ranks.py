@@ -152,22 +152,25 @@ def test_every_replica_checks_its_share_of_a_finished_run(root: Path) -> None:
     assert told == {"ocean": 4, "city": 2}
 
 
-@pytest.mark.parametrize("at_step", [0, 3], ids=["seen between steps", "seen before publishing"])
-def test_a_shot_that_was_taken_over_is_given_up_by_who_had_it(root: Path, at_step: int) -> None:
+@pytest.mark.parametrize("then", ["go on", "publish", "fail"])
+def test_a_shot_that_was_taken_over_is_given_up_by_who_had_it(root: Path, then: str) -> None:
     taken: list[str] = []
 
     def before_step(job: ShotJob, step: int) -> None:
-        if step == at_step and not taken:
+        if step == (0 if then == "go on" else 3) and not taken:
             key = f"{job.story.story_id}.{job.shot.shot_id}.{job.fingerprint[:16]}"
             thief = LeaseFolder(folder=root / "leases", owner=Owner.this_process(), lease_seconds=1.0)
             (root / "leases" / f"{key}.0.lease").rename(root / "leases" / f"{key}.gone")
             assert thief.try_claim(key) is not None
             taken.append(job.attempt_id)
+            if then == "fail":
+                raise ShotFailed("what happened to a shot of another is not told")
 
-    events, renderer = Events(), FakeRenderer(before_step=before_step, step_seconds=0.3 if at_step == 0 else 0.0)
+    events, renderer = Events(), FakeRenderer(before_step=before_step, step_seconds=0.3 if then == "go on" else 0.0)
     summary = render(root, [make_story("city", 2)], renderer=renderer, events=events)
     assert (summary.state, summary.num_rendered, summary.num_failed) == ("done", 2, 0)
     (lost,) = events.of(ShotFailedEvent)
     assert (lost.error_type, lost.will_retry, lost.attempt_id) == ("LeaseLost", True, taken[0])
     assert renderer.rendered == ["city:shot_01", "city:shot_01", "city:shot_02"]
     assert not (root / "stories/city/shot_01/attempts" / taken[0]).exists()
+    assert not list((root / "failures").iterdir())
