@@ -243,11 +243,14 @@ class LeaseFolder:
         return None
 
     def remove_dead_owners(self) -> None:
-        """Remove the signs of life of owners that are surely gone or silent. Their leases expire as ever."""
+        """Remove the signs of life of owners that are surely gone or silent. Their leases expire as ever.
+
+        One that cannot be read goes, too: should its owner be alive after all, it makes it again.
+        """
         for name in names_in(self.folder):
             if name.endswith(_ALIVE_SUFFIX):
                 owner, _ = _read_alive(self.folder / name)
-                if owner and (owner.is_known_dead() or self.is_silent(owner)):
+                if owner is None or owner.is_known_dead() or self.is_silent(owner):
                     with contextlib.suppress(OSError):
                         (self.folder / name).unlink(missing_ok=True)
 

@@ -281,6 +281,7 @@ def test_damaged_files_of_others_do_not_stop_anybody(tmp_path: Path) -> None:
     assert leases.scan() == {"key": 0}
     assert leases.others_working() == []
     leases.remove_dead_owners()
+    assert not (tmp_path / "someone.alive").exists() and (tmp_path / "notes.txt").exists()
     assert leases.try_claim("key", 0) is None
     clock.now += 61.0
     assert leases.try_claim("key", 0) is not None
