@@ -65,6 +65,17 @@ def test_jobs_that_join_one_folder_share_the_shots_and_commit_each_once(
     assert set(counts) == set(workers), "all of them worked"
 
 
+def test_jobs_that_wait_for_each_other_work_one_after_the_other_and_never_wait_for_ever(
+    root: Path, whole: dict[str, bytes]
+) -> None:
+    log = root.parent / "log"
+    settings = DispatchSettings(poll_seconds=0.05, on_busy="wait")
+    workers = [start_worker(root, STORIES, log=log, step_seconds=0.01, settings=settings) for _ in range(3)]
+    assert [exit_code(worker) for worker in workers] == [0, 0, 0]
+    assert finished_files(root) == whole
+    assert len({line.split()[1] for line in log.read_text().splitlines()}) == 1, "the first one left nothing to do"
+
+
 def test_a_job_paused_past_its_lease_loses_its_shot_and_does_no_harm_when_it_wakes(
     root: Path, whole: dict[str, bytes]
 ) -> None:
