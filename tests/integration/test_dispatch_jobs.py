@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from storymem_dist.artifacts import shot_folder
 from storymem_dist.artifacts.records import ShotRecord
 from storymem_dist.artifacts.run_folder import RunFolder
 from storymem_dist.dispatch.settings import DispatchSettings
@@ -111,8 +112,6 @@ def test_a_job_paused_in_the_middle_of_its_commit_cannot_publish_any_more(root: 
 
 
 def _render_and_pause_before_publishing(root: Path, log: Path) -> int:
-    from storymem_dist.artifacts import shot_folder
-
     publish, paused = shot_folder.publish_exclusively, []
 
     def pause_then_publish(source: Path, path: Path) -> bool:
