@@ -4,35 +4,38 @@ The order is the point: everything that can be wrong with storyboards, layout, w
 the first byte of weights is read. Knows how the parts go together; what they do is theirs.
 """
 
-import hashlib
 import json
 import os
-import platform
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from storymem_dist import __version__
 from storymem_dist.artifacts.prompt_cache import PromptCache, text_encoder_identity
 from storymem_dist.artifacts.run_folder import RunFolder
 from storymem_dist.build import Engine, Weights, open_weights, with_generated_weights
-from storymem_dist.config import Point, RenderConfig, StoriesSettings
-from storymem_dist.dispatch.plan import BatchPart, plan_part, shot_mode
-from storymem_dist.dispatch.planner import CostModel
+from storymem_dist.config import Point, RenderConfig
+from storymem_dist.dispatch.plan import BatchPart, plan_part
 from storymem_dist.dispatch.stop import StopSwitch
 from storymem_dist.dispatch.summary import BatchSummary, Replica
 from storymem_dist.errors import StoryboardError
-from storymem_dist.launch.group_folder import STOP_FILES_VARIABLE
+from storymem_dist.job_identity import device_name, group_identity, job_identity, own_stop_files, package_versions
+from storymem_dist.job_inputs import (
+    KINDS,
+    SELECTION_KEYS,
+    choose_stories,
+    config_hash,
+    cost_model,
+    kinds_of,
+    pixel_inputs,
+)
 from storymem_dist.memory.scorers import Quality, Similarity, build_quality, build_similarity
 from storymem_dist.memory.settings import MemorySettings
 from storymem_dist.models.settings import ModelSettings
@@ -43,43 +46,12 @@ from storymem_dist.observe.system import peak_tflops
 from storymem_dist.parallel.layout import check_guidance
 from storymem_dist.parallel.session import Session, start_session
 from storymem_dist.parallel.text import Encoder, encode_prompts
+from storymem_dist.parallel.text import Place as TextPlace
 from storymem_dist.render_batch import render_batch
 from storymem_dist.render_shot import ShotRules, StoryShotRenderer, negative_prompts
 from storymem_dist.story.loading import StoryBatch, load_storyboards
-from storymem_dist.story.schema import Scene, Story
 
-PIXEL_VERSION = 1
-"""Part of every fingerprint: raised when a change of this program changes pixels."""
-
-KINDS = ("t2v", "m2v")
-"""The kinds of experts, in the order in which a job needs them."""
-
-_REPORTED_PACKAGES = ("torch", "diffusers", "transformers", "av", "accelerate")
 _PROGRESS_SECONDS = 0.25
-_PIXEL_SAMPLER_KEYS = (
-    "num_inference_steps",
-    "solver",
-    "sigmas",
-    "num_frames",
-    "height",
-    "width",
-    "fps",
-    "guidance_scale_high",
-    "guidance_scale_low",
-    "noise_device",
-    "step_cache_threshold",
-)
-_SELECTION_KEYS = (
-    "max_per_shot",
-    "similarity",
-    "similarity_threshold",
-    "threshold_step",
-    "quality",
-    "quality_threshold",
-    "clip_model",
-    "hpsv3_checkpoint",
-)
-_RECALL_KEYS = ("max_keyframes", "num_fixed")
 
 
 def render_job(points: Sequence[Point], *, sweep: str | None = None) -> int:
@@ -182,11 +154,11 @@ def _part(
         sampler=settings.sampler,
         inputs={kind: pixel_inputs(kind, settings, weights) for kind in weights.checkpoints},
         video=settings.video,
-        cost=cost_model(settings),
+        cost=cost_model(settings, weights),
         config_hash=config_hash(point.plain),
         config_text=json.dumps(point.plain, indent=2, ensure_ascii=False, sort_keys=True),
         observers=observer,
-        host={"versions": package_versions(), "device": device_name(session), "layout": str(session.layout)},
+        host={"versions": package_versions(), "device": device_name(session.device), "layout": str(session.layout)},
     )
 
 
@@ -274,73 +246,6 @@ def first_kind_left(parts: Sequence[BatchPart]) -> str | None:
     return min(left, key=KINDS.index, default=None)
 
 
-# -- what is to be rendered --------------------------------------------------------------------------------------------
-
-
-def choose_stories(batch: StoryBatch, settings: StoriesSettings) -> StoryBatch:
-    """Cut the batch to ``max_stories`` stories of ``max_shots`` shots."""
-    stories = batch.stories[: settings.max_stories]
-    if settings.max_shots is not None:
-        stories = tuple(first_shots(story, settings.max_shots) for story in stories)
-    return StoryBatch(stories=stories, rejected=batch.rejected)
-
-
-def first_shots(story: Story, max_shots: int) -> Story:
-    """The story up to its first ``max_shots`` shots; scenes that become empty are left out."""
-    scenes = [
-        Scene(scene_num=scene.scene_num, shots=tuple(shot for shot in scene.shots if shot.index < max_shots))
-        for scene in story.scenes
-    ]
-    kept = tuple(scene for scene in scenes if scene.shots)
-    return Story(
-        story_id=story.story_id,
-        name=story.name,
-        overview=story.overview,
-        scenes=kept,
-        reference_images=story.reference_images,
-        seed=story.seed,
-        style=story.style,
-        source=story.source,
-    )
-
-
-def kinds_of(stories: Sequence[Story], settings: RenderConfig) -> list[str]:
-    """The kinds of experts that the stories need, in the order in which a job loads them."""
-    needed = {shot_mode(story, shot, settings.sampler)[0] for story in stories for shot in story.shots}
-    return [kind for kind in KINDS if kind in needed]
-
-
-def pixel_inputs(kind: str, settings: RenderConfig, weights: Weights) -> dict[str, Any]:
-    """All that changes the pixels of a ``kind`` shot, or what it leaves in memory, beyond prompt, seed and mode."""
-    sampler, memory = settings.sampler, settings.memory
-    inputs: dict[str, Any] = {f"sampler.{key}": getattr(sampler, key) for key in _PIXEL_SAMPLER_KEYS}
-    inputs["sampler.flow_shift"] = sampler.flow_shift(kind)
-    inputs["sampler.boundary_ratio"] = sampler.boundary_ratio(kind)
-    if sampler.needs_negative_prompt:
-        inputs["sampler.negative_prompt"] = sampler.negative_prompt
-    memory_keys = _SELECTION_KEYS + (_RECALL_KEYS if kind == "m2v" else ())
-    inputs |= {f"memory.{key}": getattr(memory, key) for key in memory_keys}
-    inputs |= {f"video.{key}": value for key, value in asdict(settings.video).items()}
-    inputs["model.dtype"] = settings.model.dtype
-    inputs["model.text_encoder_dtype"] = settings.model.text_encoder_dtype
-    inputs["weights"] = weights.identity(kind)
-    inputs["pixel_version"] = PIXEL_VERSION
-    return inputs
-
-
-def cost_model(settings: RenderConfig) -> CostModel:
-    """What the planner needs to know of the settings."""
-    sampler = settings.sampler
-    return CostModel(
-        num_frames=sampler.num_frames,
-        height=sampler.height,
-        width=sampler.width,
-        num_inference_steps=sampler.num_inference_steps,
-        passes_per_step=2 if sampler.needs_negative_prompt else 1,
-        max_keyframes=settings.memory.max_keyframes,
-    )
-
-
 # -- what is loaded once -----------------------------------------------------------------------------------------------
 
 
@@ -353,7 +258,7 @@ class ScorerShelf:
 
     def __call__(self, memory: MemorySettings) -> tuple[Similarity, Quality]:
         """The scorers that ``memory`` names. Raises ``WeightsNotFound`` or ``ExtraNotInstalled``."""
-        key = json.dumps({name: getattr(memory, name) for name in _SELECTION_KEYS})
+        key = json.dumps({name: getattr(memory, name) for name in SELECTION_KEYS})
         if key not in self._built:
             self._built[key] = build_similarity(memory, self._device), build_quality(memory, self._device)
         return self._built[key]
@@ -363,87 +268,41 @@ class ScorerShelf:
         self(memory)
 
 
-@dataclass(frozen=True, kw_only=False)
 class CachedPrompts:
-    """A ``PromptSource`` over the prompt cache of a run folder."""
+    """A ``PromptSource`` over the prompt cache of a run folder. Prompts known to be there are not looked up."""
 
-    cache: PromptCache
-    load_encoder: Callable[[], Encoder]
+    def __init__(self, cache: PromptCache, load_encoder: Callable[[], Encoder]) -> None:
+        self._cache = cache
+        self._load_encoder = load_encoder
+        self._known: set[str] = set()
 
     def ensure(self, prompts: Sequence[str]) -> None:
         """See ``PromptSource.ensure``."""
-        encode_prompts(prompts, self.cache, self.load_encoder, place=_Alone())
+        self._encode([prompt for prompt in prompts if prompt not in self._known], _Alone())
 
     def ensure_together(self, prompts: Sequence[str], rules: Sequence[ShotRules], session: Session) -> None:
         """Encode all prompts of a job, spread over all its ranks. Collective over all started ranks."""
-        encode_prompts([*prompts, *negative_prompts(rules)], self.cache, self.load_encoder, place=session)
+        self._encode([*prompts, *negative_prompts(rules)], session)
 
     def embeds(self, prompt: str) -> Tensor:
         """See ``PromptSource.embeds``; an entry that was lost meanwhile is made again."""
-        embeds = self.cache.find(prompt)
+        embeds = self._cache.find(prompt)
         if embeds is None:
-            self.ensure([prompt])
-            embeds = self.cache.find(prompt)
+            self._encode([prompt], _Alone())
+            embeds = self._cache.find(prompt)
             assert embeds is not None, "an entry that was just written is there"
         return embeds
+
+    def _encode(self, prompts: Sequence[str], place: TextPlace) -> None:
+        if prompts:
+            encode_prompts(prompts, self._cache, self._load_encoder, place=place)
+            self._known.update(prompts)
 
 
 @dataclass(frozen=True)
 class _Alone:
     rank: int = 0
     world_size: int = 1
-
-
-# -- who and where -----------------------------------------------------------------------------------------------------
-
-
-def job_identity() -> str:
-    """A name that all ranks and restarts of this job share, and no other job: empty for a process started by hand.
-
-    ``STORYMEM_JOB_ID`` where a launcher sets it (all nodes of a SLURM job share it); else torchrun's run id; else the
-    address at which the ranks met and the process that started them.
-    """
-    if given := os.environ.get("STORYMEM_JOB_ID"):
-        return given
-    if "RANK" not in os.environ:
-        return ""
-    run_id = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-    if run_id != "none":
-        return f"torchrun-{run_id}"
-    return f"ranks-{os.environ.get('MASTER_ADDR', '')}-{os.environ.get('MASTER_PORT', '')}-{os.getppid()}"
-
-
-def group_identity() -> str:
-    """A name that the ranks which were started together share, and their restarts: that of the job and the node."""
-    node = os.environ.get("STORYMEM_NODE", "")
-    return f"{job_identity()}.node{node}" if node else job_identity()
-
-
-def own_stop_files() -> list[Path]:
-    """Files that ask this job alone to stop, as its launchers said."""
-    return [Path(path) for path in os.environ.get(STOP_FILES_VARIABLE, "").split(os.pathsep) if path]
-
-
-def package_versions() -> dict[str, str]:
-    """Versions of this project, Python and the packages that shape the result."""
-    versions = {"storymem_dist": __version__, "python": platform.python_version()}
-    for name in _REPORTED_PACKAGES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return versions
-
-
-def device_name(session: Session) -> str:
-    """The device as its maker calls it."""
-    return torch.cuda.get_device_name(session.device) if session.device.type == "cuda" else "cpu"
-
-
-def config_hash(plain_config: Mapping[str, Any]) -> str:
-    """Hash of a configuration without what says where or how fast, but not what."""
-    kept = {key: value for key, value in plain_config.items() if key in ("model", "sampler", "memory", "video")}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]
 
 
 # -- what people see ---------------------------------------------------------------------------------------------------
@@ -459,11 +318,11 @@ def _announce(part: BatchPart, batch: StoryBatch, run_id: str, session: Session)
             num_shots=sum(len(story.shots) for story in batch.stories),
             num_replicas=session.layout.replica,
             num_devices=session.layout.ranks_per_replica,
-            device=device_name(session),
+            device=device_name(session.device),
             layout=str(session.layout),
             host=socket.gethostname(),
             process_id=os.getpid(),
-            peak_tflops=peak_tflops(device_name(session)),
+            peak_tflops=peak_tflops(device_name(session.device)),
             versions=package_versions(),
         )
     )

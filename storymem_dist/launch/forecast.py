@@ -13,7 +13,8 @@ from storymem_dist.artifacts.run_folder import RunFolder
 from storymem_dist.artifacts.video import VideoSettings
 from storymem_dist.config import Point
 from storymem_dist.dispatch.plan import BatchPart, PlannedShot, plan_story
-from storymem_dist.job import check_job, cost_model, pixel_inputs
+from storymem_dist.job import check_job
+from storymem_dist.job_inputs import cost_model, pixel_inputs
 
 _RENDERING_STAGES = ("recall", "condition", "denoise", "decode", "keyframes", "save")
 
@@ -48,7 +49,7 @@ def forecast(points: Sequence[Point]) -> Forecast:
             sampler=point.settings.sampler,
             inputs={kind: pixel_inputs(kind, point.settings, checked.weights) for kind in checked.weights.checkpoints},
             video=VideoSettings(),
-            cost=cost_model(point.settings),
+            cost=cost_model(point.settings, checked.weights),
         )
         generations = part.run.rerender_generations()
         for story in batch.stories:
