@@ -5,6 +5,8 @@
 #   ... sbatch / srun / squeue ...
 #   bash down.sh                      (or: bash up.sh down)
 #
+# Exits 3 where the packages cannot be installed, 1 for any other failure.
+#
 # Settings (environment):
 #   SLCI_BASE=/tmp/slurm_ci   everything lives here (keep it short: unix socket paths are limited to 107 bytes)
 #   SLCI_NODES=2              virtual nodes n1..nN, one slurmd each
@@ -27,6 +29,7 @@ HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 PATH=$PATH:/usr/sbin:/sbin
 say() { echo "slurm_up: $*" >&2; }
 die() { say "$*"; exit 1; }
+no_packages() { say "$*"; exit 3; }
 ms() { echo $(( $(date +%s%N) / 1000000 )); }
 T0=$(ms)
 
@@ -42,7 +45,7 @@ fi
 need=(); for b in munged mungekey slurmctld slurmd sbatch; do command -v $b >/dev/null || need=(slurmctld slurmd slurm-client munge); done
 if [ "$ACCT" = 1 ]; then for b in slurmdbd mariadbd; do command -v $b >/dev/null || need+=(slurmdbd mariadb-server-core); done; fi
 if [ ${#need[@]} -gt 0 ]; then
-  [ "${SLCI_INSTALL:-1}" = 1 ] && [ "$(id -u)" = 0 ] || die "missing packages: ${need[*]}"
+  [ "${SLCI_INSTALL:-1}" = 1 ] && [ "$(id -u)" = 0 ] || no_packages "missing packages: ${need[*]}"
   # keep apt from starting the daemons itself, where no policy-rc.d does so already
   pol=/usr/sbin/policy-rc.d made=0
   if [ ! -e $pol ]; then printf '#!/bin/sh\nexit 101\n' > $pol; chmod 755 $pol; made=1; fi
@@ -50,7 +53,7 @@ if [ ${#need[@]} -gt 0 ]; then
   tmp=$(mktemp); rc=0
   { apt-get update -q && apt-get install -y -q --no-install-recommends "${need[@]}"; } > "$tmp" 2>&1 || rc=$?
   if [ $made = 1 ]; then rm -f $pol; fi
-  [ $rc = 0 ] || { tail -20 "$tmp" >&2; rm -f "$tmp"; die "apt-get failed"; }
+  [ $rc = 0 ] || { tail -20 "$tmp" >&2; rm -f "$tmp"; no_packages "apt-get failed"; }
   rm -f "$tmp"
 fi
 T1=$(ms)
