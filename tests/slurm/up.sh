@@ -45,7 +45,7 @@ fi
 need=(); for b in munged mungekey slurmctld slurmd sbatch; do command -v $b >/dev/null || need=(slurmctld slurmd slurm-client munge); done
 if [ "$ACCT" = 1 ]; then for b in slurmdbd mariadbd; do command -v $b >/dev/null || need+=(slurmdbd mariadb-server-core); done; fi
 if [ ${#need[@]} -gt 0 ]; then
-  [ "${SLCI_INSTALL:-1}" = 1 ] && [ "$(id -u)" = 0 ] || no_packages "missing packages: ${need[*]}"
+  if [ "${SLCI_INSTALL:-1}" != 1 ] || [ "$(id -u)" != 0 ]; then no_packages "missing packages: ${need[*]}"; fi
   # keep apt from starting the daemons itself, where no policy-rc.d does so already
   pol=/usr/sbin/policy-rc.d made=0
   if [ ! -e $pol ]; then printf '#!/bin/sh\nexit 101\n' > $pol; chmod 755 $pol; made=1; fi
@@ -150,6 +150,7 @@ start() {
   local pid=$!
   echo "$pid $(stat_start $pid) $name" >> "$BASE/run/pids"
 }
+# shellcheck disable=SC2086  # the fields of the line are wanted one by one
 stat_start() { local s; s=$(cat /proc/"$1"/stat 2>/dev/null) || { echo 0; return; }; s=${s##*) }; set -- $s; if [ "$1" = Z ]; then echo 0; else echo "${20}"; fi; }
 fail() { say "$1 failed"; tail -n 8 "$BASE"/log/* >&2 || :; SLCI_BASE=$BASE bash "$HERE/down.sh" >&2 || :; exit 1; }
 until_ok() {  # until_ok NAME CMD...
