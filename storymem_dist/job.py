@@ -186,7 +186,7 @@ def _render(parts: Sequence[BatchPart], points: Sequence[Point], checked: Checke
     )
     with timed_stage(parts[0].observers, "text"):
         wanted = [shot.prompt for part in parts for story in part.stories for shot in story.shots]
-        prompts.ensure_together(list(dict.fromkeys(wanted)), rules, session)
+        prompts.ensure_together([*dict.fromkeys(wanted), *negative_prompts(rules)], session)
     renderer = StoryShotRenderer(
         clips=engine.clips,
         prompts=prompts,
@@ -269,34 +269,24 @@ class ScorerShelf:
 
 
 class CachedPrompts:
-    """A ``PromptSource`` over the prompt cache of a run folder. Prompts known to be there are not looked up."""
+    """A ``PromptSource`` over the prompt cache of a run folder."""
 
     def __init__(self, cache: PromptCache, load_encoder: Callable[[], Encoder]) -> None:
         self._cache = cache
         self._load_encoder = load_encoder
-        self._known: set[str] = set()
 
-    def ensure(self, prompts: Sequence[str]) -> None:
-        """See ``PromptSource.ensure``."""
-        self._encode([prompt for prompt in prompts if prompt not in self._known], _Alone())
-
-    def ensure_together(self, prompts: Sequence[str], rules: Sequence[ShotRules], session: Session) -> None:
-        """Encode all prompts of a job, spread over all its ranks. Collective over all started ranks."""
-        self._encode([*prompts, *negative_prompts(rules)], session)
+    def ensure_together(self, prompts: Sequence[str], place: TextPlace) -> None:
+        """Encode what is not cached of all prompts of a job, spread over its ranks. Collective over all of them."""
+        encode_prompts(prompts, self._cache, self._load_encoder, place=place)
 
     def embeds(self, prompt: str) -> Tensor:
         """See ``PromptSource.embeds``; an entry that was lost meanwhile is made again."""
         embeds = self._cache.find(prompt)
         if embeds is None:
-            self._encode([prompt], _Alone())
+            encode_prompts([prompt], self._cache, self._load_encoder, place=_Alone())
             embeds = self._cache.find(prompt)
             assert embeds is not None, "an entry that was just written is there"
         return embeds
-
-    def _encode(self, prompts: Sequence[str], place: TextPlace) -> None:
-        if prompts:
-            encode_prompts(prompts, self._cache, self._load_encoder, place=place)
-            self._known.update(prompts)
 
 
 @dataclass(frozen=True)

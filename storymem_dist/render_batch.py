@@ -54,10 +54,7 @@ def render_batch(
         check_contents=check_contents,
     )
     try:
-        opening = leader_decides(desk.open)
-        if opening.prompts:
-            with timed_stage(parts[0].observers, "text"):
-                renderer.encode_prompts(opening.prompts)
+        leader_decides(desk.open)
         while True:
             assignment = leader_decides(partial(desk.next_assignment, loaded))
             if isinstance(assignment, End):

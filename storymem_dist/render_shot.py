@@ -34,12 +34,8 @@ NUM_TAIL_FRAMES = max(NUM_GIVEN_FRAMES.values())
 class PromptSource(Protocol):
     """Text embeddings by prompt."""
 
-    def ensure(self, prompts: Sequence[str]) -> None:
-        """Encode those of ``prompts`` that are not at hand yet. Runs on one rank."""
-        ...
-
     def embeds(self, prompt: str) -> Tensor:
-        """The embedding ``[L <= 512, text_dim]`` of an encoded prompt, on the CPU."""
+        """The embedding ``[L <= 512, text_dim]`` of a prompt, on the CPU."""
         ...
 
 
@@ -75,10 +71,6 @@ class StoryShotRenderer:
         self._scorers = scorers
         self._rules = rules
         self._leader_decides = leader_decides
-
-    def encode_prompts(self, prompts: Sequence[str]) -> None:
-        """See ``ShotRenderer.encode_prompts``; negative prompts are added where guidance needs them."""
-        self._leader_decides(lambda: self._prompts.ensure([*prompts, *negative_prompts(self._rules)]))
 
     def prepare(self, kind: str) -> None:
         """See ``ShotRenderer.prepare``."""

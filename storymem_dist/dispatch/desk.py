@@ -15,7 +15,7 @@ from storymem_dist.diffusion.denoise import DenoiseState
 from storymem_dist.dispatch import announcing
 from storymem_dist.dispatch.graph import ShotState
 from storymem_dist.dispatch.history import DamagedHistory, read_checkpoint, read_history
-from storymem_dist.dispatch.jobs import Assignment, End, Opening, RenderedShot, ShotJob
+from storymem_dist.dispatch.jobs import Assignment, End, RenderedShot, ShotJob
 from storymem_dist.dispatch.joining import Joined, StoryJoiner
 from storymem_dist.dispatch.leases import Owner
 from storymem_dist.dispatch.opening import OpenBatch, open_batch, why_again
@@ -69,7 +69,7 @@ class Desk:
 
     # -- begin and end -------------------------------------------------------------------------------------------------
 
-    def open(self) -> Opening:
+    def open(self) -> None:
         """Open the run folders and find out what is to do. Raises as ``open_batch``."""
         self._stop.reason()  # a stop file that is there now belongs to an earlier job
         self._batch = open_batch(
@@ -85,13 +85,6 @@ class Desk:
             for part, leases in zip(self._parts, self._batch.leases, strict=True):
                 if not leases.others_working():
                     part.run.remove_stop()
-        prompts = [
-            shot.shot.prompt
-            for chain in self._queue.graph.chains
-            for shot, state in zip(chain.shots, chain.states, strict=True)
-            if state is not ShotState.COMMITTED
-        ]
-        return Opening(prompts=tuple(dict.fromkeys(prompts)))
 
     def finish(self, end: End) -> BatchSummary:
         """Write ``stop.json``, tell the observers, release what is held, and sum up."""

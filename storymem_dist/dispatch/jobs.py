@@ -4,7 +4,7 @@ The loop (``render_batch``) hands a ``ShotJob`` with its ``ShotHistory`` to a ``
 ``RenderedShot``. Types only: nothing here knows files, leases, models or ranks.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -67,13 +67,6 @@ class RenderedShot:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Opening:
-    """What is to do: ``prompts`` of all shots that are not committed, in order, each once."""
-
-    prompts: tuple[str, ...]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Assignment:
     """A shot for this replica, with all that rendering it needs."""
 
@@ -94,14 +87,13 @@ class End:
 class ShotRenderer(Protocol):
     """Renders shots on the ranks of one replica. All its methods are called by all ranks, in the same order.
 
+    The texts that shots need are encoded before the batch begins: whoever makes a renderer sees to that.
+
     ``retries_in_place``: whether a shot that ran out of memory may be tried again at once in this process. True for a
     replica of one rank; in a wider one the peers sit in a collective, so the process must end and be restarted.
     """
 
     retries_in_place: bool
-
-    def encode_prompts(self, prompts: Sequence[str]) -> None:
-        """Encode all texts that the coming shots need, then free the encoder. Called once, before ``prepare``."""
 
     def prepare(self, kind: str) -> None:
         """Make the experts of ``kind`` (``t2v`` or ``m2v``) ready, releasing those of the other kind."""

@@ -97,13 +97,9 @@ class FakeRenderer:
     num_steps: int = 4
     retries_in_place: bool = True
     prepared: list[str] = field(default_factory=list)
-    prompts: list[str] = field(default_factory=list)
     rendered: list[str] = field(default_factory=list)
     resumed: list[tuple[str, int]] = field(default_factory=list)
     low_memory: list[str] = field(default_factory=list)
-
-    def encode_prompts(self, prompts: Sequence[str]) -> None:
-        self.prompts.extend(prompts)
 
     def prepare(self, kind: str) -> None:
         self.prepared.append(kind)

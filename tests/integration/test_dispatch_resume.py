@@ -35,7 +35,7 @@ def test_the_same_command_again_renders_nothing_and_touches_nothing(root: Path) 
     before, events, renderer = inodes(root), Events(), FakeRenderer()
     summary = render(root, renderer=renderer, events=events)
     assert (summary.state, summary.num_rendered, summary.num_skipped) == ("done", 0, 6)
-    assert renderer.rendered == renderer.prepared == renderer.prompts == []
+    assert renderer.rendered == renderer.prepared == []
     assert inodes(root) == before
     assert len(events.of(ShotSkipped)) == 6 and len(events.of(StoryFinished)) == 2
 

@@ -10,6 +10,8 @@ import pytest
 from storymem_dist.artifacts.video import count_frames, read_clip, read_png
 from storymem_dist.diffusion.settings import NUM_GIVEN_FRAMES
 from storymem_dist.errors import ShotFailed, StoryboardError, StoryMemError
+from storymem_dist.observe.events import StageFinished
+from storymem_dist.observe.journal import read_journal
 from tests.helpers.small_job import SMALL, media_bytes, records, render_small, write_storyboard
 
 CUTS = ((True, False), (True,))
@@ -52,6 +54,12 @@ def test_a_record_tells_what_was_remembered_and_why(rendered: Path) -> None:
     ]
     assert all(one["why"] for one in [*kept, *recalled])
     assert second["predecessor"] == first["fingerprint"]
+
+
+def test_each_stage_of_the_job_is_told_once(rendered: Path) -> None:
+    events = [stamped.event for stamped in read_journal(rendered / "run" / "events")]
+    of_job = [event.stage for event in events if isinstance(event, StageFinished) and event.shot_id is None]
+    assert of_job == ["text", "load", "load", "join"], "load: the two experts of t2v, then those of m2v"
 
 
 def test_seeds_follow_the_index_in_the_scene(rendered: Path) -> None:
