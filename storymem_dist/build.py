@@ -16,6 +16,8 @@ from torch import Tensor
 from storymem_dist.diffusion.experts import EXPERTS, ExpertPair
 from storymem_dist.diffusion.settings import SamplerSettings
 from storymem_dist.errors import ConfigError, WeightsNotFound
+from storymem_dist.models.attention import start_backend
+from storymem_dist.models.precision import set_fp32_precision
 from storymem_dist.models.settings import ModelSettings
 from storymem_dist.models.wan.checkpoints import WanCheckpoint, download_command, open_checkpoint
 from storymem_dist.models.wan.lora import STORYMEM_REPO, ScaledLora, open_loras, storymem_lora
@@ -212,12 +214,23 @@ class Engine:
     ) -> "Engine":
         """Start the ranks (unless ``session`` is given) and load the VAE. Collective over all started ranks.
 
-        Raises ``LayoutError`` when layout, ranks and guidance do not go together, before weights are read.
+        Raises, before weights are read, ``LayoutError`` when layout, ranks and guidance do not go together, and
+        ``ConfigError`` when the attention kernel cannot be used.
         """
         check_guidance(
             parallel, guidance_scale_high=sampler.guidance_scale_high, guidance_scale_low=sampler.guidance_scale_low
         )
         session = session or start_session(parallel, num_heads=weights.any_checkpoint.dit_config.num_heads)
+        started = session
+        started.all_or_none(
+            lambda: start_backend(
+                model.attention,
+                device=started.device,
+                dtype=getattr(torch, model.dtype),
+                head_dim=weights.any_checkpoint.dit_config.head_dim,
+            )
+        )
+        set_fp32_precision(convolutions=model.vae_precision)
         vae = load_vae(weights.any_checkpoint.vae_path, session.device)
         if session.mesh.shard.size > 1:
             assert session.mesh.shard.group is not None

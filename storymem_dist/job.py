@@ -83,7 +83,7 @@ def render_job(points: Sequence[Point], *, sweep: str | None = None) -> int:
             tracking = tracking_of_part(point.settings.tracking, num_parts=len(points))
             observers = closing.enter_context(start_observers(tracking, run.root, place, sweep=sweep))
             part = _part(point, batch, run, weights, observers.observer, session)
-            _announce(part, batch, run_id, session)
+            _announce(part, batch, run_id, session, checked.model.attention)
             parts.append(part)
         summary = _render(parts, points, checked, session)
     _print_outcome(points, checked.batches, summary, session)
@@ -298,7 +298,7 @@ class _Alone:
 # -- what people see ---------------------------------------------------------------------------------------------------
 
 
-def _announce(part: BatchPart, batch: StoryBatch, run_id: str, session: Session) -> None:
+def _announce(part: BatchPart, batch: StoryBatch, run_id: str, session: Session, attention: str) -> None:
     part.observers.notify(
         JobStarted(
             run_id=run_id,
@@ -310,6 +310,7 @@ def _announce(part: BatchPart, batch: StoryBatch, run_id: str, session: Session)
             num_devices=session.layout.ranks_per_replica,
             device=device_name(session.device),
             layout=str(session.layout),
+            attention=attention,
             host=socket.gethostname(),
             process_id=os.getpid(),
             peak_tflops=peak_tflops(device_name(session.device)),

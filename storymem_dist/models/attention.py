@@ -1,7 +1,8 @@
 """Scaled dot-product attention behind one small module and one function that also returns the log-sum-exp.
 
-Everything is full (never causal, never masked) attention with scale ``1 / sqrt(H)``. Knows nothing about ranks:
-parallel code replaces an ``Attend`` or merges several ``attend_with_lse`` results.
+Everything is full (never causal, never masked) attention with scale ``1 / sqrt(H)``. All kernels are reached through
+torch: its own, and FlashAttention 3 where that package is installed and torch can register it. Knows nothing about
+ranks: parallel code replaces an ``Attend`` or merges several ``attend_with_lse`` results.
 
 Legend: B batch, L query tokens, S key tokens, N heads, H head width.
 """
@@ -11,13 +12,24 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from storymem_dist.errors import require_one_of
+from storymem_dist.errors import ConfigError, require_one_of
 
-BACKENDS = ("auto", "sdpa_flash", "sdpa_math")
+_KERNELS = {
+    "sdpa_cudnn": SDPBackend.CUDNN_ATTENTION,
+    "sdpa_flash": SDPBackend.FLASH_ATTENTION,
+    "flash_attn_3": SDPBackend.FLASH_ATTENTION,  # takes the flash kernel's place in this process once activated
+    "sdpa_math": SDPBackend.MATH,
+}
+BACKENDS = ("auto", *_KERNELS)
 """``auto``: torch's own choice for the device and dtype. On Hopper that is cuDNN's kernel where the installed cuDNN can
-be trusted with lengths that 128 does not divide (as ours), else flash; forcing cuDNN would override that guard.
-``sdpa_flash``: torch's flash kernel or an error. ``sdpa_math``: unfused softmax in fp32, the exact reference (memory
-grows with L x S)."""
+be trusted with lengths that 128 does not divide (as ours), else flash; ``sdpa_cudnn`` overrides that guard.
+``sdpa_flash``: torch's flash kernel (FlashAttention 2 on CUDA). ``flash_attn_3``: the kernel of the package
+``flash_attn_interface``, for Hopper. ``sdpa_math``: unfused softmax in fp32, the exact reference (memory grows with
+L x S). All but ``auto`` are an error where they cannot be used; ``start_backend`` says so before anything is rendered.
+"""
+
+_TRIED_LENGTHS = (72, 130)  # queries and keys of the trial: 128 divides neither
+_TRIAL_TOLERANCE = {2: 0.03, 4: 0.004}  # by bytes of a number; fp32 kernels may compute in TF32
 
 _MATH_QUERY_ROWS = 1024  # rows of the score matrix held at once by the unfused path of attend_with_lse
 
@@ -35,8 +47,7 @@ class Attend(nn.Module):
         q, k, v = (x.transpose(1, 2) for x in (q_BLNH, k_BSNH, v_BSNH))
         if self.backend == "auto":
             return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
-        kernel = SDPBackend.FLASH_ATTENTION if self.backend == "sdpa_flash" else SDPBackend.MATH
-        with sdpa_kernel(kernel):
+        with sdpa_kernel(_KERNELS[self.backend]):
             return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
     def extra_repr(self) -> str:
@@ -47,19 +58,66 @@ class Attend(nn.Module):
 def attend_with_lse(q_BLNH: Tensor, k_BSNH: Tensor, v_BSNH: Tensor, backend: str = "auto") -> tuple[Tensor, Tensor]:
     """Attention output ``[B, L, N, H]`` (input dtype) and natural log-sum-exp of the scaled scores, fp32 ``[B, N, L]``.
 
-    ``auto`` takes the flash kernel where the device has one for these inputs, else the unfused path; ``sdpa_flash``
-    insists on it. On CUDA the flash kernel is the operator that torch's own context parallelism calls; it wants 16-bit
-    inputs and a head width divisible by 8.
+    ``auto`` takes the flash kernel where the device has one for these inputs, else the unfused path; the others insist.
+    On CUDA these are the operators that torch's own context parallelism calls; they want 16-bit inputs and a head width
+    divisible by 8.
     """
     require_one_of("attention backend", backend, BACKENDS)
     if backend == "sdpa_math" or (backend == "auto" and not _has_flash_with_lse(q_BLNH)):
         return _math_with_lse(q_BLNH, k_BSNH, v_BSNH)
     q, k, v = (x.transpose(1, 2) for x in (q_BLNH, k_BSNH, v_BSNH))
-    if q.device.type == "cpu":
+    if backend == "sdpa_cudnn":
+        out, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True)[:2]
+        lse = lse.flatten(2)  # cuDNN's has a last dimension of 1
+    elif q.device.type == "cpu":
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
     else:
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[:2]
     return out.transpose(1, 2), lse
+
+
+def start_backend(backend: str, *, device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
+    """Make ``backend`` ready in this process and try it once: both functions of this module against the exact one.
+
+    Raises ``ConfigError`` when it is not installed, cannot run on ``device`` with ``dtype`` and ``head_dim``, or gives
+    another result there.
+    """
+    require_one_of("model.attention", backend, BACKENDS)
+    what = f"model.attention={backend} cannot be used on {device.type} with {str(dtype).removeprefix('torch.')}"
+    hint = "use auto" if backend != "auto" else "use sdpa_math"
+    if backend == "flash_attn_3":
+        _activate_flash_attn_3()
+    num_queries, num_keys = _TRIED_LENGTHS
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(1, length, 2, head_dim, generator=generator).to(device, dtype)
+        for length in (num_queries, num_keys, num_keys)
+    )
+    exact_out, exact_lse = _math_with_lse(q, k, v)
+    try:
+        attended, (out, lse) = Attend(backend)(q, k, v), attend_with_lse(q, k, v, backend)
+    except RuntimeError as error:
+        raise ConfigError(f"{what}: {str(error).splitlines()[0]}; {hint}") from None
+    pairs = ((attended, exact_out), (out, exact_out), (lse, exact_lse))
+    for found, expected in pairs:
+        error = (found.float() - expected.float()).abs().max().item()
+        if not error <= _TRIAL_TOLERANCE[dtype.itemsize]:  # NaN too
+            raise ConfigError(f"{what}: its results differ from exact attention by {error:.1e}; {hint}")
+
+
+def _activate_flash_attn_3() -> None:
+    """Let torch put the package's kernels in the place of its own flash kernel, for this process."""
+    what, hint = "model.attention=flash_attn_3", "use auto"
+    try:
+        from torch.nn.attention import activate_flash_attention_impl
+    except ImportError:
+        raise ConfigError(f"{what} needs torch 2.11 or newer, this is {torch.__version__}; {hint}") from None
+    try:
+        activate_flash_attention_impl("FA3")
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"{what} needs the package {error.name}, which is not installed; {hint}") from None
+    except (RuntimeError, ValueError) as error:
+        raise ConfigError(f"{what} cannot be activated: {error}; {hint}") from None
 
 
 def _has_flash_with_lse(q_BLNH: Tensor) -> bool:

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 
 from storymem_dist.errors import require_one_of
+from storymem_dist.models.attention import BACKENDS
+from storymem_dist.models.precision import VAE_PRECISIONS
 from storymem_dist.models.wan.lora import LoraSettings
 
 COMPUTE_DTYPES = ("bfloat16", "float32")
@@ -14,7 +16,9 @@ class ModelSettings:
     """The ``model`` group.
 
     ``generate`` names a preset whose seeded checkpoint is written to the user's cache on first use; the three paths are
-    then filled from it. ``loras`` are merged after the StoryMem LoRA, in order.
+    then filled from it. ``loras`` are merged after the StoryMem LoRA, in order. ``attention`` is one of
+    ``models.attention.BACKENDS``. ``vae_precision`` is that of the VAE's convolutions on CUDA: ``tf32`` as torch does
+    by itself (and so the original code), or ``float32``; all other fp32 arithmetic is exact either way.
     """
 
     t2v_checkpoint: str | None = None
@@ -28,9 +32,12 @@ class ModelSettings:
     text_encoder_device: str = "auto"
     text_encoder_dtype: str = "bfloat16"
     attention: str = "auto"
+    vae_precision: str = "tf32"
 
     def __post_init__(self) -> None:
         require_one_of("model.dtype", self.dtype, COMPUTE_DTYPES)
         require_one_of("model.text_encoder_dtype", self.text_encoder_dtype, COMPUTE_DTYPES)
         require_one_of("model.experts", self.experts, EXPERT_RESIDENCIES)
+        require_one_of("model.attention", self.attention, BACKENDS)
+        require_one_of("model.vae_precision", self.vae_precision, VAE_PRECISIONS)
         require_one_of("model.text_encoder_device", self.text_encoder_device, ("auto", "cpu", "cuda"))

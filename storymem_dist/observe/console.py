@@ -45,7 +45,8 @@ def event_line(event: ev.Event, level: str) -> Text | None:
             parts.append(fmt.count(event.num_replicas, "replica"))
             where = f"{event.num_devices} x {event.device}" + (f" on {event.host}" if event.host else "")
             layout = f", layout {event.layout}" if event.layout else ""
-            return Text(f"started: {', '.join(parts)}; this one has {where}{layout}") if normal else None
+            attention = f", attention {event.attention}" if event.attention else ""
+            return Text(f"started: {', '.join(parts)}; this one has {where}{layout}{attention}") if normal else None
         case ev.JobFinished():
             style = {"finished": "green", "stopped": "yellow"}.get(event.outcome, "red")
             return Text(f"{event.outcome}: {event.num_rendered} rendered, {event.num_failed} failed", style=style)

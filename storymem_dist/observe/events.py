@@ -66,7 +66,7 @@ class JobStarted(Event):
     ``job`` names the job among those that share the run folder; its replicas use the same name, also after a restart.
     ``num_stories`` and ``num_shots`` count the whole batch, ``num_devices`` the ranks of *this* replica.
     ``peak_tflops`` is the dense bf16 peak of one device, None where unknown (then there is no FLOP utilisation).
-    ``versions`` maps package names to versions.
+    ``attention`` is the chosen attention kernel. ``versions`` maps package names to versions.
     """
 
     run_id: str = ""
@@ -78,6 +78,7 @@ class JobStarted(Event):
     num_devices: int = 1
     device: str = "cpu"
     layout: str = ""
+    attention: str = ""
     host: str = ""
     process_id: int = 0
     peak_tflops: float | None = None

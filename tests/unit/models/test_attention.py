@@ -1,11 +1,21 @@
 """Every attention backend equals exact softmax attention, and its log-sum-exp lets parts be merged."""
 
+import sys
+from collections.abc import Iterator
+from types import ModuleType
+
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import current_flash_attention_impl, register_flash_attention_impl, restore_flash_attention_impl
+from torch.nn.attention._fa3 import register_flash_attention_fa3
 
 from storymem_dist.errors import ConfigError
-from storymem_dist.models.attention import BACKENDS, Attend, attend_with_lse
+from storymem_dist.models import attention
+from storymem_dist.models.attention import Attend, attend_with_lse, start_backend
+
+CPU_BACKENDS = ("auto", "sdpa_flash", "sdpa_math")
+CPU = torch.device("cpu")
 
 
 def make_qkv(queries: int, keys: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> list[Tensor]:
@@ -19,7 +29,7 @@ def exact(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return torch.einsum("bnls,bsnh->blnh", scores.softmax(-1), v.double()), scores.logsumexp(-1)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 @pytest.mark.parametrize(("queries", "keys"), [(72, 72), (37, 130), (5, 1)])
 def test_a_backend_equals_exact_attention(backend: str, queries: int, keys: int) -> None:
     q, k, v = make_qkv(queries, keys)
@@ -31,7 +41,7 @@ def test_a_backend_equals_exact_attention(backend: str, queries: int, keys: int)
     torch.testing.assert_close(lse.double(), expected_lse, atol=1e-5, rtol=1e-6)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_half_precision_in_gives_half_precision_out_and_an_fp32_log_sum_exp(backend: str) -> None:
     q, k, v = make_qkv(33, 65, torch.bfloat16)
     expected_out, expected_lse = exact(q, k, v)
@@ -49,7 +59,7 @@ def test_the_unfused_path_is_exact_over_its_own_chunk_borders() -> None:
     torch.testing.assert_close(lse.double(), expected_lse, atol=1e-5, rtol=1e-6)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_attention_over_parts_of_the_keys_merges_to_attention_over_all(backend: str) -> None:
     q, k, v = make_qkv(20, 50)
     parts = [attend_with_lse(q, k[:, part], v[:, part], backend) for part in (slice(0, 7), slice(7, 50))]
@@ -59,21 +69,88 @@ def test_attention_over_parts_of_the_keys_merges_to_attention_over_all(backend: 
 
 
 def test_an_unknown_backend_is_refused_with_the_allowed_ones() -> None:
-    with pytest.raises(ConfigError, match="attention backend='flash' is not allowed; use one of: auto, sdpa_flash"):
+    with pytest.raises(ConfigError, match="attention backend='flash' is not allowed; use one of: auto, sdpa_cudnn"):
         Attend("flash")
     with pytest.raises(ConfigError, match="attention backend='flash'"):
         attend_with_lse(*make_qkv(3, 3), backend="flash")
 
 
-def test_the_operator_used_on_cuda_has_the_shapes_and_types_that_are_relied_on() -> None:
+@pytest.mark.parametrize("backend", ["sdpa_flash", "sdpa_cudnn", "flash_attn_3"])
+def test_the_operators_used_on_cuda_have_the_shapes_and_types_that_are_relied_on(backend: str) -> None:
     q, k, v = make_qkv(48, 20, torch.bfloat16, device="meta")
-    out, lse = attend_with_lse(q, k, v, "sdpa_flash")
+    out, lse = attend_with_lse(q, k, v, backend)
     assert (out.shape, out.dtype) == (q.shape, torch.bfloat16)
     assert (lse.shape, lse.dtype) == ((2, 3, 48), torch.float32)
 
 
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_backend_that_works_here_passes_its_trial(backend: str, dtype: torch.dtype) -> None:
+    start_backend(backend, device=CPU, dtype=dtype, head_dim=16)
+
+
+def test_a_kernel_that_this_device_lacks_is_refused_at_the_start() -> None:
+    with pytest.raises(
+        ConfigError, match=r"model.attention=sdpa_cudnn cannot be used on cpu with bfloat16: .*use auto"
+    ):
+        start_backend("sdpa_cudnn", device=CPU, dtype=torch.bfloat16, head_dim=16)
+
+
+def test_a_kernel_whose_package_is_missing_is_refused_with_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", None)
+    with pytest.raises(
+        ConfigError, match="flash_attn_3 needs the package flash_attn_interface, which is not installed"
+    ):
+        start_backend("flash_attn_3", device=CPU, dtype=torch.bfloat16, head_dim=16)
+
+
+def test_a_torch_that_cannot_register_the_kernel_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.nn.attention, "activate_flash_attention_impl")
+    with pytest.raises(ConfigError, match=r"flash_attn_3 needs torch 2.11 or newer, this is .*; use auto"):
+        start_backend("flash_attn_3", device=CPU, dtype=torch.bfloat16, head_dim=16)
+
+
+def test_a_package_without_the_kernel_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", ModuleType("flash_attn_interface"))
+    with pytest.raises(ConfigError, match=r"flash_attn_3 cannot be activated: .*not expose FA3 .*kernels; use auto"):
+        start_backend("flash_attn_3", device=CPU, dtype=torch.bfloat16, head_dim=16)
+
+
+@pytest.fixture
+def registered_fa3() -> Iterator[None]:
+    """As if the package were there: registering does nothing, so the kernels stay torch's own."""
+
+    class Handle:
+        def remove(self) -> None:
+            pass
+
+    register_flash_attention_impl("FA3", register_fn=Handle)
+    yield
+    restore_flash_attention_impl()
+    register_flash_attention_impl("FA3", register_fn=register_flash_attention_fa3)
+
+
+def test_flash_attention_3_is_activated_in_torch_and_used_as_its_flash_kernel(registered_fa3: None) -> None:
+    start_backend("flash_attn_3", device=CPU, dtype=torch.bfloat16, head_dim=16)
+    assert current_flash_attention_impl() == "FA3"
+    q, k, v = make_qkv(72, 130)
+    assert torch.equal(Attend("flash_attn_3")(q, k, v), Attend("sdpa_flash")(q, k, v))
+
+
+@pytest.mark.parametrize("wrong", ["output", "log-sum-exp", "nan"])
+def test_a_kernel_with_wrong_results_is_refused_at_the_start(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(q: Tensor, k: Tensor, v: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+        out, lse = attend_with_lse(q, k, v, backend)
+        factor = {"output": (1.5, 1.0), "log-sum-exp": (1.0, 1.02), "nan": (float("nan"), 1.0)}[wrong]
+        return out * factor[0], lse * factor[1]
+
+    monkeypatch.setattr(attention, "attend_with_lse", broken)
+    with pytest.raises(ConfigError, match="its results differ from exact attention"):
+        start_backend("auto", device=CPU, dtype=torch.bfloat16, head_dim=16)
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*CPU_BACKENDS, "sdpa_cudnn"])
 def test_a_backend_equals_exact_attention_on_a_gpu(backend: str) -> None:
     q, k, v = make_qkv(72, 130, torch.bfloat16, device="cuda")
     expected_out, expected_lse = exact(q, k, v)
