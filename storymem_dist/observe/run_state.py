@@ -197,6 +197,9 @@ class RunState:
                 self._shot_changed(row, now, event)
             case ev.StageStarted():
                 row.open_spans.append(Span(kind=event.stage, start=now, story_id=event.story_id, shot_id=event.shot_id))
+                attempt = self._attempt(row, event.story_id or "", event.shot_id or "")
+                if attempt is not None and event.stage == "save":
+                    attempt.is_rendered = True
             case ev.StageFinished():
                 self._stage_finished(row, now, event)
             case ev.StepFinished():
@@ -255,10 +258,11 @@ class RunState:
             attempt.row = parted.key
             row.num_finished -= attempt.outcome == "finished"
             parted.num_finished += attempt.outcome == "finished"
-        if attempts and attempts[-1].outcome == "interrupted":  # by the start that turned out to be another job's
-            parted.attempt = attempts[-1]
-            parted.attempt.outcome, parted.attempt.end = "running", None
-            self._shot(parted.attempt.started.story_id, parted.attempt.started.shot_id).status = "running"
+        for attempt in attempts[-2:]:  # the last ones, one rendered and one saved, may only seem to have ended
+            if attempt.outcome == "interrupted":
+                parted.saving, parted.attempt = parted.attempt, attempt
+                attempt.outcome, attempt.end = "running", None
+                self._shot(attempt.started.story_id, attempt.started.shot_id).status = "running"
         return parted
 
     def _see(self, stamped: ev.StampedEvent) -> None:
@@ -293,19 +297,35 @@ class RunState:
                 start.outcome = event.outcome
 
     def _close_open(self, row: Row, outcome: str, when: float) -> None:
-        """End what the row had under way when its process ended or began something new."""
-        for span in row.open_spans:
+        """End what the row had under way when its process ended."""
+        for attempt in (row.saving, row.attempt):
+            if attempt is not None:
+                self._interrupt(row, attempt, outcome, when)
+        self._close_spans(row, list(row.open_spans), when)
+        row.weights.clear()
+
+    def _interrupt(self, row: Row, attempt: Attempt, outcome: str, when: float) -> None:
+        """End an attempt that did not come to its own end."""
+        self._end_attempt(row, attempt, outcome, when)
+        shot = self._shot(attempt.started.story_id, attempt.started.shot_id)
+        if shot.last is attempt:
+            shot.status = "waiting"
+
+    def _end_attempt(self, row: Row, attempt: Attempt, outcome: str, when: float) -> None:
+        attempt.outcome, attempt.end = outcome, max(attempt.start, when)
+        self._close_spans(row, [span for span in row.open_spans if attempt.owns(span)], when)
+        if attempt is row.saving:
+            row.saving = None
+        else:
+            row.attempt = None
+            row.recent_steps.clear()
+
+    @staticmethod
+    def _close_spans(row: Row, spans: list[Span], when: float) -> None:
+        for span in spans:
+            row.open_spans.remove(span)
             span.end = max(span.start, when)
             row.spans.append(span)
-        row.open_spans.clear()
-        row.weights.clear()
-        row.recent_steps.clear()
-        if row.attempt is not None:
-            row.attempt.outcome, row.attempt.end = outcome, max(row.attempt.start, when)
-            shot = self._shot(row.attempt.started.story_id, row.attempt.started.shot_id)
-            if shot.last is row.attempt:
-                shot.status = "waiting"
-            row.attempt = None
 
     def _story(self, story_id: str) -> StoryState:
         return self.stories.setdefault(story_id, StoryState(story_id=story_id))
@@ -315,14 +335,20 @@ class RunState:
         return shots.setdefault(shot_id, ShotState(story_id=story_id, shot_id=shot_id))
 
     def _attempt(self, row: Row, story_id: str, shot_id: str) -> Attempt | None:
-        """The row's running attempt, if it is at this shot."""
-        attempt = row.attempt
-        if attempt is not None and (attempt.started.story_id, attempt.started.shot_id) == (story_id, shot_id):
-            return attempt
+        """The row's attempt at this shot that is under way: rendered, or saved while another is rendered."""
+        for attempt in (row.attempt, row.saving):
+            if attempt is not None and (attempt.started.story_id, attempt.started.shot_id) == (story_id, shot_id):
+                return attempt
         return None
 
     def _shot_started(self, row: Row, stamped: ev.StampedEvent, event: ev.ShotStarted) -> None:
-        self._close_open(row, "interrupted", stamped.wall_time)
+        being_saved = row.attempt if row.attempt is not None and row.attempt.is_rendered else None
+        for before in (row.saving, row.attempt):
+            if before is not None and before is not being_saved:
+                self._interrupt(row, before, "interrupted", stamped.wall_time)
+        row.saving = being_saved
+        row.weights.clear()
+        row.recent_steps.clear()
         attempt = Attempt(
             started=event, row=row.key, writer=stamped.writer, start=stamped.wall_time, num_steps=event.num_steps
         )
@@ -361,23 +387,23 @@ class RunState:
                         story_id=event.story_id,
                         shot_id=event.shot_id,
                         reason=event.reason,
-                        stage=event.stage or row.stage,
+                        stage=event.stage or (row.stage if attempt is row.attempt else "save"),
                         will_retry=event.will_retry,
                     )
                 )
         if attempt is None:
             return
         if isinstance(event, ev.ShotFinished):
-            attempt.outcome, attempt.finished, attempt.end = "finished", event, now
+            attempt.finished = event
             attempt.stage_seconds.update(event.stage_seconds)
+            self._end_attempt(row, attempt, "finished", now)
         else:
-            attempt.outcome, attempt.reason, attempt.end = "failed", event.reason, now
-        row.attempt = None
-        self._close_open(row, attempt.outcome, now)
+            attempt.reason = event.reason
+            self._end_attempt(row, attempt, "failed", now)
 
     def _stage_finished(self, row: Row, now: float, event: ev.StageFinished) -> None:
         for span in reversed(row.open_spans):
-            if span.kind == event.stage:
+            if (span.kind, span.story_id, span.shot_id) == (event.stage, event.story_id, event.shot_id):
                 row.open_spans.remove(span)
                 break
         row.spans.append(

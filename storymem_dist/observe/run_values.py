@@ -32,7 +32,8 @@ class Attempt:
     """One try at a shot.
 
     ``outcome``: ``running``, ``finished``, ``failed``, ``stopped`` (on request) or ``interrupted`` (its process went
-    away). ``step`` counts finished steps; those up to ``resumed_step`` came from a checkpoint.
+    away). ``step`` counts finished steps; those up to ``resumed_step`` came from a checkpoint. ``is_rendered``: it is
+    being saved, so another attempt of its row may begin.
     """
 
     started: ev.ShotStarted
@@ -43,6 +44,7 @@ class Attempt:
     outcome: str = "running"
     finished: ev.ShotFinished | None = None
     reason: str = ""
+    is_rendered: bool = False
     resumed_step: int = 0
     step: int = 0
     num_steps: int = 0
@@ -51,6 +53,10 @@ class Attempt:
     expert_steps: dict[str, tuple[int, float]] = field(default_factory=dict)
     stage_seconds: dict[str, float] = field(default_factory=dict)
     decisions: list[ev.MemoryDecided] = field(default_factory=list)
+
+    def owns(self, span: Span) -> bool:
+        """Whether ``span`` is a stage of this attempt's shot."""
+        return (span.story_id, span.shot_id) == (self.started.story_id, self.started.shot_id)
 
     @property
     def seconds_per_step(self) -> float | None:
@@ -107,13 +113,17 @@ class Start:
 
 @dataclass(kw_only=True, slots=True)
 class Row:
-    """One replica of one job: what it does now, and what it has done."""
+    """One replica of one job: what it does now, and what it has done.
+
+    ``saving`` is a rendered shot that is still being saved while ``attempt`` is rendered.
+    """
 
     key: RowKey
     starts: list[Start] = field(default_factory=list)
     spans: list[Span] = field(default_factory=list)
     open_spans: list[Span] = field(default_factory=list)
     attempt: Attempt | None = None
+    saving: Attempt | None = None
     recent_steps: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT_STEPS))
     weights: dict[str, ev.WeightsProgress] = field(default_factory=dict)
     weights_done: list[ev.WeightsProgress] = field(default_factory=list)
@@ -134,8 +144,10 @@ class Row:
 
     @property
     def stage(self) -> str:
-        """The innermost stage that goes on now, or an empty string."""
-        return self.open_spans[-1].kind if self.open_spans else ""
+        """The innermost stage that goes on now, or an empty string; what is done beside a shot does not count."""
+        attempt = self.attempt
+        spans = [s for s in self.open_spans if attempt is None or s.story_id is None or attempt.owns(s)]
+        return spans[-1].kind if spans else ""
 
     @property
     def is_over(self) -> bool:

@@ -95,7 +95,12 @@ def _track(state: RunState, key: RowKey, row: Row, attempts: list[Attempt], axis
     told = ", ".join(f"{kind} {fmt.duration(totals[kind])}" for kind in KINDS if kind in totals)
     name = f"{label}: {fmt.count(row.num_finished, 'shot')} finished, {row.num_failed} failed. {told}"
     shots = "".join(_shot_block(attempt, axis, state.last_time) for attempt in attempts)
-    stages = "".join(_stage_block(span, axis) for span in _merged(row, axis, state.last_time))
+    merged = _merged(row, axis, state.last_time)
+    later = [span.start for span in merged[1:]]
+    stages = "".join(
+        _stage_block(span, axis, is_beside=span.end is not None and start < span.end)
+        for span, start in zip(merged, [*later, float("inf")], strict=True)
+    )
     return (
         f'<div class="track-row"><span class="track-label">{esc(label)}</span>'
         f'<div class="track" role="img" aria-label="{esc(name)}"><div class="shots">{shots}</div>'
@@ -120,12 +125,14 @@ def _shot_block(attempt: Attempt, axis: Axis, now: float) -> str:
     )
 
 
-def _stage_block(span: Span, axis: Axis) -> str:
+def _stage_block(span: Span, axis: Axis, *, is_beside: bool) -> str:
+    """``is_beside``: it was still going on when the next one began, as saving a shot does; drawn half as high."""
     end = span.end if span.end is not None else span.start
     shot = f"{span.story_id}/{span.shot_id} " if span.shot_id else ""
     tip = f"{shot}{span.kind}, {fmt.duration(end - span.start)}"
     kind = span.kind if span.kind in KINDS else "other"
-    return f'<span class="k-{kind}" style="{_place(span.start, end, axis)}" data-tip="{esc(tip)}"></span>'
+    beside = " beside" if is_beside else ""
+    return f'<span class="k-{kind}{beside}" style="{_place(span.start, end, axis)}" data-tip="{esc(tip)}"></span>'
 
 
 def _merged(row: Row, axis: Axis, now: float) -> list[Span]:

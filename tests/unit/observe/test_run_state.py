@@ -6,7 +6,7 @@ from storymem_dist.observe import events as ev
 from storymem_dist.observe.journal import read_journal
 from storymem_dist.observe.run_state import RunState
 from storymem_dist.observe.summary import load_run_state
-from tests.helpers.fake_run import START_TIME, FakeRun, whole_run
+from tests.helpers.fake_run import START_TIME, FakeReplica, FakeRun, whole_run
 
 
 def fold(root: Path) -> RunState:
@@ -116,6 +116,62 @@ def test_an_attempt_that_was_under_way_when_the_other_job_started_is_not_taken_f
     state = fold(run.root)
     assert [attempt.outcome for attempt in state.attempts()] == ["finished", "finished"]
     assert state.count("finished") == 2
+
+
+def _begin(replica: FakeReplica, story: int) -> None:
+    names = {"story_id": f"story_{story}", "shot_id": "shot_01"}
+    replica.observers.notify(ev.ShotStarted(**names, num_steps=4))
+    replica.observers.notify(ev.StageStarted(stage="denoise", **names))
+
+
+def _begin_saving(replica: FakeReplica, story: int) -> None:
+    names = {"story_id": f"story_{story}", "shot_id": "shot_01"}
+    replica.clock.pass_(10.0)
+    replica.observers.notify(ev.StageFinished(stage="denoise", elapsed_seconds=10.0, **names))
+    replica.observers.notify(ev.StageStarted(stage="save", **names))
+
+
+@pytest.mark.parametrize("end", ["saved", "saved before the next began", "failed", "killed"])
+def test_a_shot_may_be_saved_while_the_next_one_is_rendered(tmp_path: Path, end: str) -> None:
+    run = FakeRun(tmp_path / "run", num_stories=2, num_shots=1)
+    names = {"story_id": "story_0", "shot_id": "shot_01"}
+    with run.replica(0) as replica:
+        notify = replica.observers.notify
+        _begin(replica, 0)
+        _begin_saving(replica, 0)
+        if end == "saved before the next began":
+            notify(ev.StageFinished(stage="save", elapsed_seconds=0.0, **names))
+        _begin(replica, 1)
+        row = fold(run.root).rows[("", 0)]
+        assert row.attempt is not None and row.attempt.started.story_id == "story_1" and row.stage == "denoise"
+        replica.clock.pass_(3.0)
+        if end == "saved":
+            notify(ev.StageFinished(stage="save", elapsed_seconds=3.0, **names))
+        if end == "failed":
+            notify(ev.ShotFailed(**names, reason="No space left on device"))
+        elif end != "killed":
+            notify(ev.ShotFinished(**names))
+        replica.clock.pass_(4.0)
+        notify(
+            ev.StepFinished(story_id="story_1", shot_id="shot_01", step=1, num_steps=4, expert="", elapsed_seconds=7)
+        )
+    state = fold(run.root)
+    row, saved, running = state.rows[("", 0)], *state.attempts()
+    if end == "killed":
+        assert (saved.outcome, running.outcome, row.saving) == ("running", "running", saved)
+        with run.replica(0, at=START_TIME + 500):
+            pass
+        assert {attempt.outcome for attempt in fold(run.root).attempts()} == {"interrupted"}
+        return
+    assert (saved.outcome, saved.end) == ("failed" if end == "failed" else "finished", START_TIME + 13.0)
+    assert (running.outcome, running.step, row.attempt, row.saving) == ("running", 1, running, None)
+    assert [span.kind for span in row.open_spans] == ["denoise"], "the end of the one ends no stage of the other"
+    assert [(span.kind, span.end) for span in row.spans if span.kind == "save"] == [
+        ("save", START_TIME + (10.0 if end == "saved before the next began" else 13.0))
+    ]
+    assert row.num_finished == (end != "failed")
+    assert [failure.stage for failure in state.failures] == (["save"] if end == "failed" else [])
+    assert state.rates().num_clips == row.num_finished
 
 
 def test_failures_name_the_stage_and_what_depends_on_them_is_blocked(tmp_path: Path) -> None:
