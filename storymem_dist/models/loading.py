@@ -1,8 +1,9 @@
 """Streams weights from files into an already allocated model: only the rows held here, cast and merged on the way.
 
 Weights are read in chunks of whole rows of about ``CHUNK_BYTES``, a few ahead of the one being copied, so a load needs
-little memory beyond the model itself however large a tensor is. What is held where is the caller's business
-(``local_part``); so is the number of processes. Knows nothing about Wan, LoRA files or process groups.
+little memory beyond the model itself however large a tensor is. Weights of layers in eight bits are quantized row by
+row, after merging. What is held where is the caller's business (``local_part``); so is the number of processes. Knows
+nothing about Wan, LoRA files or process groups.
 """
 
 import pickle
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from storymem_dist.errors import CheckpointError
+from storymem_dist.models.quantized_linear import QuantizedLinear
 from storymem_dist.models.safetensors_file import SafetensorsFile
 from storymem_dist.models.state_dict import check_no_keys
 
@@ -198,6 +200,8 @@ def load_dit_weights(
 ) -> LoadReport:
     """Fill every parameter of ``model`` from ``source``, with ``deltas`` added in order in fp32 before the one cast.
 
+    The weights of a ``QuantizedLinear`` are quantized (from fp32) instead of cast; the source knows nothing of scales.
+
     The model's memory exists already (``to_empty``); each parameter keeps its dtype and device. Merging happens on the
     parameter's device. A weight's bits do not depend on how it is cut into local parts. Buffers are not loaded: a model
     with buffers is refused (a DiT has none; ``to_empty`` would leave garbage in them).
@@ -214,13 +218,18 @@ def load_dit_weights(
     buffers = [name for name, _ in model.named_buffers()]
     if buffers:
         raise ValueError(f"{type(model).__name__} has buffers, which would stay unset: {', '.join(buffers)}")
-    shapes = {name: parameter.shape for name, parameter in parameters.items()}
+    layers = {f"{name}.weight": layer for name, layer in model.named_modules() if isinstance(layer, QuantizedLinear)}
+    scales = {f"{key.removesuffix('.weight')}.row_scale": key for key in layers}
+    shapes = {name: parameter.shape for name, parameter in parameters.items() if name not in scales}
     check_keys(shapes, source)
     check_deltas(shapes, deltas)
-    keys = source.keys()
-    parts = {key: local_part(key, parameters[key]) for key in keys}
+    parts = {key: local_part(key, parameters[key]) for key in source.keys()}  # noqa: SIM118
     for key, part in parts.items():
         assert part.tensor.shape == (part.num_rows, *shapes[key][1:]), f"local part of {key} has the wrong shape"
+    scale_parts = {key: local_part(name, parameters[name]) for name, key in scales.items()}
+    for key, part in scale_parts.items():
+        same = (part.row_offset, part.num_rows) == (parts[key].row_offset, parts[key].num_rows)
+        assert same, f"{key} and its scales are cut differently"
     ranges = [
         found
         for key, part in parts.items()
@@ -231,12 +240,16 @@ def load_dit_weights(
     with torch.no_grad():
         for found, rows in stream_rows(source, ranges, deltas):
             part = parts[found.key]
-            part.tensor[found.rows.start - part.row_offset : found.rows.stop - part.row_offset].copy_(rows)
+            held = slice(found.rows.start - part.row_offset, found.rows.stop - part.row_offset)
+            if found.key in layers:
+                rows, row_scales = layers[found.key].quantize(rows.float())
+                scale_parts[found.key].tensor[held].copy_(row_scales)
+            part.tensor[held].copy_(rows)
             num_bytes_done += found.num_bytes
             if progress is not None:
                 progress(num_bytes_done, num_bytes_total)
     return LoadReport(
-        num_tensors=len(parameters),
+        num_tensors=len(shapes),
         bytes_read=source.bytes_read - start_bytes,
         elapsed_seconds=time.perf_counter() - start_seconds,
     )

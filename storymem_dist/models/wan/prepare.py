@@ -20,6 +20,7 @@ from torch import Tensor
 from storymem_dist.errors import CheckpointError, require_one_of
 from storymem_dist.models.folders import locked_folder, replace_folder
 from storymem_dist.models.loading import RowRange, TensorSource, row_ranges, stream_rows
+from storymem_dist.models.quantized_linear import Float8Linear
 from storymem_dist.models.safetensors_writer import SafetensorsWriter
 from storymem_dist.models.wan.checkpoints import NATIVE, WanCheckpoint
 from storymem_dist.models.wan.dit import DiTConfig, WanDiT
@@ -29,7 +30,6 @@ from storymem_dist.models.wan.prepared import (
     STORED_DTYPES,
     PreparedManifest,
     is_prepared,
-    quantize_rows,
     sha256_of,
 )
 
@@ -192,7 +192,7 @@ def _write_weight(
         found, rows = next(stream)
         assert (found.key, found.rows.start) == (key, row)
         if target == torch.float8_e4m3fn:
-            values, row_scales = quantize_rows(rows.float())
+            values, row_scales = Float8Linear.quantize(rows.float())
             scales.append(row_scales)
             writer.write(key, values)
         else:

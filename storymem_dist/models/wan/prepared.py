@@ -5,8 +5,8 @@ that is half written, damaged, or older than its sources is refused. Written by 
 
 Formats: ``float32`` and ``bfloat16`` hold every weight in the type the model computes with (norms, modulation, time
 embedding and head stay fp32), so rendering is bit-equal to rendering from the sources at that type. ``float8`` (e4m3,
-one power-of-two scale per row) stores the linears of the blocks in half the bytes; they are turned back into bf16 while
-loading, exactly, so what is lost is what 8 bits cannot hold.
+one power-of-two scale per row, as ``models.quantized_linear``) stores the linears of the blocks in half the bytes; they
+are turned back into bf16 while loading, exactly, so what is lost is what 8 bits cannot hold.
 """
 
 import hashlib
@@ -112,17 +112,6 @@ class Float8Source:
         scales = self._stored.read(key + SCALE_SUFFIX, rows)
         values = (self._stored.read(key, rows).float() * scales[:, None]).bfloat16()
         return values.pin_memory() if pin_memory else values
-
-
-def quantize_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """e4m3 values and fp32 scales ``[n]`` of fp32 ``rows [n, m]``.
-
-    Scales are powers of two, so that value times scale is exact in bf16.
-    """
-    largest = rows.abs().amax(dim=1)
-    limit = torch.finfo(torch.float8_e4m3fn).max
-    scales = torch.where(largest > 0, torch.exp2(torch.ceil(torch.log2(largest / limit))), 1.0)
-    return (rows / scales[:, None]).to(torch.float8_e4m3fn), scales
 
 
 def is_prepared(root: Path) -> bool:

@@ -11,12 +11,13 @@ from safetensors.torch import load_file
 
 from storymem_dist.errors import CheckpointError, StoryMemError, WeightsNotFound
 from storymem_dist.models.loading import TensorSource, load_dit_weights
+from storymem_dist.models.quantized_linear import Float8Linear
 from storymem_dist.models.wan import prepare
 from storymem_dist.models.wan.checkpoints import open_checkpoint
 from storymem_dist.models.wan.dit import WanDiT
 from storymem_dist.models.wan.lora import ScaledLora, open_lora, storymem_lora
 from storymem_dist.models.wan.prepare import prepare_checkpoint
-from storymem_dist.models.wan.prepared import check_files, quantize_rows, read_manifest
+from storymem_dist.models.wan.prepared import check_files, read_manifest
 from storymem_dist.models.wan.tiny_checkpoint import TinyCheckpoint
 from tests.helpers.checkpoints import edit_json, truncate, write_diffusers_layout
 
@@ -85,7 +86,7 @@ def test_float8_keeps_what_eight_bits_can_hold_and_the_rest_exactly(tiny: TinyCh
 def test_float8_rows_come_back_exactly_as_they_were_rounded() -> None:
     rows = torch.randn(50, 30, generator=torch.Generator().manual_seed(0)) * torch.logspace(-6, 6, 50)[:, None]
     rows[7] = 0
-    values, scales = quantize_rows(rows)
+    values, scales = Float8Linear.quantize(rows)
     restored = values.float() * scales[:, None]
     assert torch.equal(restored, restored.bfloat16().float())
     assert torch.equal(torch.log2(scales), torch.log2(scales).round())

@@ -1,0 +1,165 @@
+"""Linear layers in eight bits, for speed and memory at a measured price (``benchmarks/lossy_errors.py``).
+
+Weights are float8 (e4m3) or int8 with one scale per output row; each token is given a scale of its own when it arrives.
+The products are torch's. Rows are quantized one by one, so neither a weight's bits depend on how its rows are cut over
+ranks, nor a token's on how tokens are. Knows nothing about Wan, files or ranks.
+"""
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.functional import ScalingType
+
+from storymem_dist.errors import ConfigError
+
+LINEARS = ("exact", "float8", "int8")
+"""What ``model.linears`` may be: the layers as trained, or one of the two formats here."""
+
+_SMALLEST = 2.0**-100
+"""Rows whose largest number is below this are zero: a scale would be no fp32 number."""
+
+_LEAST_INT_MM_ROWS = 17
+"""``torch._int_mm`` refuses fewer on CUDA."""
+
+_TRIED_SIZE = 32
+
+
+class QuantizedLinear(nn.Module, ABC):
+    """``nn.Linear`` in eight bits: ``weight [out, in]``, ``row_scale [out]`` (fp32) and ``bias [out]``.
+
+    A new layer holds nothing yet: its weights come from ``models.loading``, which quantizes them on the way. Raises
+    ``ConfigError`` for sizes that CUDA's products cannot have (checked on every device).
+    """
+
+    weight_dtype: ClassVar[torch.dtype]
+    largest_value: ClassVar[float]
+    sizes_multiple_of: ClassVar[int]
+
+    def __init__(self, like: nn.Linear) -> None:
+        super().__init__()
+        self.out_features, self.in_features = like.weight.shape
+        for size in (self.in_features, self.out_features):
+            if size % self.sizes_multiple_of:
+                raise ConfigError(
+                    f"a layer of {self.in_features} x {self.out_features} cannot be {self.weight_dtype}: "
+                    f"{size} is not a multiple of {self.sizes_multiple_of}; use model.linears=exact"
+                )
+        device = like.weight.device
+        self.weight = _constant(torch.empty_like(like.weight, dtype=self.weight_dtype))
+        self.row_scale = _constant(torch.empty(self.out_features, dtype=torch.float32, device=device))
+        self.bias = _constant(torch.empty_like(like.bias))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x [..., in]`` to ``[..., out]`` in the dtype of ``x``."""
+        rows = x.flatten(0, -2)
+        largest = rows.abs().amax(dim=1, keepdim=True).float()
+        scale = largest.clamp_min(_SMALLEST) / self.largest_value
+        return self._product(rows / scale, scale).to(x.dtype).unflatten(0, x.shape[:-1])
+
+    @abstractmethod
+    def _product(self, rows: Tensor, scale: Tensor) -> Tensor:
+        """The layer's result from fp32 ``rows [M, in]`` within the format's range and their ``scale [M, 1]``."""
+
+    @classmethod
+    @abstractmethod
+    def quantize(cls, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Values and fp32 scales ``[n]`` of fp32 rows ``[n, m]`` of a weight; ``values * scales`` is what is kept."""
+
+
+class Float8Linear(QuantizedLinear):
+    """e4m3 weights and tokens. Product and bias are in bf16, the only type that CUDA has for scales per row.
+
+    Sums are kept in full fp32 (``use_fast_accum`` off): what fewer bits in them would cost has not been measured.
+    """
+
+    weight_dtype = torch.float8_e4m3fn
+    largest_value = torch.finfo(torch.float8_e4m3fn).max
+    sizes_multiple_of = 16
+
+    def _product(self, rows: Tensor, scale: Tensor) -> Tensor:
+        return F.scaled_mm(
+            rows.to(self.weight_dtype),
+            self.weight.t(),
+            scale,
+            ScalingType.RowWise,
+            self.row_scale[None],
+            ScalingType.RowWise,
+            bias=self.bias.bfloat16(),
+            output_dtype=torch.bfloat16,
+        )
+
+    @classmethod
+    def quantize(cls, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """As of ``QuantizedLinear``, with powers of two as scales.
+
+        So ``values * scales`` is exact in bf16, and quantizing it again gives the same numbers: weights that were
+        prepared as float8 (``models/wan/prepared.py``) lose nothing more here.
+        """
+        largest = rows.abs().amax(dim=1)
+        powers = torch.exp2(torch.ceil(torch.log2(largest / cls.largest_value)))
+        scales = torch.where(largest > _SMALLEST, powers, 1.0)
+        return (rows / scales[:, None]).to(cls.weight_dtype), scales
+
+
+class Int8Linear(QuantizedLinear):
+    """int8 weights and tokens, symmetric, for devices without float8; sums are exact in int32."""
+
+    weight_dtype = torch.int8
+    largest_value = 127.0
+    sizes_multiple_of = 8
+
+    def _product(self, rows: Tensor, scale: Tensor) -> Tensor:
+        num_rows = rows.shape[0]
+        values = rows.round().to(self.weight_dtype)
+        if num_rows < _LEAST_INT_MM_ROWS:
+            values = F.pad(values, (0, 0, 0, _LEAST_INT_MM_ROWS - num_rows))
+        sums = torch._int_mm(values, self.weight.t())[:num_rows]
+        return torch.addcmul(self.bias.float(), sums * scale, self.row_scale)
+
+    @classmethod
+    def quantize(cls, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """As of ``QuantizedLinear``."""
+        scales = rows.abs().amax(dim=1).clamp_min(_SMALLEST) / cls.largest_value
+        return (rows / scales[:, None]).round().to(cls.weight_dtype), scales
+
+
+_LAYERS: dict[str, type[QuantizedLinear]] = {"float8": Float8Linear, "int8": Int8Linear}
+
+
+def quantize_linears(module: nn.Module, linears: str) -> None:
+    """Put layers of the format ``linears`` (one of ``LINEARS``) in the place of every ``nn.Linear`` inside ``module``.
+
+    To be called before weights are loaded, usually on the meta device. Names of weights and biases do not change.
+    """
+    if linears == "exact":
+        return
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.Linear):
+                setattr(parent, name, _LAYERS[linears](child))
+
+
+@torch.no_grad()
+def check_linears(linears: str, device: torch.device) -> None:
+    """Raise ``ConfigError`` if ``device`` cannot multiply in the format ``linears``. Found out by trying it once."""
+    if linears == "exact":
+        return
+    layer = _LAYERS[linears](nn.Linear(_TRIED_SIZE, _TRIED_SIZE, device=device))
+    for parameter in layer.parameters():
+        parameter.zero_()
+    try:
+        layer(torch.zeros(_TRIED_SIZE, _TRIED_SIZE, dtype=torch.bfloat16, device=device))
+    except RuntimeError as error:
+        others = "int8 or exact" if linears == "float8" else "exact"
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(
+            f"model.linears={linears}: this {device.type} device with torch {torch.__version__} has no such products "
+            f"({reason}); use model.linears={others}"
+        ) from None
+
+
+def _constant(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)
