@@ -156,6 +156,7 @@ class ExpertLoader:
                 settings=self._parallel,
                 dtype=getattr(torch, self._model.dtype),
                 attention=self._model.attention,
+                cache_text_keys=self._model.cache_text_keys,
                 share_reads=None if self._reads_together else False,
                 progress=self._named_progress(f"{kind} {name}"),
             )

@@ -7,7 +7,7 @@ bring a residency of their own. Knows nothing of prompts, latents or ranks.
 
 import gc
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain
 from typing import Protocol
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from storymem_dist.diffusion.solver import NUM_TRAIN_TIMESTEPS
 from storymem_dist.diffusion.step_cache import StepCache, step_cache_of
+from storymem_dist.diffusion.text_cache import TextCache, text_cache_of
 from storymem_dist.errors import ConfigError
 
 HIGH_NOISE = "high_noise"
@@ -32,14 +33,26 @@ class Expert:
     module: nn.Module
     guidance_scale: float
     step_cache: StepCache | None = None
+    text_cache: TextCache | None = None
 
     def run(
         self, branch: str, x_BCTHW: Tensor, timestep_B: Tensor, context_BSE: Tensor, temporal_positions_T: Tensor
     ) -> Tensor:
         """One pass of guidance branch ``branch`` ("cond" or "uncond"): the velocity, as ``WanDiT.forward`` gives it."""
-        with nullcontext() if self.step_cache is None else self.step_cache.during(branch):
+        with ExitStack() as caches:
+            for cache in self._caches:
+                caches.enter_context(cache.during(branch))
             velocity: Tensor = self.module(x_BCTHW, timestep_B, context_BSE, temporal_positions_T)
             return velocity
+
+    def forget(self) -> None:
+        """Free what the caches hold; the next step is computed in full."""
+        for cache in self._caches:
+            cache.forget()
+
+    @property
+    def _caches(self) -> list[StepCache | TextCache]:
+        return [cache for cache in (self.step_cache, self.text_cache) if cache is not None]
 
     @property
     def reused(self) -> bool:
@@ -116,7 +129,13 @@ class ExpertPair:
         self._residency = residency or AllResident()
         self._step_cache_threshold = step_cache_threshold
         self._experts = {
-            name: Expert(name=name, module=module, guidance_scale=scale, step_cache=step_cache_of(module))
+            name: Expert(
+                name=name,
+                module=module,
+                guidance_scale=scale,
+                step_cache=step_cache_of(module),
+                text_cache=text_cache_of(module),
+            )
             for name, module, scale in (
                 (HIGH_NOISE, high_noise, guidance_scale_high),
                 (LOW_NOISE, low_noise, guidance_scale_low),
@@ -143,11 +162,13 @@ class ExpertPair:
         )
 
     def begin_shot(self) -> None:
-        """Forget what step caches hold of another shot.
+        """Forget what caches hold of another shot.
 
         Raises ``ConfigError`` when steps are to be reused and an expert has no step cache.
         """
         for expert in self._experts.values():
+            if expert.text_cache is not None:
+                expert.text_cache.forget()
             if expert.step_cache is not None:
                 expert.step_cache.begin_shot(self._step_cache_threshold)
             elif self._step_cache_threshold:
@@ -167,19 +188,16 @@ class ExpertPair:
             raise RuntimeError(f"the {name} expert was released")
         self._residency.activate(name)
         for expert in self._experts.values():
-            if expert.step_cache is None:
-                continue
-            if expert.name == name:
+            if expert.name != name:
+                expert.forget()
+            elif expert.step_cache is not None:
                 expert.step_cache.begin_step()
-            else:
-                expert.step_cache.forget()
         return self._experts[name]
 
     def idle(self) -> None:
         """Make room on the device until the next ``select``, as far as the residency can."""
         for expert in self._experts.values():
-            if expert.step_cache is not None:
-                expert.step_cache.forget()
+            expert.forget()
         self._residency.idle()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -100,9 +100,9 @@ def start_backend(backend: str, *, device: torch.device, dtype: torch.dtype, hea
         raise ConfigError(f"{what}: {str(error).splitlines()[0]}; {hint}") from None
     pairs = ((attended, exact_out), (out, exact_out), (lse, exact_lse))
     for found, expected in pairs:
-        error = (found.float() - expected.float()).abs().max().item()
-        if not error <= _TRIAL_TOLERANCE[dtype.itemsize]:  # NaN too
-            raise ConfigError(f"{what}: its results differ from exact attention by {error:.1e}; {hint}")
+        distance = (found.float() - expected.float()).abs().max().item()
+        if not distance <= _TRIAL_TOLERANCE[dtype.itemsize]:  # NaN too
+            raise ConfigError(f"{what}: its results differ from exact attention by {distance:.1e}; {hint}")
 
 
 def _activate_flash_attn_3() -> None:

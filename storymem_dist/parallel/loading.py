@@ -15,6 +15,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from storymem_dist.diffusion.experts import AllResident, HostSwap, Residency
 from storymem_dist.diffusion.step_cache import attach_step_cache
+from storymem_dist.diffusion.text_cache import attach_text_cache
 from storymem_dist.models.attention import Attend
 from storymem_dist.models.loading import (
     LoadReport,
@@ -46,6 +47,7 @@ def build_expert(
     settings: ParallelSettings,
     dtype: torch.dtype = torch.bfloat16,
     attention: str = "auto",
+    cache_text_keys: bool = False,
     share_reads: bool | None = None,
     progress: Progress | None = None,
 ) -> tuple[WanDiT, LoadReport]:
@@ -65,6 +67,8 @@ def build_expert(
         if isinstance(module, SelfAttention | CrossAttention):
             module.attend = Attend(attention)
     attach_step_cache(dit, session.mesh.shard.sum)
+    if cache_text_keys:
+        attach_text_cache(dit)
     if settings.weights != "zero3":
         parallelize(dit, session.mesh, settings)
     dit.eval().requires_grad_(False)

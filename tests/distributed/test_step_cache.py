@@ -1,4 +1,4 @@
-"""Steps are reused on every layout exactly where one device reuses them, also when ranks share weights."""
+"""Caches on every layout: steps are reused exactly where one device reuses them, kept text keys change no bit."""
 
 from dataclasses import dataclass, replace
 
@@ -13,6 +13,7 @@ from storymem_dist.diffusion.guidance import Guidance
 from storymem_dist.diffusion.latent_grid import LatentGrid
 from storymem_dist.diffusion.solver import Solver
 from storymem_dist.diffusion.step_cache import attach_step_cache
+from storymem_dist.diffusion.text_cache import attach_text_cache, text_cache_of
 from storymem_dist.models.wan.dit import WanDiT
 from storymem_dist.parallel.guidance import make_guidance
 from storymem_dist.parallel.mesh import ReplicaMesh, lone_mesh
@@ -41,14 +42,16 @@ class Rendered:
     reused: list[bool]
 
 
-def render(mesh: ReplicaMesh, settings: ParallelSettings, guidance: Guidance, threshold: float) -> Rendered:
+def render(
+    mesh: ReplicaMesh, settings: ParallelSettings, guidance: Guidance, threshold: float, *, keep_text: bool = False
+) -> Rendered:
     """Eight steps, some of each expert, of 45 tokens (one memory keyframe): 45 divides by neither 2 nor 4."""
     grid = LatentGrid(num_frames=5, height=48, width=80, num_memory=1)
     generator = torch.Generator().manual_seed(5)
     noise = torch.randn(grid.latent_shape, generator=generator)
     condition = torch.randn(20, *grid.latent_shape[1:], generator=generator)
     embeds = [torch.randn(length, M2V.text_dim, generator=generator) for length in (9, 4)]
-    dits = [expert(seed, mesh, settings) for seed in (0, 1)]
+    dits = [expert(seed, mesh, settings, keep_text=keep_text) for seed in (0, 1)]
     experts = ExpertPair(
         high_noise=dits[0],
         low_noise=dits[1],
@@ -69,12 +72,16 @@ def render(mesh: ReplicaMesh, settings: ParallelSettings, guidance: Guidance, th
         device="cpu",
         on_step=infos.append,
     )
+    kept = text_cache_of(dits[1])
+    assert (kept is not None and kept.num_bytes > 0) == keep_text
     return Rendered(latents=latents, reused=[info.reused for info in infos])
 
 
-def expert(seed: int, mesh: ReplicaMesh, settings: ParallelSettings) -> WanDiT:
+def expert(seed: int, mesh: ReplicaMesh, settings: ParallelSettings, *, keep_text: bool) -> WanDiT:
     dit = make_dit(M2V, seed=seed)
     attach_step_cache(dit, mesh.shard.sum)
+    if keep_text:
+        attach_text_cache(dit)
     return parallelize(dit, mesh, settings)
 
 
@@ -108,3 +115,22 @@ def test_reuse_shows_in_the_latents(one_device: Rendered) -> None:
     mesh = lone_mesh()
     exact = render(mesh, ParallelSettings(weights="replicated"), make_guidance(mesh), 0.0)
     assert largest_error(one_device.latents, exact.latents) > 10 * TOLERANCE
+
+
+def _render_with_and_without_kept_text(cases: list[ParallelSettings]) -> list[bool]:
+    dist.init_process_group("gloo")
+    equal = []
+    for settings in cases:
+        with start_session(settings, num_heads=M2V.num_heads) as session:
+            with_and_without = [
+                render(session.mesh, settings, make_guidance(session.mesh), 0.0, keep_text=keep_text).latents
+                for keep_text in (True, False)
+            ]
+            equal.append(torch.equal(*with_and_without))
+    return equal
+
+
+def test_kept_text_keys_change_no_bit_on_any_layout() -> None:
+    cases = [*CASES[2], ParallelSettings(ulysses=2, weights="fsdp_offload")]
+    for equal in run_ranks(_render_with_and_without_kept_text, 2, args=(cases,)):
+        assert equal == [True] * len(cases)

@@ -15,7 +15,7 @@ the feed-forward.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,9 @@ from torch.nn import functional as F
 from storymem_dist.errors import CheckpointError, ConfigError
 from storymem_dist.models.attention import Attend
 from storymem_dist.models.rope import apply_rope, rope_tables
+
+TextKeys = tuple[Tensor, Tensor]
+"""Keys and values ``[B, S, N, H]`` of the text in one block's cross-attention: the same at every step of a prompt."""
 
 _DIFFUSERS_NAMES = {"num_attention_heads": "num_heads", "in_channels": "in_dim", "out_channels": "out_dim"}
 _JSON_DEFAULTS = {"out_dim": 16, "text_dim": 4096, "text_len": 512, "patch_size": (1, 2, 2), "eps": 1e-6}
@@ -195,13 +198,17 @@ class CrossAttention(nn.Module):
         self.norm_k = nn.RMSNorm(config.dim, config.eps, dtype=torch.float32)
         self.attend = Attend(attention_backend)
 
-    def forward(self, x_BLD: Tensor, context_BSD: Tensor) -> Tensor:
-        """Both inputs in the matmul dtype; so is the result."""
-        heads = (self.num_heads, -1)
-        v_BSNH = self.v(context_BSD).unflatten(-1, heads)
-        q_BLNH = self.norm_q(self.q(x_BLD).float()).to(v_BSNH.dtype).unflatten(-1, heads)
-        k_BSNH = self.norm_k(self.k(context_BSD).float()).to(v_BSNH.dtype).unflatten(-1, heads)
+    def forward(self, x_BLD: Tensor, text: TextKeys) -> Tensor:
+        """``x_BLD`` in the matmul dtype, ``text`` as ``text_keys`` gives it; the result is in the matmul dtype."""
+        k_BSNH, v_BSNH = text
+        q_BLNH = self.norm_q(self.q(x_BLD).float()).to(v_BSNH.dtype).unflatten(-1, (self.num_heads, -1))
         return self.o(self.attend(q_BLNH, k_BSNH, v_BSNH).flatten(2))
+
+    def text_keys(self, context_BSD: Tensor) -> TextKeys:
+        """Keys and values of the text, in the matmul dtype."""
+        v_BSNH = self.v(context_BSD).unflatten(-1, (self.num_heads, -1))
+        k_BSNH = self.norm_k(self.k(context_BSD).float()).to(v_BSNH.dtype).unflatten(-1, (self.num_heads, -1))
+        return k_BSNH, v_BSNH
 
 
 class FeedForward(nn.Sequential):
@@ -234,33 +241,56 @@ class WanBlock(nn.Module):
         self.ffn = FeedForward(config, dtype)
 
     def forward(
-        self, tokens_BLD: Tensor, rope_cos_LP: Tensor, rope_sin_LP: Tensor, modulation_B6D: Tensor, context_BSD: Tensor
-    ) -> Tensor:
-        """Tokens, tables and modulation are fp32, context is in the matmul dtype; returns fp32 tokens."""
+        self,
+        tokens_BLD: Tensor,
+        rope_cos_LP: Tensor,
+        rope_sin_LP: Tensor,
+        modulation_B6D: Tensor,
+        context: Tensor | TextKeys,
+        keep_text: bool = False,
+    ) -> Tensor | tuple[Tensor, TextKeys]:
+        """Tokens, tables and modulation are fp32, context is in the matmul dtype; returns fp32 tokens.
+
+        ``context`` is the embedded text ``[B, S, D]``, or its keys and values in this block as an earlier call with
+        ``keep_text`` returned them beside the tokens.
+        """
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + modulation_B6D).unbind(1)
         # Intermediates get no names here: they would stay in memory while the next layers run.
         tokens_BLD = gated_residual(
             tokens_BLD, self.self_attn(self._normed(tokens_BLD, shift1, scale1), rope_cos_LP, rope_sin_LP), gate1
         )
-        tokens_BLD = tokens_BLD + self.cross_attn(self.norm3(tokens_BLD).to(self.dtype), context_BSD)
-        return gated_residual(tokens_BLD, self.ffn(self._normed(tokens_BLD, shift2, scale2)), gate2)
+        text = self.cross_attn.text_keys(context) if isinstance(context, Tensor) else context
+        tokens_BLD = tokens_BLD + self.cross_attn(self.norm3(tokens_BLD).to(self.dtype), text)
+        tokens_BLD = gated_residual(tokens_BLD, self.ffn(self._normed(tokens_BLD, shift2, scale2)), gate2)
+        return (tokens_BLD, text) if keep_text else tokens_BLD
 
     def _normed(self, tokens_BLD: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
         return modulated_norm(tokens_BLD, shift_BD, scale_BD, self.eps).to(self.dtype)
 
 
+def run_block(block: nn.Module, tokens_BLD: Tensor, *shared: Tensor) -> Tensor:
+    """Call one block of a stack with what all of them share: rotary tables, modulation, text."""
+    tokens: Tensor = block(tokens_BLD, *shared)
+    return tokens
+
+
 class BlockStack(nn.ModuleList):
     """All blocks as one call: a seam whose first three arguments parallel code may have split along L.
 
-    Parameter names stay ``blocks.N.*``.
+    ``run_block`` calls one of them, and may be replaced by what gives it the text's keys instead of the text. Parameter
+    names stay ``blocks.N.*``.
     """
+
+    def __init__(self, blocks: Iterable[nn.Module]) -> None:
+        super().__init__(blocks)
+        self.run_block: Callable[..., Tensor] = run_block
 
     def forward(
         self, tokens_BLD: Tensor, rope_cos_LP: Tensor, rope_sin_LP: Tensor, modulation_B6D: Tensor, context_BSD: Tensor
     ) -> Tensor:
         """``tokens_BLD`` fp32 residual stream, tables fp32 ``[L, P]``; returns the stream after the last block."""
         for block in self:
-            tokens_BLD = block(tokens_BLD, rope_cos_LP, rope_sin_LP, modulation_B6D, context_BSD)
+            tokens_BLD = self.run_block(block, tokens_BLD, rope_cos_LP, rope_sin_LP, modulation_B6D, context_BSD)
         return tokens_BLD
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch._dynamo.utils import counters
 
+from storymem_dist.diffusion.text_cache import attach_text_cache
 from storymem_dist.models.compile import compile_blocks
 from storymem_dist.models.wan.dit import WanDiT
 from storymem_dist.models.wan.presets import TINY
@@ -55,6 +56,21 @@ def test_compiled_blocks_equal_eager_ones_in_one_graph_and_keep_their_names(monk
     assert counters["stats"]["unique_graphs"] > 0
     assert not counters["graph_break"]
     assert compiled.state_dict().keys() == eager.state_dict().keys()
+
+
+def test_kept_text_keys_cost_one_more_graph_and_then_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    eager, dit = make_dit(torch.bfloat16), make_dit(torch.bfloat16)
+    cache = attach_text_cache(dit)
+    compile_with("eager", dit, monkeypatch)
+    num_graphs = []
+    for num_memory in STORY:
+        cache.forget()
+        for _ in range(2):
+            with cache.during("cond"):
+                assert torch.equal(run(dit, num_memory), run(eager, num_memory))
+        num_graphs.append(counters["stats"]["unique_graphs"])
+    assert num_graphs == [2] * len(STORY)
+    assert not counters["graph_break"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
