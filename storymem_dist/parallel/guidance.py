@@ -12,6 +12,7 @@ from storymem_dist.diffusion.experts import Expert
 from storymem_dist.diffusion.guidance import Guidance, LocalGuidance, guide, require_uncond
 from storymem_dist.diffusion.step_cache import COND, UNCOND
 from storymem_dist.errors import LayoutError
+from storymem_dist.parallel.clock import timed
 from storymem_dist.parallel.mesh import Axis, ReplicaMesh
 
 
@@ -42,7 +43,8 @@ class ParallelGuidance:
         branch, context_BSE = (COND, cond_BSE) if self._cfg.rank == 0 else (UNCOND, uncond_BSE)
         mine = expert.run(branch, x_BCTHW, timestep_B, context_BSE, temporal_positions_T).contiguous()
         both = [torch.empty_like(mine), torch.empty_like(mine)]
-        dist.all_gather(both, mine, group=self._cfg.group)
+        with timed(self._cfg.clock):
+            dist.all_gather(both, mine, group=self._cfg.group)
         cond, uncond = both
         return guide(cond, uncond, expert.guidance_scale)
 

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from storymem_dist.parallel.clock import CollectiveClock, timed
 from storymem_dist.parallel.layout import AXES, Layout
 
 
@@ -19,24 +20,30 @@ from storymem_dist.parallel.layout import AXES, Layout
 class Axis:
     """One axis as a rank sees it: its size, this rank's place on it, and the group of the ranks along it.
 
-    ``group`` is None on an axis of size 1: there is nobody to talk to, and no collective may be called.
+    ``group`` is None on an axis of size 1: there is nobody to talk to, and no collective may be called. ``clock``
+    counts the time in collectives where that can be measured; whoever calls one on ``group`` puts it ``timed(clock)``.
     """
 
     name: str
     size: int = 1
     rank: int = 0
     group: dist.ProcessGroup | None = None
+    clock: CollectiveClock | None = None
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum of ``values`` over the axis, on every rank; ``values`` may be overwritten."""
         if self.group is not None:
-            dist.all_reduce(values, group=self.group)
+            with timed(self.clock):
+                dist.all_reduce(values, group=self.group)
         return values
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReplicaMesh:
-    """The axes inside one replica. ``shard_mesh`` is what FSDP2 shards over (None: no process group was started)."""
+    """The axes inside one replica. ``shard_mesh`` is what FSDP2 shards over (None: no process group was started).
+
+    ``clock`` is that of all axes: the time this rank spends in collectives, None where it cannot be measured.
+    """
 
     cfg: Axis
     ring: Axis
@@ -44,36 +51,39 @@ class ReplicaMesh:
     sequence: Axis
     shard: Axis
     shard_mesh: DeviceMesh | None = None
+    clock: CollectiveClock | None = None
 
 
 def lone_mesh() -> ReplicaMesh:
-    """The mesh of a single rank that started no process group."""
+    """The mesh of a single rank that started no process group. It calls no collectives, so its clock stands still."""
     return ReplicaMesh(
         cfg=Axis(name="cfg"),
         ring=Axis(name="ring"),
         ulysses=Axis(name="ulysses"),
         sequence=Axis(name="sequence"),
         shard=Axis(name="shard"),
+        clock=CollectiveClock(),
     )
 
 
-def build_mesh(layout: Layout, device: torch.device) -> ReplicaMesh:
+def build_mesh(layout: Layout, device: torch.device, clock: CollectiveClock | None = None) -> ReplicaMesh:
     """Build the groups of every axis. Collective over the default process group, whose size is the layout's.
 
-    ``device`` decides whether the mesh is one of CPU or of CUDA ranks.
+    ``device`` decides whether the mesh is one of CPU or of CUDA ranks. ``clock`` is given to all axes.
     """
     mesh = init_device_mesh(device.type, layout.shape, mesh_dim_names=AXES)
     shard_mesh = mesh["cfg", "ring", "ulysses"]._flatten("shard")
     return ReplicaMesh(
-        cfg=_axis("cfg", mesh["cfg"]),
-        ring=_axis("ring", mesh["ring"]),
-        ulysses=_axis("ulysses", mesh["ulysses"]),
-        sequence=_axis("sequence", mesh["ring", "ulysses"]._flatten("sequence")),
-        shard=_axis("shard", shard_mesh),
+        cfg=_axis("cfg", mesh["cfg"], clock),
+        ring=_axis("ring", mesh["ring"], clock),
+        ulysses=_axis("ulysses", mesh["ulysses"], clock),
+        sequence=_axis("sequence", mesh["ring", "ulysses"]._flatten("sequence"), clock),
+        shard=_axis("shard", shard_mesh, clock),
         shard_mesh=shard_mesh,
+        clock=clock,
     )
 
 
-def _axis(name: str, mesh: DeviceMesh) -> Axis:
+def _axis(name: str, mesh: DeviceMesh, clock: CollectiveClock | None) -> Axis:
     group = mesh.get_group() if mesh.size() > 1 else None
-    return Axis(name=name, size=mesh.size(), rank=mesh.get_local_rank(), group=group)
+    return Axis(name=name, size=mesh.size(), rank=mesh.get_local_rank(), group=group, clock=clock)

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from storymem_dist.errors import LayoutError
 from storymem_dist.models.attention import Attend, attend_with_lse
 from storymem_dist.models.wan.dit import SelfAttention, WanDiT
+from storymem_dist.parallel.clock import timed
 from storymem_dist.parallel.mesh import Axis, ReplicaMesh
 
 
@@ -67,7 +68,8 @@ class TokenSplit:
     def join(self, x_BlX: Tensor) -> Tensor:
         """The whole sequence ``[B, L, X]`` on every rank, without the padding."""
         runs = [torch.empty_like(x_BlX) for _ in range(self.sequence.size)]
-        dist.all_gather(runs, x_BlX.contiguous(), group=self.sequence.group)
+        with timed(self.sequence.clock):
+            dist.all_gather(runs, x_BlX.contiguous(), group=self.sequence.group)
         return torch.cat(runs, dim=1)[:, : self.num_tokens]
 
 
@@ -139,7 +141,8 @@ def _trade_tokens_for_heads(
     by_rank = [x.unflatten(2, (ulysses.size, -1)).permute(2, 0, 1, 3, 4) for x in (q_BlNH, k_BlNH, v_BlNH)]
     sent_UBl3nH = torch.stack(by_rank, dim=3)
     received_UBl3nH = torch.empty_like(sent_UBl3nH)
-    dist.all_to_all_single(received_UBl3nH, sent_UBl3nH, group=ulysses.group)
+    with timed(ulysses.clock):
+        dist.all_to_all_single(received_UBl3nH, sent_UBl3nH, group=ulysses.group)
     q, k, v = received_UBl3nH.transpose(0, 1).flatten(1, 2)[:, :num_tokens].unbind(2)
     return q, k, v
 
@@ -148,7 +151,8 @@ def _trade_heads_for_tokens(out_BLnH: Tensor, ulysses: Axis) -> Tensor:
     """The inverse, for attention's output with its rows padded to U*l again: ``[B, l, N, H]``; one all-to-all."""
     sent_UBlnH = out_BLnH.unflatten(1, (ulysses.size, -1)).transpose(0, 1).contiguous()
     received_UBlnH = torch.empty_like(sent_UBlnH)
-    dist.all_to_all_single(received_UBlnH, sent_UBlnH, group=ulysses.group)
+    with timed(ulysses.clock):
+        dist.all_to_all_single(received_UBlnH, sent_UBlnH, group=ulysses.group)
     return received_UBlnH.permute(1, 2, 0, 3, 4).flatten(2, 3)
 
 
@@ -173,8 +177,9 @@ def ring_attention(
             works = _pass_on(held, arriving, ring)
         if num_mine and lengths[source]:
             merged.add(*attend_with_lse(q_BLNH, held[0], held[1], backend))
-        for work in works:
-            work.wait()
+        with timed(ring.clock):
+            for work in works:
+                work.wait()
         held = arriving
     return merged.result()
 

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from storymem_dist.errors import ExtraNotInstalled, LayoutError
+from storymem_dist.parallel.clock import CollectiveClock
 from storymem_dist.parallel.layout import Layout, check_heads, plan_layout
 from storymem_dist.parallel.leader import LeaderDecides, all_or_none, decide_alone
 from storymem_dist.parallel.mesh import ReplicaMesh, build_mesh, lone_mesh
@@ -156,13 +157,14 @@ def start_session(settings: ParallelSettings, *, num_heads: int | None = None) -
     replicas = [layout.ranks_of_replica(replica) for replica in range(layout.replica)]
     readers = layout.reading_teams(sharded=settings.weights != "replicated")
     timeout = timedelta(seconds=settings.leader_timeout_seconds)
+    clock = CollectiveClock() if device.type == "cpu" and not settings.compile else None
     return Session(
         rank=dist.get_rank(),
         local_rank=place.local_rank,
         layout=layout,
         device=device,
         backend=backend,
-        mesh=build_mesh(layout, device),
+        mesh=build_mesh(layout, device, clock),
         team=_join_team(replicas, timeout),
         readers=_join_team(readers, timeout),
         readers_group=_join_group(readers),

@@ -43,6 +43,7 @@ from torch.utils.hooks import RemovableHandle
 
 from storymem_dist.errors import LayoutError
 from storymem_dist.models.wan.vae import WanVae
+from storymem_dist.parallel.clock import CollectiveClock, timed
 
 RESIDUAL_REACH = 2  # columns that a residual block looks to either side: two convolutions of width 3
 ENTRY_GHOSTS = 1 + RESIDUAL_REACH  # the first convolution and the first residual block run on the input's own columns
@@ -62,13 +63,13 @@ class SpatialParallelVae:
     Made by ``parallelize_vae``. All ranks of the group must call ``encode`` and ``decode`` together, with equal inputs.
     """
 
-    def __init__(self, autoencoder: AutoencoderKLWan, group: dist.ProcessGroup) -> None:
+    def __init__(self, autoencoder: AutoencoderKLWan, group: dist.ProcessGroup, clock: CollectiveClock | None) -> None:
         self._hooks: list[RemovableHandle] = []
         self._replaced: list[tuple[nn.Module, str, nn.Module]] = []
         for network in (autoencoder.encoder, autoencoder.decoder):
             _refuse_unknown_layers(network)
         for network in (autoencoder.encoder, autoencoder.decoder):
-            self._split(network, _Strip(group))
+            self._split(network, _Strip(group, clock))
 
     def remove(self) -> None:
         """Take every hook and replaced layer out again: the VAE is as it was."""
@@ -102,16 +103,16 @@ class SpatialParallelVae:
         self._hooks.append(hook)
 
 
-def parallelize_vae(vae: WanVae, group: dist.ProcessGroup) -> SpatialParallelVae:
+def parallelize_vae(vae: WanVae, group: dist.ProcessGroup, clock: CollectiveClock | None = None) -> SpatialParallelVae:
     """Split every later ``encode`` and ``decode`` of ``vae`` over the ranks of ``group``; ``remove()`` ends that.
 
     The longer side of the picture is cut into strips of whole latent columns, as even as possible; widths need not
     divide. A strip has at least two latent columns: where the picture is too narrow for all ranks, the surplus ranks
-    repeat the last strip and receive the result like everyone.
+    repeat the last strip and receive the result like everyone. ``clock`` counts the time in collectives.
 
     Raises ``LayoutError`` if the networks hold a layer that this module has no rule for.
     """
-    return SpatialParallelVae(vae.autoencoder, group)
+    return SpatialParallelVae(vae.autoencoder, group, clock)
 
 
 class _Ghosts(NamedTuple):
@@ -128,8 +129,9 @@ class _Strip:
     It follows from the layers passed alone, so all ranks agree on when to exchange.
     """
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
+    def __init__(self, group: dist.ProcessGroup, clock: CollectiveClock | None) -> None:
         self._group = group
+        self._clock = clock
         self._rank = dist.get_rank(group)
         self._world_size = dist.get_world_size(group)
         self._dim = -1
@@ -166,7 +168,8 @@ class _Strip:
         padding = max(widths) - self._num_own
         own = F.pad(self._own(x), (0, padding) if self._dim == -1 else (0, 0, 0, padding)).contiguous()
         parts = [torch.empty_like(own) for _ in range(self._world_size)]
-        dist.all_gather(parts, own, group=self._group)
+        with timed(self._clock):
+            dist.all_gather(parts, own, group=self._group)
         return torch.cat(
             [part.narrow(self._dim, 0, width) for part, width in zip(parts, widths, strict=False)], self._dim
         )
@@ -243,7 +246,8 @@ class _Strip:
         incoming = [self._ghosts.left * column, self._ghosts.right * column]
         inbox = outbox.new_empty(sum(incoming))
         splits = self._by_rank(*incoming), self._by_rank(to_left.numel(), to_right.numel())
-        dist.all_to_all_single(inbox, outbox, *splits, group=self._group)
+        with timed(self._clock):
+            dist.all_to_all_single(inbox, outbox, *splits, group=self._group)
         shape = list(own.shape)
         shape[self._dim] = -1
         from_left, from_right = inbox.split(incoming)
