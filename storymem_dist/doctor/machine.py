@@ -135,9 +135,9 @@ def check_attention() -> Iterator[Finding]:
         yield ok("attention", "torch", ", ".join(kernels) or "math only")
     else:
         yield ok("attention", "torch", "flash (CPU)")
-    for module, name in (("flash_attn", "flash-attn 2"), ("flash_attn_interface", "flash-attn 3")):
+    for module, backend in (("flash_attn", "flash_attn_2"), ("flash_attn_interface", "flash_attn_3")):
         found = importlib.util.find_spec(module) is not None
-        yield ok("attention", name, "installed" if found else "not installed (optional)")
+        yield ok("attention", backend, "installed" if found else f"package {module} not installed (optional)")
 
 
 def check_host() -> Iterator[Finding]:

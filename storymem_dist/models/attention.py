@@ -1,11 +1,13 @@
 """Scaled dot-product attention behind one small module and one function that also returns the log-sum-exp.
 
-Everything is full (never causal, never masked) attention with scale ``1 / sqrt(H)``. All kernels are reached through
-torch: its own, and FlashAttention 3 where that package is installed and torch can register it. Knows nothing about
-ranks: parallel code replaces an ``Attend`` or merges several ``attend_with_lse`` results.
+Everything is full (never causal, never masked) attention with scale ``1 / sqrt(H)``. The kernels are torch's own, and
+those of the FlashAttention packages where they are installed. Knows nothing about ranks: parallel code replaces an
+``Attend`` or merges several ``attend_with_lse`` results.
 
 Legend: B batch, L query tokens, S key tokens, N heads, H head width.
 """
+
+import importlib.util
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +22,13 @@ _KERNELS = {
     "flash_attn_3": SDPBackend.FLASH_ATTENTION,  # takes the flash kernel's place in this process once activated
     "sdpa_math": SDPBackend.MATH,
 }
-BACKENDS = ("auto", *_KERNELS)
+BACKENDS = ("auto", *_KERNELS, "flash_attn_2")
 """``auto``: torch's own choice for the device and dtype. On Hopper that is cuDNN's kernel where the installed cuDNN can
 be trusted with lengths that 128 does not divide (as ours), else flash; ``sdpa_cudnn`` overrides that guard.
-``sdpa_flash``: torch's flash kernel (FlashAttention 2 on CUDA). ``flash_attn_3``: the kernel of the package
-``flash_attn_interface``, for Hopper. ``sdpa_math``: unfused softmax in fp32, the exact reference (memory grows with
-L x S). All but ``auto`` are an error where they cannot be used; ``start_backend`` says so before anything is rendered.
+``sdpa_flash``: torch's flash kernel (FlashAttention 2 on CUDA). ``flash_attn_2`` and ``flash_attn_3``: those of the
+packages ``flash_attn`` (the extra ``flash-attn``) and ``flash_attn_interface`` (for Hopper). ``sdpa_math``: unfused
+softmax in fp32, the exact reference (memory grows with L x S). All but ``auto`` are an error where they cannot be used;
+``start_backend`` says so before anything is rendered.
 """
 
 _TRIED_LENGTHS = (72, 130)  # queries and keys of the trial: 128 divides neither
@@ -44,6 +47,8 @@ class Attend(nn.Module):
 
     def forward(self, q_BLNH: Tensor, k_BSNH: Tensor, v_BSNH: Tensor) -> Tensor:
         """Return ``[B, L, N, H]`` in the dtype of the inputs (all three share one dtype)."""
+        if self.backend == "flash_attn_2":
+            return _flash_attn_2(q_BLNH, k_BSNH, v_BSNH)[0]
         q, k, v = (x.transpose(1, 2) for x in (q_BLNH, k_BSNH, v_BSNH))
         if self.backend == "auto":
             return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
@@ -65,6 +70,8 @@ def attend_with_lse(q_BLNH: Tensor, k_BSNH: Tensor, v_BSNH: Tensor, backend: str
     require_one_of("attention backend", backend, BACKENDS)
     if backend == "sdpa_math" or (backend == "auto" and not _has_flash_with_lse(q_BLNH)):
         return _math_with_lse(q_BLNH, k_BSNH, v_BSNH)
+    if backend == "flash_attn_2":
+        return _flash_attn_2(q_BLNH, k_BSNH, v_BSNH)
     q, k, v = (x.transpose(1, 2) for x in (q_BLNH, k_BSNH, v_BSNH))
     if backend == "sdpa_cudnn":
         out, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True)[:2]
@@ -85,6 +92,11 @@ def start_backend(backend: str, *, device: torch.device, dtype: torch.dtype, hea
     require_one_of("model.attention", backend, BACKENDS)
     what = f"model.attention={backend} cannot be used on {device.type} with {str(dtype).removeprefix('torch.')}"
     hint = "use auto" if backend != "auto" else "use sdpa_math"
+    if backend == "flash_attn_2" and importlib.util.find_spec("flash_attn") is None:
+        raise ConfigError(
+            "model.attention=flash_attn_2 needs the package flash_attn, which is not installed: pip install "
+            f"'storymem_dist[flash-attn]'; or {hint}"
+        )
     if backend == "flash_attn_3":
         _activate_flash_attn_3()
     num_queries, num_keys = _TRIED_LENGTHS
@@ -103,6 +115,13 @@ def start_backend(backend: str, *, device: torch.device, dtype: torch.dtype, hea
         distance = (found.float() - expected.float()).abs().max().item()
         if not distance <= _TRIAL_TOLERANCE[dtype.itemsize]:  # NaN too
             raise ConfigError(f"{what}: its results differ from exact attention by {distance:.1e}; {hint}")
+
+
+def _flash_attn_2(q_BLNH: Tensor, k_BSNH: Tensor, v_BSNH: Tensor) -> tuple[Tensor, Tensor]:
+    from flash_attn import flash_attn_func
+
+    out_BLNH, lse_BNL, _ = flash_attn_func(q_BLNH, k_BSNH, v_BSNH, return_attn_probs=True)
+    return out_BLNH, lse_BNL
 
 
 def _activate_flash_attn_3() -> None:

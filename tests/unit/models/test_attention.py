@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 import pytest
@@ -114,6 +115,49 @@ def test_a_package_without_the_kernel_is_refused(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(sys.modules, "flash_attn_interface", ModuleType("flash_attn_interface"))
     with pytest.raises(ConfigError, match=r"flash_attn_3 cannot be activated: .*not expose FA3 .*kernels; use auto"):
         start_backend("flash_attn_3", device=CPU, dtype=torch.bfloat16, head_dim=16)
+
+
+@pytest.fixture
+def installed_fa2(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for the package: its function's signature and results, computed exactly."""
+
+    def flash_attn_func(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        dropout_p: float = 0.0,
+        softmax_scale: float | None = None,
+        causal: bool = False,
+        window_size: tuple[int, int] = (-1, -1),
+        softcap: float = 0.0,
+        alibi_slopes: Tensor | None = None,
+        deterministic: bool = False,
+        return_attn_probs: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor, None]:
+        assert (dropout_p, softmax_scale, causal, window_size, softcap) == (0.0, None, False, (-1, -1), 0.0)
+        out, lse = exact(q, k, v)
+        return (out.to(q.dtype), lse.float(), None) if return_attn_probs else out.to(q.dtype)
+
+    package = ModuleType("flash_attn")
+    package.flash_attn_func = flash_attn_func
+    package.__spec__ = ModuleSpec("flash_attn", loader=None)
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
+
+
+def test_flash_attention_2_is_called_with_tokens_before_heads_and_gives_its_log_sum_exp(installed_fa2: None) -> None:
+    start_backend("flash_attn_2", device=CPU, dtype=torch.bfloat16, head_dim=16)
+    q, k, v = make_qkv(72, 130)
+    expected_out, expected_lse = attend_with_lse(q, k, v, "sdpa_math")
+    out, lse = attend_with_lse(q, k, v, "flash_attn_2")
+    for result in (Attend("flash_attn_2")(q, k, v), out):
+        torch.testing.assert_close(result, expected_out, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(lse, expected_lse, atol=1e-5, rtol=1e-6)
+
+
+def test_the_extra_that_flash_attention_2_needs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    with pytest.raises(ConfigError, match=r"flash_attn_2 needs the package flash_attn, .*storymem_dist\[flash-attn\]"):
+        start_backend("flash_attn_2", device=CPU, dtype=torch.bfloat16, head_dim=16)
 
 
 @pytest.fixture
