@@ -135,9 +135,12 @@ class PlainConsole:
         self._state = RunState()
         self._last_line = 0.0
         self._summarize = False
+        self._knows_history = False
 
     def handle(self, stamped: ev.StampedEvent) -> None:
         """Write the event's line, if it has one at this level."""
+        if not self._knows_history:
+            self.tick()
         self._state.apply(stamped)
         event = stamped.event
         if isinstance(event, ev.JobFinished):
@@ -149,7 +152,8 @@ class PlainConsole:
             self._progress(stamped)
 
     def tick(self) -> None:
-        """Read what the other replicas did since the last look, and earlier starts."""
+        """Read what the other replicas did since the last look; at first, also what earlier starts did."""
+        self._knows_history = True
         if self._tail is not None:
             for stamped in self._tail.poll():
                 self._state.apply(stamped)
@@ -211,6 +215,8 @@ class LiveConsole:
 
     def handle(self, stamped: ev.StampedEvent) -> None:
         """Fold the event in; shots, stories and troubles leave a line behind."""
+        if not self._next_follow:
+            self._follow()  # earlier starts come first
         self._state.apply(stamped)
         line = event_line(stamped.event, self._level)
         if line is None:
@@ -231,14 +237,8 @@ class LiveConsole:
 
     def tick(self) -> None:
         """Follow the other replicas and redraw."""
-        now = time.monotonic()
-        if self._tail is not None and now >= self._next_follow:
-            self._next_follow = now + FOLLOW_SECONDS
-            for stamped in self._tail.poll():
-                if stamped.wall_time < self._started:  # an earlier start of this run: known, but no news
-                    self._state.apply(stamped)
-                else:
-                    self.handle(stamped)
+        if time.monotonic() >= self._next_follow:
+            self._follow()
         self._live.update(self._view(), refresh=True)
 
     def close(self) -> None:
@@ -247,6 +247,14 @@ class LiveConsole:
         self._live.stop()
         if self._state.rows:
             self._console.print(summary(self._state), highlight=False)
+
+    def _follow(self) -> None:
+        self._next_follow = time.monotonic() + FOLLOW_SECONDS
+        for stamped in self._tail.poll() if self._tail is not None else ():
+            if stamped.wall_time < self._started:  # an earlier start of this run: known, but no news
+                self._state.apply(stamped)
+            else:
+                self.handle(stamped)
 
     def _stamped_line(self, stamped: ev.StampedEvent, line: Text) -> Text:
         clock = time.strftime("%H:%M:%S", time.localtime(stamped.wall_time))

@@ -280,9 +280,11 @@ class RunState:
         if row is None:
             row = self._new_row(stamped)
         self._row_of_writer[stamped.writer] = row.key
-        self._close_open(row, "interrupted", row.last_seen)
+        if not row.starts or row.starts[-1].start <= now:  # else an earlier start that is heard of late
+            self._close_open(row, "interrupted", row.last_seen)
         row.starts.append(Start(writer=stamped.writer, job=event, start=now, last_seen=now))
-        row.last_seen = now
+        row.starts.sort(key=lambda start: start.start)
+        row.last_seen = max(row.last_seen, now)
         self.run_id = event.run_id or self.run_id
         self.versions.update(event.versions)
         self.announced_shots = max(self.announced_shots, event.num_shots)

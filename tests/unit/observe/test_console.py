@@ -12,7 +12,7 @@ from storymem_dist.observe.console import LiveConsole, PlainConsole
 from storymem_dist.observe.journal import JournalTail, read_journal
 from storymem_dist.observe.settings import ConsoleSettings
 from storymem_dist.observe.start import make_console
-from tests.helpers.fake_run import FakeRun, whole_run
+from tests.helpers.fake_run import START_TIME, FakeRun, whole_run
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +68,32 @@ def test_a_log_of_the_first_replica_counts_the_shots_of_all_and_ends_with_the_su
     assert "2/2 shots" in text
     assert "2 of 2 stories done · 2 shots rendered · 0 failed" in text
     assert "replica 1" in text and "denoise" in text
+
+
+@pytest.mark.parametrize("kind", [PlainConsole, LiveConsole])
+def test_a_restarted_replica_is_no_second_job_in_the_summary(
+    tmp_path: Path, kind: type[PlainConsole] | type[LiveConsole]
+) -> None:
+    run = FakeRun(tmp_path / "run", num_stories=1, num_shots=2)
+    with run.replica(0) as first:
+        run.shot(first, 0, 0)
+        run.shot(first, 0, 1, stop_after_step=2)
+    with run.replica(0, at=START_TIME + 500) as second:
+        run.skip(second, 0, 0)
+        run.shot(second, 0, 1, resume_at=2)
+        run.finish(second)
+    stream = io.StringIO()
+    tail = JournalTail(run.root / "events", skip=(second.writer,))
+    target = stream if kind is PlainConsole else Console(file=stream, force_terminal=True, width=120)
+    console = kind(target, tail=tail)  # type: ignore[arg-type]
+    for stamped in read_journal(run.root / "events"):
+        if stamped.writer == second.writer:
+            console.handle(stamped)
+            console.tick()
+    console.close()
+    text = stream.getvalue()
+    assert "replica 0" in text and "job 2" not in text
+    assert "2 shots rendered · 1 resumed inside · 0 failed" in text
 
 
 def test_the_live_view_shows_batch_replica_and_loading_and_leaves_finished_shots_behind(tmp_path: Path) -> None:

@@ -72,6 +72,27 @@ def test_a_killed_replica_leaves_an_interrupted_attempt_and_its_restart_goes_on_
     assert state.up_seconds < 60.0 < state.last_time - START_TIME
 
 
+def test_an_earlier_start_that_is_heard_of_late_is_no_other_job(tmp_path: Path) -> None:
+    run = FakeRun(tmp_path / "run", num_stories=1, num_shots=2)
+    with run.replica(0) as first:
+        run.shot(first, 0, 0)
+    with run.replica(0, at=START_TIME + 500) as second:
+        run.load_weights(second)
+        run.shot(second, 0, 1)
+        run.finish(second)
+    earlier, later = (
+        [stamped for stamped in read_journal(run.root / "events") if stamped.writer == replica.writer]
+        for replica in (first, second)
+    )
+    state = RunState()
+    for stamped in (later[0], *earlier, *later[1:]):
+        state.apply(stamped)
+    assert list(state.rows) == [("", 0)]
+    row = state.rows[("", 0)]
+    assert [start.writer for start in row.starts] == [first.writer, second.writer]
+    assert row.is_over and row.num_finished == 2
+
+
 def test_two_jobs_of_one_name_at_once_are_two_rows_not_a_restart(tmp_path: Path) -> None:
     run = FakeRun(tmp_path / "run", num_stories=2, num_shots=1, job="")
     with run.replica(0) as one:
