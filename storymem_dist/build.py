@@ -18,6 +18,7 @@ from storymem_dist.diffusion.settings import SamplerSettings
 from storymem_dist.errors import ConfigError, WeightsNotFound
 from storymem_dist.models.attention import start_backend
 from storymem_dist.models.precision import set_fp32_precision
+from storymem_dist.models.quantized_linear import check_linears
 from storymem_dist.models.settings import ModelSettings
 from storymem_dist.models.wan.checkpoints import WanCheckpoint, download_command, open_checkpoint
 from storymem_dist.models.wan.lora import STORYMEM_REPO, ScaledLora, open_loras, storymem_lora
@@ -156,6 +157,7 @@ class ExpertLoader:
                 settings=self._parallel,
                 dtype=getattr(torch, self._model.dtype),
                 attention=self._model.attention,
+                linears=self._model.linears,
                 cache_text_keys=self._model.cache_text_keys,
                 share_reads=None if self._reads_together else False,
                 progress=self._named_progress(f"{kind} {name}"),
@@ -216,7 +218,7 @@ class Engine:
         """Start the ranks (unless ``session`` is given) and load the VAE. Collective over all started ranks.
 
         Raises, before weights are read, ``LayoutError`` when layout, ranks and guidance do not go together, and
-        ``ConfigError`` when the attention kernel cannot be used.
+        ``ConfigError`` when the attention kernel or the linear layers cannot be used.
         """
         check_guidance(
             parallel, guidance_scale_high=sampler.guidance_scale_high, guidance_scale_low=sampler.guidance_scale_low
@@ -231,6 +233,7 @@ class Engine:
                 head_dim=weights.any_checkpoint.dit_config.head_dim,
             )
         )
+        started.all_or_none(lambda: check_linears(model.linears, started.device))
         set_fp32_precision(convolutions=model.vae_precision)
         vae = load_vae(weights.any_checkpoint.vae_path, session.device)
         if session.mesh.shard.size > 1:

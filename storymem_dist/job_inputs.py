@@ -84,6 +84,7 @@ def pixel_inputs(kind: str, settings: RenderConfig, weights: Weights) -> dict[st
     inputs |= {f"memory.{key}": getattr(memory, key) for key in memory_keys}
     inputs |= {f"video.{key}": value for key, value in asdict(settings.video).items()}
     inputs["model.dtype"] = settings.model.dtype
+    inputs["model.linears"] = settings.model.linears
     inputs["model.text_encoder_dtype"] = settings.model.text_encoder_dtype
     inputs["weights"] = weights.identity(kind)
     inputs["pixel_version"] = PIXEL_VERSION

@@ -25,6 +25,7 @@ from storymem_dist.models.loading import (
     load_dit_weights,
     whole_parameter,
 )
+from storymem_dist.models.quantized_linear import quantize_linears
 from storymem_dist.models.wan.dit import CrossAttention, DiTConfig, SelfAttention, WanDiT
 from storymem_dist.parallel.fsdp import ShardResidency, share_streams
 from storymem_dist.parallel.parallelize import parallelize
@@ -47,6 +48,7 @@ def build_expert(
     settings: ParallelSettings,
     dtype: torch.dtype = torch.bfloat16,
     attention: str = "auto",
+    linears: str = "exact",
     cache_text_keys: bool = False,
     share_reads: bool | None = None,
     progress: Progress | None = None,
@@ -54,15 +56,16 @@ def build_expert(
     """An expert with its weights, ready for forwards on every rank of the replica. Collective over the replica.
 
     Memory is taken for this rank's part alone, and no tensor larger than a chunk of one is ever held beside it.
-    ``deltas`` (LoRAs) are merged into that part. ``share_reads`` (None: as ``settings`` say) lets one rank per node
-    read for all that need the same part; it makes the call collective over the replicas of the node, so all of them
-    must load at that moment (as at the start of a job), whether they need the weights at once or not. Replicas that
-    turn out to load different weights read on their own.
+    ``deltas`` (LoRAs) are merged into that part. ``linears`` is the format of the blocks' layers. ``share_reads``
+    (None: as ``settings`` say) lets one rank per node read for all that need the same part; it makes the call
+    collective over the replicas of the node, so all of them must load at that moment (as at the start of a job),
+    whether they need the weights at once or not. Replicas that turn out to load different weights read on their own.
 
     Raises ``CheckpointError`` (on every rank of the reading team when weights are shared).
     """
     with torch.device("meta"):
         dit = WanDiT(config, dtype=dtype)
+    quantize_linears(dit.blocks, linears)
     for module in list(dit.modules()):
         if isinstance(module, SelfAttention | CrossAttention):
             module.attend = Attend(attention)
@@ -131,5 +134,5 @@ def _read_for_all(
         part = local_part(name, parameter).tensor.detach()
         if part.numel():
             group = session.readers_group if part.is_cuda else session.readers.control
-            dist.broadcast(part, group=group, group_src=0)
+            dist.broadcast(part.view(torch.uint8), group=group, group_src=0)  # gloo does not know float8
     return report if session.readers.rank == 0 else replace(report, bytes_read=0)
