@@ -85,6 +85,7 @@ def pixel_inputs(kind: str, settings: RenderConfig, weights: Weights) -> dict[st
     inputs |= {f"video.{key}": value for key, value in asdict(settings.video).items()}
     inputs["model.dtype"] = settings.model.dtype
     inputs["model.linears"] = settings.model.linears
+    inputs["model.vae_precision"] = settings.model.vae_precision
     inputs["model.text_encoder_dtype"] = settings.model.text_encoder_dtype
     inputs["weights"] = weights.identity(kind)
     inputs["pixel_version"] = PIXEL_VERSION

@@ -79,10 +79,8 @@ def test_weights_and_number_format_are_in_the_fingerprint_and_places_are_not() -
     settings = RenderConfig()
     base = pixel_inputs("m2v", settings, weights())
     assert pixel_inputs("m2v", settings, weights("others")) != base
-    in_fp32 = replace(settings, model=replace(settings.model, dtype="float32"))
-    assert pixel_inputs("m2v", in_fp32, weights()) != base
-    in_float8 = replace(settings, model=replace(settings.model, linears="float8"))
-    assert pixel_inputs("m2v", in_float8, weights()) != base
+    for other in ({"dtype": "float32"}, {"linears": "float8"}, {"vae_precision": "float32"}):
+        assert pixel_inputs("m2v", replace(settings, model=replace(settings.model, **other)), weights()) != base
     moved = replace(settings, output="elsewhere", model=replace(settings.model, t2v_checkpoint="x", experts="swap"))
     assert pixel_inputs("m2v", moved, weights()) == base
 
