@@ -35,7 +35,7 @@ class QuantizedLinear(nn.Module, ABC):
     """
 
     weight_dtype: ClassVar[torch.dtype]
-    largest_value: ClassVar[float]
+    largest_value: ClassVar[int]  # a float would be an input of compiled graphs
     sizes_multiple_of: ClassVar[int]
 
     def __init__(self, like: nn.Linear) -> None:
@@ -76,7 +76,7 @@ class Float8Linear(QuantizedLinear):
     """
 
     weight_dtype = torch.float8_e4m3fn
-    largest_value = torch.finfo(torch.float8_e4m3fn).max
+    largest_value = int(torch.finfo(torch.float8_e4m3fn).max)
     sizes_multiple_of = 16
 
     def _product(self, rows: Tensor, scale: Tensor) -> Tensor:
@@ -108,7 +108,7 @@ class Int8Linear(QuantizedLinear):
     """int8 weights and tokens, symmetric, for devices without float8; sums are exact in int32."""
 
     weight_dtype = torch.int8
-    largest_value = 127.0
+    largest_value = 127
     sizes_multiple_of = 8
 
     def _product(self, rows: Tensor, scale: Tensor) -> Tensor:

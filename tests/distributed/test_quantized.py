@@ -101,7 +101,7 @@ def test_sharded_layers_have_the_bits_of_one_device(tiny: TinyCheckpoint, linear
             assert outcome["held_ratio"] < 1.15 / num_ranks, settings
             if settings.ulysses == settings.ring == 1:
                 assert outcome["equal"], settings
-            # Attention over parts of the tokens rounds differently, and a token's scale passes that on.
+            # Measured: 0 with ulysses, 9.3e-3 with ring 4, where exact layers in bf16 differ by 1.7e-3.
             assert outcome["error"] < 2e-2, settings
 
 

@@ -8,7 +8,9 @@ import torch
 import torch.distributed as dist
 
 from storymem_dist.diffusion.text_cache import text_cache_of
-from storymem_dist.models.loading import StateDictSource
+from storymem_dist.models.loading import StateDictSource, load_dit_weights
+from storymem_dist.models.quantized_linear import quantize_linears
+from storymem_dist.models.wan.dit import WanDiT
 from storymem_dist.parallel.loading import build_expert, place_experts
 from storymem_dist.parallel.session import start_session
 from storymem_dist.parallel.settings import ParallelSettings
@@ -59,6 +61,24 @@ def test_a_zero3_replica_equals_one_device_bit_by_bit() -> None:
     assert outcome["dtypes"] == ["torch.bfloat16", "torch.float32"]
     assert outcome["status"] == "NOT_AVAILABLE", "an idle layer must not stay gathered"
     assert outcome["linear is torch's"]
+
+
+def _run_quantized(linears: str) -> tuple[list[bool], str]:
+    _use_no_compiled_extension()
+    settings = ParallelSettings(weights="zero3")
+    source = StateDictSource("here", make_dit(WIDE, dtype=torch.bfloat16).state_dict())
+    single = WanDiT(WIDE, dtype=torch.bfloat16).eval().requires_grad_(False)
+    quantize_linears(single.blocks, linears)
+    load_dit_weights(single, source)
+    with start_session(settings) as session, torch.no_grad():
+        dit, _ = build_expert(WIDE, source, session=session, settings=settings, dtype=torch.bfloat16, linears=linears)
+        equal = [torch.equal(dit(*inputs), single(*inputs)) for inputs in map(_inputs_of, (1, 2, 1))]
+        return equal, dit.blocks[0].ffn[0].weight.ds_status.name
+
+
+@pytest.mark.parametrize("linears", ["float8", "int8"])
+def test_layers_in_eight_bits_are_fetched_as_they_are(linears: str) -> None:
+    assert run_ranks(_run_quantized, 1, (linears,), timeout_seconds=200) == [([True] * 3, "NOT_AVAILABLE")]
 
 
 def _partition_over_two_ranks() -> tuple[list[bool], float]:

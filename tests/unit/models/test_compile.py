@@ -14,6 +14,8 @@ from torch._dynamo.utils import counters
 
 from storymem_dist.diffusion.text_cache import attach_text_cache
 from storymem_dist.models.compile import compile_blocks
+from storymem_dist.models.loading import StateDictSource, load_dit_weights
+from storymem_dist.models.quantized_linear import quantize_linears
 from storymem_dist.models.wan.dit import WanDiT
 from storymem_dist.models.wan.presets import TINY
 
@@ -31,6 +33,13 @@ def fresh_compiler() -> Iterator[None]:
 def make_dit(dtype: torch.dtype, seed: int = 0) -> WanDiT:
     torch.manual_seed(seed)
     return WanDiT(TINY.i2v, dtype=dtype).requires_grad_(False)
+
+
+def quantized(dit: WanDiT, linears: str) -> WanDiT:
+    layers = WanDiT(dit.config, dtype=dit.dtype).requires_grad_(False)
+    quantize_linears(layers.blocks, linears)
+    load_dit_weights(layers, StateDictSource("here", dit.state_dict()))
+    return layers
 
 
 def run(dit: WanDiT, num_memory: int) -> torch.Tensor:
@@ -88,3 +97,19 @@ def test_nothing_is_recompiled_in_a_story_nor_for_the_other_expert(
         for num_memory in STORY:
             run(expert, num_memory)
     assert counters["stats"]["unique_graphs"] == after_the_first_forward
+
+
+@pytest.mark.parametrize("linears", ["float8", "int8"])
+def test_layers_in_eight_bits_are_compiled_once_too_and_without_leaving_the_graph(
+    linears: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experts = [quantized(make_dit(torch.bfloat16, seed), linears) for seed in range(2)]
+    eager = quantized(make_dit(torch.bfloat16), linears)
+    for expert in experts:
+        compile_with("aot_eager", expert, monkeypatch)
+    for expert in experts:
+        for num_memory in STORY:
+            run(expert, num_memory)
+    torch.testing.assert_close(run(experts[0], 3), run(eager, 3), atol=2e-2, rtol=2e-2)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
