@@ -25,6 +25,8 @@ from storymem_dist.models.wan.lora import STORYMEM_REPO, ScaledLora, open_loras,
 from storymem_dist.models.wan.text_encoder import TextEncoder, load_text_encoder
 from storymem_dist.models.wan.tiny_checkpoint import generate_tiny_checkpoint
 from storymem_dist.models.wan.vae import load_vae
+from storymem_dist.observe.events import ThroughputSampled
+from storymem_dist.observe.system import current_device, device_memory
 from storymem_dist.parallel.guidance import make_guidance
 from storymem_dist.parallel.layout import check_guidance
 from storymem_dist.parallel.loading import build_expert, place_experts
@@ -35,6 +37,9 @@ from storymem_dist.render_clip import ClipSampler
 
 LoadProgress = Callable[[str, int, int], None]
 """Called while weights load: what, bytes done, bytes in all."""
+
+BytesRead = Callable[[int], None]
+"""Called on all ranks after a load with the bytes that the ranks of the replica have read for it together."""
 
 
 def cache_folder() -> Path:
@@ -134,6 +139,7 @@ class ExpertLoader:
         sampler: SamplerSettings,
         session: Session,
         progress: LoadProgress | None = None,
+        on_read: BytesRead | None = None,
     ) -> None:
         self._model = model
         self._weights = weights
@@ -141,15 +147,16 @@ class ExpertLoader:
         self._sampler = sampler
         self._session = session
         self._progress = progress
+        self._on_read = on_read
         self._reads_together = False
         self.num_loads: dict[str, int] = {}
 
     def __call__(self, kind: str) -> ExpertPair:
         """The experts of ``kind`` ("t2v" or "m2v"), ready to run. Collective over the replica."""
         checkpoint = self._weights.checkpoints[kind]
-        modules = {}
+        modules, num_bytes = {}, 0
         for name in EXPERTS:
-            modules[name], _ = build_expert(
+            modules[name], report = build_expert(
                 checkpoint.dit_config,
                 checkpoint.expert(name),
                 self._weights.loras[kind][name],
@@ -162,6 +169,8 @@ class ExpertLoader:
                 share_reads=None if self._reads_together else False,
                 progress=self._named_progress(f"{kind} {name}"),
             )
+            num_bytes += report.bytes_read
+        self._tell_read(num_bytes)
         self.num_loads[kind] = self.num_loads.get(kind, 0) + 1
         return ExpertPair(
             high_noise=modules["high_noise"],
@@ -185,6 +194,11 @@ class ExpertLoader:
             yield
         finally:
             self._reads_together = False
+
+    def _tell_read(self, num_bytes: int) -> None:
+        if self._on_read is not None:
+            mine = torch.tensor([num_bytes], device=self._session.device)
+            self._on_read(int(self._session.mesh.shard.sum(mine)))
 
     def _named_progress(self, what: str) -> Callable[[int, int], None] | None:
         progress = self._progress
@@ -214,6 +228,7 @@ class Engine:
         *,
         session: Session | None = None,
         progress: LoadProgress | None = None,
+        on_read: BytesRead | None = None,
     ) -> "Engine":
         """Start the ranks (unless ``session`` is given) and load the VAE. Collective over all started ranks.
 
@@ -238,10 +253,19 @@ class Engine:
         vae = load_vae(weights.any_checkpoint.vae_path, session.device)
         if session.mesh.shard.size > 1:
             assert session.mesh.shard.group is not None
-            parallelize_vae(vae, session.mesh.shard.group)
-        experts = ExpertLoader(model, weights, parallel, sampler, session, progress)
+            parallelize_vae(vae, session.mesh.shard.group, session.mesh.clock)
+        experts = ExpertLoader(model, weights, parallel, sampler, session, progress, on_read)
         clips = ClipSampler(load_experts=experts, guidance=make_guidance(session.mesh), vae=vae, device=session.device)
         return cls(session=session, clips=clips, experts=experts, _model=model, _weights=weights)
+
+    def measure(self) -> ThroughputSampled:
+        """What this process knows of itself: memory now, and time in collectives since it was last asked."""
+        clock, memory = self.session.mesh.clock, device_memory(current_device())
+        return ThroughputSampled(
+            collective_seconds=None if clock is None else clock.take(),
+            gpu_memory_gib=memory.held_gib,
+            peak_gpu_memory_gib=memory.peak_gib,
+        )
 
     @property
     def text_dtype(self) -> torch.dtype:

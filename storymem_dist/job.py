@@ -39,7 +39,14 @@ from storymem_dist.job_inputs import (
 from storymem_dist.memory.scorers import Quality, Similarity, build_quality, build_similarity
 from storymem_dist.memory.settings import MemorySettings
 from storymem_dist.models.settings import ModelSettings
-from storymem_dist.observe.events import JobStarted, Observer, StoryboardRejected, WeightsProgress, timed_stage
+from storymem_dist.observe.events import (
+    JobStarted,
+    Observer,
+    StoryboardRejected,
+    ThroughputSampled,
+    WeightsProgress,
+    timed_stage,
+)
 from storymem_dist.observe.settings import TrackingSettings
 from storymem_dist.observe.start import Place, start_observers
 from storymem_dist.observe.system import peak_tflops
@@ -171,6 +178,7 @@ def _render(parts: Sequence[BatchPart], points: Sequence[Point], checked: Checke
         settings.sampler,
         session=session,
         progress=_report_loading(parts[0].observers),
+        on_read=lambda num_bytes: parts[0].observers.notify(ThroughputSampled(bytes_read=num_bytes)),
     )
     rules = [
         ShotRules(sampler=part.sampler, memory=point.settings.memory, observer=part.observers)
@@ -193,6 +201,7 @@ def _render(parts: Sequence[BatchPart], points: Sequence[Point], checked: Checke
         scorers=scorers,
         rules=rules,
         leader_decides=session.leader_decides,
+        measure=engine.measure,
         retries_in_place=session.layout.ranks_per_replica == 1,
     )
     loaded = _load_together(parts, engine, session, share_reads=settings.parallel.share_reads)

@@ -24,6 +24,7 @@ from storymem_dist.dispatch.stop import StopSwitch
 from storymem_dist.dispatch.summary import BatchSummary, Replica
 from storymem_dist.errors import StoryMemError
 from storymem_dist.observe.events import StepFinished, timed_stage
+from storymem_dist.observe.system import current_device, device_memory
 
 
 def render_batch(
@@ -121,6 +122,7 @@ def _attempt(
                 expert=info.expert,
                 elapsed_seconds=info.elapsed_seconds,
                 timestep=info.timestep,
+                gpu_memory_gib=device_memory(current_device()).held_gib,
                 reused=info.reused,
             )
         )

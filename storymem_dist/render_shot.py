@@ -22,7 +22,7 @@ from storymem_dist.memory.bank import Keyframe, MemoryBank, Recall, reference_ke
 from storymem_dist.memory.keyframes import Chosen, choose_keyframes
 from storymem_dist.memory.scorers import Quality, Similarity
 from storymem_dist.memory.settings import MemorySettings
-from storymem_dist.observe.events import NullObserver, Observer, memory_events, timed_stage
+from storymem_dist.observe.events import NullObserver, Observer, ThroughputSampled, memory_events, timed_stage
 from storymem_dist.render_clip import ClipRequest, ClipSampler, to_uint8
 from storymem_dist.story.images import open_reference_image
 from storymem_dist.story.schema import Story
@@ -52,7 +52,7 @@ class StoryShotRenderer:
     """The ``ShotRenderer`` of a replica (see ``dispatch.jobs``).
 
     ``rules`` has an entry for every part of the batch. ``scorers`` gives similarity and quality for memory settings;
-    it is asked on the leader alone.
+    it is asked on the leader alone. ``measure`` gives what this process has measured since it was last asked.
     """
 
     def __init__(
@@ -63,6 +63,7 @@ class StoryShotRenderer:
         scorers: Callable[[MemorySettings], tuple[Similarity, Quality]],
         rules: Sequence[ShotRules],
         leader_decides: LeaderDecides,
+        measure: Callable[[], ThroughputSampled],
         retries_in_place: bool,
     ) -> None:
         self.retries_in_place = retries_in_place
@@ -71,6 +72,7 @@ class StoryShotRenderer:
         self._scorers = scorers
         self._rules = rules
         self._leader_decides = leader_decides
+        self._measure = measure
 
     def prepare(self, kind: str) -> None:
         """See ``ShotRenderer.prepare``."""
@@ -99,16 +101,19 @@ class StoryShotRenderer:
             recalled = {"recalled": [asdict(decision) for decision in recall.decisions]}
             _report(rules.observer, job, recalled)
             request = self._request(job, history, recall)
-        pixels = self._clips.sample(
-            request,
-            stage=stage,
-            resume=resume,
-            on_step=on_step,
-            should_stop=should_stop,
-            checkpoint_every_steps=checkpoint_every_steps,
-            on_checkpoint=on_checkpoint,
-            low_memory=low_memory,
-        )
+        try:
+            pixels = self._clips.sample(
+                request,
+                stage=stage,
+                resume=resume,
+                on_step=on_step,
+                should_stop=should_stop,
+                checkpoint_every_steps=checkpoint_every_steps,
+                on_checkpoint=on_checkpoint,
+                low_memory=low_memory,
+            )
+        finally:
+            rules.observer.notify(self._measure())
         with stage("keyframes"):
             clip = to_uint8(pixels).permute(1, 0, 2, 3)[NUM_GIVEN_FRAMES[job.mode] :].cpu()
             chosen = self._leader_decides(lambda: self._choose(clip, bank, rules.memory, job.shot.index))

@@ -151,7 +151,13 @@ class WeightsProgress(Event):
 class ThroughputSampled(Event):
     """Numbers that only the running process can know, sampled now and then. None: not known on this machine.
 
-    ``collective_seconds`` and ``bytes_read`` count since the sample before; memory is that of the rank that samples.
+    The sample is of the replica leader's process. ``collective_seconds`` and ``bytes_read`` count since the sample
+    before. ``collective_seconds`` is how long the leader was held up by the collectives of forwards and of the VAE,
+    waiting for slower ranks included. It is known on CPUs only, and not under torch.compile: the host cannot tell how
+    long a GPU waits. FSDP2's gathers of weights are not in it. ``bytes_read`` is what all ranks of the replica read of
+    the experts' files (LoRAs, text encoder and VAE not counted). ``gpu_memory_gib`` is what torch holds of the
+    leader's device, ``peak_gpu_memory_gib`` the most that tensors have taken of it.
+
     Rates that follow from other events (seconds per step, clips per GPU-hour, tokens per second, FLOP utilisation,
     idle seconds) are computed from those events by whoever reads them, not sent.
     """
@@ -249,7 +255,8 @@ class StageFinished(Event):
 class StepFinished(Event):
     """One denoising step is done. ``step`` counts finished steps: 1 after the first, ``num_steps`` at the end.
 
-    ``reused``: the step cache answered instead of the whole model.
+    ``gpu_memory_gib`` is what torch holds of the leader's device. ``reused``: the step cache answered instead of the
+    whole model.
     """
 
     story_id: str

@@ -9,6 +9,7 @@ import socket
 import sys
 import threading
 import time
+from dataclasses import dataclass
 from typing import Any
 
 from storymem_dist.observe.events import Observer, SystemSampled
@@ -36,14 +37,47 @@ def peak_tflops(device_name: str) -> float | None:
     return next((peak for name, peak in PEAK_BF16_TFLOPS if name in device_name), None)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DeviceMemory:
+    """Memory of one device in GiB: what torch holds of it, and the most that tensors have taken. None: not known."""
+
+    held_gib: float | None = None
+    peak_gib: float | None = None
+
+
+def current_device() -> int | None:
+    """The number of this thread's accelerator, None where torch has none (or is not in the process)."""
+    torch: Any = sys.modules.get("torch")
+    return torch.accelerator.current_device_index() if torch is not None and torch.accelerator.is_available() else None
+
+
+def device_memory(device: int | None) -> DeviceMemory:
+    """What torch's allocator has counted on ``device`` in this process (see ``current_device``)."""
+    if device is None:
+        return DeviceMemory()
+    try:
+        counts = sys.modules["torch"].accelerator.memory_stats(device)  # empty until something is allocated
+    except RuntimeError:  # an accelerator whose allocator keeps no counts
+        return DeviceMemory()
+    held, peak = counts.get("reserved_bytes.all.current"), counts.get("allocated_bytes.all.peak")
+    return DeviceMemory(
+        held_gib=None if held is None else held / GIB,
+        peak_gib=None if peak is None else peak / GIB,
+    )
+
+
 class SystemSampler:
-    """Sends a ``SystemSampled`` every ``interval_seconds`` from a thread of its own, until it is closed."""
+    """Sends a ``SystemSampled`` every ``interval_seconds`` from a thread of its own, until it is closed.
+
+    The device is that of the thread which makes it: every thread has a current device of its own.
+    """
 
     def __init__(self, observer: Observer, *, rank: int, interval_seconds: float) -> None:
         self._observer = observer
         self._rank = rank
         self._interval = interval_seconds
         self._host = socket.gethostname()
+        self._device = current_device()
         self._last_cpu = (time.monotonic(), _cpu_seconds())
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="observe-system", daemon=True)
@@ -59,14 +93,13 @@ class SystemSampler:
         now, used = time.monotonic(), _cpu_seconds()
         before, used_before = self._last_cpu
         self._last_cpu = (now, used)
-        memory, busy = _gpu()
         return SystemSampled(
             rank=self._rank,
             host=self._host,
             host_memory_gib=_resident_gib(),
             cpu_ratio=(used - used_before) / (now - before) if now > before else None,
-            gpu_memory_gib=memory,
-            gpu_busy_ratio=busy,
+            gpu_memory_gib=device_memory(self._device).held_gib,
+            gpu_busy_ratio=_busy_ratio(self._device),
         )
 
     def _run(self) -> None:
@@ -85,13 +118,12 @@ def _resident_gib() -> float | None:
     return None
 
 
-def _gpu() -> tuple[float | None, float | None]:
-    """Memory in use by this process on its current device in GiB, and how busy the device is (0 to 1)."""
+def _busy_ratio(device: int | None) -> float | None:
+    """How busy a CUDA device is (0 to 1)."""
     torch: Any = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_available() or not torch.cuda.is_initialized():
-        return None, None
-    memory = torch.cuda.memory_reserved() / GIB
+    if device is None or not torch.cuda.is_available() or not torch.cuda.is_initialized():
+        return None
     try:
-        return memory, torch.cuda.utilization() / 100.0
+        return torch.cuda.utilization(device) / 100.0
     except Exception:  # needs nvidia-ml-py, which not every machine has
-        return memory, None
+        return None

@@ -1,10 +1,13 @@
 import io
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from storymem_dist.artifacts.run_folder import RunFolder
 from storymem_dist.observe import events as ev
@@ -12,7 +15,7 @@ from storymem_dist.observe.journal import JournalWriter, read_journal
 from storymem_dist.observe.observers import Observers
 from storymem_dist.observe.settings import ConsoleSettings, TrackingSettings, WandbSettings
 from storymem_dist.observe.start import Place, start_observers, wait_for_replicas_of
-from storymem_dist.observe.system import SystemSampler, peak_tflops
+from storymem_dist.observe.system import DeviceMemory, SystemSampler, device_memory, peak_tflops
 
 
 def tracking(**changes: Any) -> TrackingSettings:
@@ -146,6 +149,36 @@ def test_a_sample_measures_this_process(tmp_path: Path) -> None:
     assert sample.rank == 5 and sample.host
     assert sample.host_memory_gib is not None and 0.01 < sample.host_memory_gib < 100.0
     assert sample.cpu_ratio is not None and 0.0 < sample.cpu_ratio < 64.0
+
+
+def test_device_memory_is_that_of_the_thread_that_made_the_sampler(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = threading.get_ident()
+    held = {0: 2**30, 3: 7 * 2**30}
+    accelerator = SimpleNamespace(
+        is_available=lambda: True,
+        current_device_index=lambda: 3 if threading.get_ident() == own else 0,
+        memory_stats=lambda device: {"reserved_bytes.all.current": held[device]},
+    )
+    monkeypatch.setattr(torch, "accelerator", accelerator)
+    sampler, samples = SystemSampler(ev.NullObserver(), rank=3, interval_seconds=1000.0), []
+    thread = threading.Thread(target=lambda: samples.append(sampler.sample()))
+    thread.start()
+    thread.join()
+    sampler.close()
+    assert samples[0].gpu_memory_gib == 7.0 and samples[0].gpu_busy_ratio is None
+
+
+def refuse(device: int) -> dict[str, int]:
+    raise RuntimeError("Allocator for mps is not a DeviceAllocator.")
+
+
+@pytest.mark.parametrize("memory_stats", [lambda device: {}, refuse])
+def test_memory_that_no_allocator_counts_is_not_known(
+    memory_stats: Callable[[int], dict[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert device_memory(None) == DeviceMemory(held_gib=None, peak_gib=None)
+    monkeypatch.setattr(torch, "accelerator", SimpleNamespace(memory_stats=memory_stats))
+    assert device_memory(0) == DeviceMemory(held_gib=None, peak_gib=None)
 
 
 @pytest.mark.parametrize(
