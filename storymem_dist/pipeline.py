@@ -41,6 +41,7 @@ class StoryMemPipeline:
         use_fsdp: shard the experts over the ranks that torchrun or ``accelerate launch`` started; every rank calls the
             same methods and gets the same result.
         dtype: "bfloat16" or "float32": number format of matrix products and attention.
+        linears: "exact", or "float8" or "int8" for faster, smaller and lossy layers inside the transformer blocks.
 
     Nothing is read before the first ``generate_*`` call. Missing weights raise ``WeightsNotFound``, naming what to
     download and the command.
@@ -56,6 +57,7 @@ class StoryMemPipeline:
         t5_cpu: bool = False,
         use_fsdp: bool = False,
         dtype: str = "bfloat16",
+        linears: str = "exact",
     ) -> None:
         self._model = ModelSettings(
             t2v_checkpoint=t2v_checkpoint_dir,
@@ -64,6 +66,7 @@ class StoryMemPipeline:
             experts="swap" if enable_offload else "resident",
             text_encoder_device="cpu" if t5_cpu else "auto",
             dtype=dtype,
+            linears=linears,
             text_encoder_dtype=dtype,
         )
         self._parallel = ParallelSettings(device=device, weights="fsdp" if use_fsdp else "replicated")

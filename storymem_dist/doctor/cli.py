@@ -47,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             machine.check_restarts,
             machine.check_slurm,
             machine.check_video,
+            partial(job.check_layers, settings),
             partial(job.check_weights, settings),
             partial(job.check_output, settings),
             partial(job.check_tracking, settings),

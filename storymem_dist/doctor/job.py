@@ -1,4 +1,4 @@
-"""Checks of a configuration on this machine: its weights, the disks they and the run folder are on, memory, tracking.
+"""Checks of a configuration on this machine: its layers' format, weights, disks, memory, tracking.
 
 Each check returns findings; what a render would raise is shown as a problem with the same words.
 """
@@ -19,7 +19,10 @@ from storymem_dist.config import RenderConfig
 from storymem_dist.doctor.finding import Finding, ok, problem, warning
 from storymem_dist.doctor.machine import GIB
 from storymem_dist.errors import StoryMemError, WeightsNotFound
-from storymem_dist.models.wan.checkpoints import WanCheckpoint, dit_shapes
+from storymem_dist.models.quantized_linear import check_linears, quantize_linears
+from storymem_dist.models.settings import ModelSettings
+from storymem_dist.models.wan.checkpoints import WanCheckpoint
+from storymem_dist.models.wan.dit import DiTConfig, WanDiT
 
 KINDS = ("t2v", "m2v")
 _READ_BYTES = 512 * 2**20
@@ -27,7 +30,18 @@ _READ_SECONDS = 2.0
 _READ_BLOCK = 16 * 2**20
 _SLOW_BYTES_PER_SECOND = 500e6
 _MIN_OUTPUT_BYTES = 5 * GIB
-_BYTES = {"bfloat16": 2, "float32": 4}
+
+
+def check_layers(settings: RenderConfig) -> Iterator[Finding]:
+    """Whether this machine can multiply in the number format of ``model.linears``."""
+    linears = settings.model.linears
+    on_gpu = settings.parallel.device != "cpu" and torch.cuda.is_available()
+    try:
+        check_linears(linears, torch.device("cuda" if on_gpu else "cpu"))
+    except StoryMemError as error:
+        yield problem("model", "linears", f"{linears} cannot be used", str(error))
+    else:
+        yield ok("model", "linears", linears)
 
 
 def check_weights(settings: RenderConfig) -> Iterator[Finding]:
@@ -93,9 +107,8 @@ def _check_gpu_memory(settings: RenderConfig, kind: str, checkpoint: WanCheckpoi
     """Whether the experts fit, activations not counted; for unsharded weights only (else it depends on the ranks)."""
     if not torch.cuda.is_available() or settings.parallel.weights != "replicated":
         return
-    parameters = sum(shape.numel() for shape in dit_shapes(checkpoint.dit_config).values())
     resident = 2 if settings.model.experts == "resident" else 1
-    needed = parameters * _BYTES[settings.model.dtype] * resident
+    needed = expert_bytes(settings.model, checkpoint.dit_config) * resident
     total = torch.cuda.get_device_properties(0).total_memory
     value = f"{needed / GIB:.0f} GiB of weights on a GPU of {total / GIB:.0f} GiB"
     if needed > total:
@@ -104,6 +117,14 @@ def _check_gpu_memory(settings: RenderConfig, kind: str, checkpoint: WanCheckpoi
         )
     else:
         yield ok("weights", f"{kind} fit", value)
+
+
+def expert_bytes(model: ModelSettings, config: DiTConfig) -> int:
+    """Bytes of one expert's weights as they are held."""
+    with torch.device("meta"):
+        dit = WanDiT(config, dtype=getattr(torch, model.dtype))
+    quantize_linears(dit.blocks, model.linears)
+    return sum(parameter.nbytes for parameter in dit.parameters())
 
 
 def check_output(settings: RenderConfig) -> Iterator[Finding]:

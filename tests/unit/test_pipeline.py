@@ -7,6 +7,7 @@ import storymem_dist
 from storymem_dist import (
     StoryMemPipeline,
     WeightsNotFound,
+    build,
     comfyui_to_storymem,
     is_storymem_available,
     storymem_to_comfyui,
@@ -49,6 +50,33 @@ def test_every_mode_gives_a_video_of_the_asked_size_in_minus_one_to_one(pipeline
         assert video.std() > 0.01, f"{mode} is a flat picture"
     flat = [video.flatten() for video in videos.values()]
     assert all(not torch.equal(a, b) for i, a in enumerate(flat) for b in flat[:i]), "modes must differ"
+
+
+@pytest.mark.parametrize("linears", ["float8", "int8"])
+def test_layers_in_eight_bits_change_a_video_a_little(
+    pipeline: StoryMemPipeline, tiny: TinyCheckpoint, linears: str
+) -> None:
+    memory = random_images(2)
+    exact = pipeline.generate_m2v("a fox", memory, **SMALL)
+    paths = (str(tiny.t2v_dir), str(tiny.i2v_dir), str(tiny.lora_dir))
+    with StoryMemPipeline(*paths, device="cpu", dtype="float32", linears=linears) as other:
+        video = other.generate_m2v("a fox", memory, **SMALL)
+    assert 0 < (video - exact).abs().mean() < 0.05  # measured: 0.025 and 0.008; two seeds are 0.46 apart
+
+
+def test_layers_that_the_device_cannot_multiply_are_refused_before_weights_are_read(
+    tiny: TinyCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> torch.Tensor:
+        raise RuntimeError("not on this card")
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_mm", refuse)
+    monkeypatch.setattr(build, "load_vae", lambda *_: pytest.fail("weights were read"))
+    with (
+        StoryMemPipeline(str(tiny.t2v_dir), None, device="cpu", linears="float8") as pipeline,
+        pytest.raises(ConfigError, match=r"model.linears=float8: .*\(not on this card\); use model.linears=int8"),
+    ):
+        pipeline.generate_t2v("a fox", **SMALL)
 
 
 def test_the_same_seed_repeats_and_another_seed_or_prompt_or_memory_does_not(pipeline: StoryMemPipeline) -> None:

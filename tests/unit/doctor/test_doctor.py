@@ -19,6 +19,8 @@ from storymem_dist.doctor import job, machine
 from storymem_dist.doctor.cli import examine, main
 from storymem_dist.doctor.finding import OK, PROBLEM, WARNING, Finding
 from storymem_dist.launch.compose import compose_settings
+from storymem_dist.models.settings import ModelSettings
+from storymem_dist.models.wan.presets import WAN22_A14B
 from storymem_dist.models.wan.tiny_checkpoint import generate_tiny_checkpoint
 
 Usage = namedtuple("Usage", "total used free")
@@ -222,6 +224,28 @@ def test_reading_is_timed_on_the_bytes_that_were_read(tmp_path: Path) -> None:
     num_bytes, seconds = job._timed_read(tmp_path / "x")
     assert num_bytes == 40 * 2**20
     assert 0 < seconds < 30
+
+
+@pytest.mark.parametrize("linears", ["exact", "float8", "int8"])
+def test_layers_that_this_machine_can_multiply_are_fine(linears: str) -> None:
+    (finding,) = job.check_layers(settings(linears=linears))
+    assert (finding.state, finding.value) == (OK, linears)
+
+
+def test_layers_that_it_cannot_multiply_are_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("compute capability too low")
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_mm", refuse)
+    (finding,) = job.check_layers(settings(linears="float8"))
+    assert finding.state == PROBLEM
+    assert "compute capability too low); use model.linears=int8 or exact" in finding.fix
+
+
+@pytest.mark.parametrize(("linears", "expected_gib"), [("exact", 26.96), ("float8", 13.89), ("int8", 13.89)])
+def test_an_expert_is_counted_as_it_is_held(linears: str, expected_gib: float) -> None:
+    held = job.expert_bytes(ModelSettings(linears=linears), WAN22_A14B.t2v)
+    assert held / GIB == pytest.approx(expected_gib, abs=0.01)
 
 
 def _no_links(*_: object) -> None:
