@@ -173,6 +173,8 @@ class PlainConsole:
             parts = [f"step {event.step}/{event.num_steps}", fmt.step_time(event.elapsed_seconds), event.expert]
             if event.gpu_memory_gib is not None:
                 parts.append(fmt.gib(event.gpu_memory_gib))
+            if event.reused:
+                parts.append("reused")
             self._write(stamped, f"{event.story_id}/{event.shot_id} " + ", ".join(part for part in parts if part))
 
     def _batch_text(self, event: ev.Event) -> str:
@@ -315,6 +317,8 @@ class LiveConsole:
         facts = [row.stage] if row.stage else []
         if attempt.step:
             facts += [f"{attempt.step}/{attempt.num_steps}", fmt.step_time(row.seconds_per_step)]
+        if attempt.num_reused_steps:
+            facts.append(f"{attempt.num_reused_steps} reused")
         if row.gpu_memory_gib is not None:
             facts.append(fmt.gib(row.gpu_memory_gib))
         return what, _bar(attempt.step, attempt.num_steps), Text(" · ".join(facts))

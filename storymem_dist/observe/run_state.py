@@ -121,6 +121,7 @@ class RunState:
             seconds_per_clip=_mean([a.end - a.start for a in finished if a.end is not None]),
             tokens_per_second=tokens / token_seconds if token_seconds > 0 else None,
             flop_utilisation=self._flop_utilisation(timed),
+            reuse_ratio=sum(a.num_reused_steps for a in timed) / steps if steps else None,
             wait_ratio=sum(row.waited_seconds for row in rows) / alive if alive > 0 else None,
         )
 
@@ -157,7 +158,7 @@ class RunState:
             start = next((s for s in row.starts if s.writer == attempt.writer), None)
             if start is None or start.job.peak_tflops is None or attempt.started.tflop_per_step is None:
                 continue
-            done += attempt.started.tflop_per_step * attempt.num_timed_steps
+            done += attempt.started.tflop_per_step * (attempt.num_timed_steps - attempt.num_reused_steps)
             possible += attempt.step_seconds * start.job.peak_tflops * start.job.num_devices
         return done / possible if possible > 0 else None
 
@@ -430,6 +431,7 @@ class RunState:
             return
         attempt.step, attempt.num_steps = event.step, event.num_steps
         attempt.num_timed_steps += 1
+        attempt.num_reused_steps += event.reused
         attempt.step_seconds += event.elapsed_seconds
         steps, seconds = attempt.expert_steps.get(event.expert, (0, 0.0))
         attempt.expert_steps[event.expert] = (steps + 1, seconds + event.elapsed_seconds)

@@ -49,6 +49,7 @@ class Attempt:
     step: int = 0
     num_steps: int = 0
     num_timed_steps: int = 0
+    num_reused_steps: int = 0
     step_seconds: float = 0.0
     expert_steps: dict[str, tuple[int, float]] = field(default_factory=dict)
     stage_seconds: dict[str, float] = field(default_factory=dict)
@@ -188,7 +189,8 @@ class Rates:
 
     ``clips_per_gpu_hour`` counts finished attempts over all device time, loading and waiting included.
     ``tokens_per_second`` counts the tokens of one forward once per step, as ``ShotStarted.num_tokens`` gives them.
-    ``flop_utilisation`` is over denoising time and the devices' bf16 peak.
+    ``flop_utilisation`` is over denoising time and the devices' bf16 peak; steps that the step cache answered count as
+    no work. ``reuse_ratio`` is the share of such steps.
     """
 
     num_clips: int
@@ -198,4 +200,5 @@ class Rates:
     seconds_per_clip: float | None
     tokens_per_second: float | None
     flop_utilisation: float | None
+    reuse_ratio: float | None
     wait_ratio: float | None

@@ -53,6 +53,8 @@ def _headline(state: RunState) -> Text:
     text.append(f" · {fmt.duration(state.up_seconds)}")
     if rates.clips_per_gpu_hour is not None:
         text.append(f" · {fmt.number(rates.clips_per_gpu_hour)} clips per device-hour")
+    if rates.reuse_ratio:
+        text.append(f" · {fmt.percent(rates.reuse_ratio)} of the steps reused")
     return text
 
 

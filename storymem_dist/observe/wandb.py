@@ -243,6 +243,7 @@ class WandbFeed:
             "step/shot": f"{event.story_id}/{event.shot_id}",
             "step/replica": stamped.replica,
             "step/gpu_memory_gib": event.gpu_memory_gib,
+            "step/reused": int(event.reused),
             "step/tokens_per_second": tokens / event.elapsed_seconds if tokens and event.elapsed_seconds > 0 else None,
             axis: self._steps_of[replica],
             f"{replica}/seconds_per_step": event.elapsed_seconds,
@@ -265,7 +266,10 @@ class WandbFeed:
                 "shot/seed": attempt.started.seed,
                 "shot/num_memory": attempt.started.num_memory,
                 "shot/seconds_per_step": attempt.seconds_per_step,
+                "shot/reused_steps": attempt.num_reused_steps,
             }
+            if attempt.num_timed_steps:
+                values["shot/reuse_ratio"] = attempt.num_reused_steps / attempt.num_timed_steps
             for verdict in ev.MEMORY_VERDICTS:
                 values[f"shot/memory/{verdict}"] = sum(d.verdict == verdict for d in attempt.decisions)
             caption += f" · {attempt.started.mode} · seed {attempt.started.seed} · {attempt.started.prompt}"
@@ -286,6 +290,7 @@ class WandbFeed:
             "run/seconds_per_step": rates.seconds_per_step,
             "run/tokens_per_second": rates.tokens_per_second,
             "run/flop_utilisation": rates.flop_utilisation,
+            "run/reuse_ratio": rates.reuse_ratio,
             "run/wait_ratio": rates.wait_ratio,
         }
         self._rates_cost = (time.monotonic(), time.monotonic() - began)

@@ -67,6 +67,7 @@ class FakeRun:
     num_shots: int = 4
     job: str = "local"
     max_keyframes: int = 4
+    reused_steps: tuple[int, ...] = ()
     folder: RunFolder = field(init=False)
     stories: list[Story] = field(init=False)
     banks: dict[str, MemoryBank] = field(default_factory=dict)
@@ -188,6 +189,7 @@ class FakeRun:
                     elapsed_seconds=took,
                     timestep=1000 - 200 * step,
                     gpu_memory_gib=28.1,
+                    reused=step in self.reused_steps,
                 )
             )
             if step == stop_after_step:
@@ -306,10 +308,22 @@ class FakeRun:
 
 
 def whole_run(
-    root: Path, *, num_stories: int = 3, num_shots: int = 4, num_replicas: int = 2, max_keyframes: int = 4
+    root: Path,
+    *,
+    num_stories: int = 3,
+    num_shots: int = 4,
+    num_replicas: int = 2,
+    max_keyframes: int = 4,
+    reused_steps: tuple[int, ...] = (),
 ) -> FakeRun:
     """A batch that is complete: stories handed to replicas in turn, one wait, weights loaded by each."""
-    run = FakeRun(root, num_stories=num_stories, num_shots=num_shots, max_keyframes=max_keyframes)
+    run = FakeRun(
+        root,
+        num_stories=num_stories,
+        num_shots=num_shots,
+        max_keyframes=max_keyframes,
+        reused_steps=reused_steps,
+    )
     for number in range(num_replicas):
         with run.replica(number, num_replicas=num_replicas) as replica:
             run.load_weights(replica)

@@ -40,7 +40,7 @@ def feed(run_folder: Path, environment: Mapping[str, str] | None = None, **setti
 
 def two_replicas(root: Path) -> FakeRun:
     """Two stories of three shots on two replicas, more keyframes than the window holds, a failure, a reference."""
-    run = FakeRun(root, num_stories=2, num_shots=4, max_keyframes=3)
+    run = FakeRun(root, num_stories=2, num_shots=4, max_keyframes=3, reused_steps=(4,))
     for number in range(2):
         with run.replica(number, num_replicas=2) as replica:
             run.load_weights(replica)
@@ -119,6 +119,8 @@ def test_shots_stories_failures_and_systems_of_all_replicas_are_there(fed: tuple
         ]
     )
     assert segment.series("shot/memory/kept").count(2) == 3
+    assert segment.series("shot/reused_steps") == [1] * 7 and segment.series("shot/reuse_ratio") == [0.25] * 7
+    assert sum(segment.series("step/reused")) == sum(step.reused for step in events_of(run, ev.StepFinished)) == 7
     assert segment.series("system/node1/rank_1/gpu_memory_gib") == [28.1]
     assert segment.series("weights/replica_0/gb_per_second") == pytest.approx([1.9] * 4)
     columns, rows = segment.table("story/story_0")

@@ -53,6 +53,7 @@ def _figures(left: RunView, right: RunView) -> str:
             ("seconds per shot", rates.seconds_per_clip),
             ("seconds per step", rates.seconds_per_step),
             ("clips per device-hour", rates.clips_per_gpu_hour),
+            ("share of steps reused (%)", 100 * rates.reuse_ratio if rates.reuse_ratio is not None else None),
             ("share of time waited (%)", 100 * rates.wait_ratio if rates.wait_ratio is not None else None),
             ("keyframes kept", float(kept)),
         ]

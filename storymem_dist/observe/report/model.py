@@ -74,6 +74,7 @@ class ShotView:
     seconds: float | None
     stage_seconds: dict[str, float]
     seconds_per_step: float | None
+    num_reused_steps: int
     step: int
     num_steps: int
     num_attempts: int
@@ -234,6 +235,7 @@ def _shot(
         seconds=sum(stage_seconds.values()) if record and stage_seconds else duration,
         stage_seconds=stage_seconds,
         seconds_per_step=attempt.seconds_per_step if attempt is not None else None,
+        num_reused_steps=attempt.num_reused_steps if attempt is not None else 0,
         step=attempt.step if attempt is not None else 0,
         num_steps=attempt.num_steps if attempt is not None else 0,
         num_attempts=len(told.attempts) if told is not None else 0,

@@ -135,6 +135,7 @@ def shot_card(story: StoryView, shot: ShotView, assets: Assets, *, run: str = ""
     facts += [f"seed {shot.seed}"] if shot.seed is not None else []
     facts += [fmt.duration(shot.seconds)] if shot.seconds is not None else []
     facts += [fmt.step_time(shot.seconds_per_step)] if shot.seconds_per_step is not None else []
+    facts += [f"{shot.num_reused_steps} of {shot.num_steps} steps reused"] if shot.num_reused_steps else []
     facts += [f"{shot.num_attempts} attempts"] if shot.num_attempts > 1 else []
     marks = "" if shot.status == "finished" else chip(shot.status, STATUS_KINDS[shot.status])
     if not shot.cut and shot.shot_index > 0:
@@ -204,18 +205,28 @@ def _throughput(run: RunView) -> str:
                 fmt.number(rates.clips_per_gpu_hour),
                 fmt.number(rates.tokens_per_second, 0),
                 fmt.percent(rates.flop_utilisation),
+                fmt.percent(rates.reuse_ratio),
                 fmt.duration(row.collective_seconds) if row is not None else "",
                 fmt.byte_count(row.bytes_read) if row is not None else "",
                 fmt.gib(row.gpu_memory_gib) if row is not None else "",
                 fmt.percent(rates.wait_ratio),
             )
         )
-    heads = ("replica", "shots", "per shot", "per step", "clips per device-hour", "tokens/s", "FLOP utilisation")
+    heads = (
+        "replica",
+        "shots",
+        "per shot",
+        "per step",
+        "clips per device-hour",
+        "tokens/s",
+        "FLOP utilisation",
+        "steps reused",
+    )
     speed = table(
         "Throughput by replica",
         (*heads, "in collectives", "bytes read", "device memory", "waited"),
         rows,
-        numeric=range(1, 11),
+        numeric=range(1, 12),
     )
     loads = [
         (

@@ -46,6 +46,21 @@ def test_lines_carry_no_terminal_codes_and_name_time_and_replica(events: list[ev
         assert "\x1b" not in line
 
 
+def test_reused_steps_are_told_in_lines_in_the_live_view_and_in_the_summary(tmp_path: Path) -> None:
+    run = whole_run(tmp_path / "run", num_stories=1, num_shots=1, num_replicas=1, reused_steps=(2, 3))
+    events = read_journal(run.root / "events")
+    told = [line for line in plain(events, "normal").splitlines() if "reused" in line]
+    assert [re.findall(r"step (\d)/4", line) for line in told] == [["2"], ["3"]]
+    stream = io.StringIO()
+    live = LiveConsole(Console(file=stream, force_terminal=True, width=120, color_system=None))
+    for stamped in events:
+        live.handle(stamped)
+        live.tick()
+    assert "3/4 · 1.50 s/it · 2 reused" in stream.getvalue()
+    live.close()
+    assert "50.0 % of the steps reused" in stream.getvalue()
+
+
 def test_progress_is_told_when_nothing_else_was_for_a_while(events: list[ev.StampedEvent]) -> None:
     own = [stamped for stamped in events if stamped.replica == 0]
     every, some, none = (re.findall(r"step (\d)/4", plain(own, "normal", interval)) for interval in (0.0, 3.0, 1000.0))

@@ -102,6 +102,18 @@ def test_prompts_numbers_and_settings_are_on_the_page(complete: FakeRun) -> None
     assert complete.run_id in text
 
 
+def test_reused_steps_are_on_the_cards_in_the_table_and_compared(tmp_path: Path) -> None:
+    runs = [
+        whole_run(tmp_path / name, num_stories=1, num_shots=1, num_replicas=1, reused_steps=reused)
+        for name, reused in (("a", ()), ("b", (2, 3, 4)))
+    ]
+    without, reusing = (report(run).text for run in runs)
+    assert "steps reused" in without and "of 4 steps reused" not in without
+    assert "3 of 4 steps reused" in reusing and "75.0 %" in reusing
+    both = Page(write_comparison(runs[0].root, runs[1].root, tmp_path / "both.html").read_text(encoding="utf-8"))
+    assert "share of steps reused (%) 0 75" in both.text
+
+
 def test_what_a_storyboard_says_cannot_become_markup(tmp_path: Path) -> None:
     evil = "<img src=x onerror=alert(1)> \"quoted\" 'too' & </script><script>alert(2)</script>"
     run = FakeRun(tmp_path / "run", num_stories=1, num_shots=1)

@@ -43,6 +43,20 @@ def test_rates_follow_from_the_events(complete: Path) -> None:
     assert rates.flop_utilisation == pytest.approx(0.4 / rates.seconds_per_step)
 
 
+def test_steps_that_the_cache_answered_are_counted_by_shot_replica_and_run(tmp_path: Path) -> None:
+    run = FakeRun(tmp_path / "run", num_stories=2, num_shots=1)
+    for number, reused in ((0, (3,)), (1, ())):
+        run.reused_steps = reused
+        with run.replica(number, num_replicas=2) as replica:
+            run.shot(replica, number, 0)
+    state = fold(run.root)
+    assert [attempt.num_reused_steps for attempt in state.attempts()] == [1, 0]
+    assert [state.rates(("", number)).reuse_ratio for number in (0, 1)] == [0.25, 0.0]
+    assert state.rates().reuse_ratio == 0.125
+    assert state.rates(("", 0)).flop_utilisation == pytest.approx(0.75 * 0.4 / 1.5), "a reused step is no work"
+    assert RunState().rates().reuse_ratio is None
+
+
 def test_recalled_keyframes_get_the_scores_with_which_they_were_kept(complete: Path) -> None:
     state = fold(complete)
     attempt = state.stories["story_0"].shots["shot_03"].last
