@@ -21,7 +21,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from storymem_dist.config import Point, config_folder, register_schema
-from storymem_dist.errors import ConfigError, StoryMemError
+from storymem_dist.errors import CollectiveFailed, ConfigError, StoryMemError
 from storymem_dist.launch.points import forget_error, keep_error, point_of
 from storymem_dist.launch.sweep import register_launcher
 
@@ -94,10 +94,10 @@ class Application:
         """Print an error once, however many ranks found it.
 
         The first rank speaks at once; its end makes torchrun end the others, so that they speak only of errors that the
-        first one did not meet.
+        first one did not meet. Ranks that lost each other have agreed on who speaks.
         """
         rank = os.environ.get("RANK", "0")
-        if rank != "0":
+        if rank != "0" and not isinstance(error, CollectiveFailed):
             time.sleep(_OTHER_RANKS_WAIT_SECONDS)
         where = "" if rank == "0" else f" [rank {rank}]"
         print(f"storymem-render: error{where}: {error}", file=sys.stderr, flush=True)

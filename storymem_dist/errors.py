@@ -56,6 +56,10 @@ class ShotFailed(StoryMemError):
     exit_code = 6
 
 
+class CollectiveFailed(StoryMemError):
+    """Ranks of a replica lost each other: one hung or died. No mistake of a user; starting the ranks again may help."""
+
+
 class ExtraNotInstalled(StoryMemError):
     """A setting needs an optional package; the message names the extra and the command."""
 

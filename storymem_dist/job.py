@@ -47,6 +47,7 @@ from storymem_dist.observe.events import (
     WeightsProgress,
     timed_stage,
 )
+from storymem_dist.observe.progress import ProgressBoard
 from storymem_dist.observe.settings import TrackingSettings
 from storymem_dist.observe.start import Place, start_observers
 from storymem_dist.observe.system import peak_tflops
@@ -54,6 +55,7 @@ from storymem_dist.parallel.layout import check_guidance
 from storymem_dist.parallel.session import Session, start_session
 from storymem_dist.parallel.text import Encoder, encode_prompts
 from storymem_dist.parallel.text import Place as TextPlace
+from storymem_dist.parallel.watch import Watch
 from storymem_dist.render_batch import render_batch
 from storymem_dist.render_shot import ShotRules, StoryShotRenderer, negative_prompts
 from storymem_dist.story.loading import StoryBatch, load_storyboards
@@ -85,14 +87,22 @@ def render_job(points: Sequence[Point], *, sweep: str | None = None) -> int:
             num_replicas=session.layout.replica,
             is_leader=session.is_leader,
         )
-        parts = []
+        board = ProgressBoard()
+        parts, watchers = [], []
         for point, batch, run, run_id in zip(points, checked.batches, runs, run_ids, strict=True):
             tracking = tracking_of_part(point.settings.tracking, num_parts=len(points))
             observers = closing.enter_context(start_observers(tracking, run.root, place, sweep=sweep))
-            part = _part(point, batch, run, weights, observers.observer, session)
+            watchers.append(observers)
+            part = _part(point, batch, run, weights, board.watching(observers.observer), session)
             _announce(part, batch, run_id, session, checked.model.attention)
             parts.append(part)
-        summary = _render(parts, points, checked, session)
+
+        def tell(message: str) -> None:
+            for observers in watchers:
+                observers.warn(message, "parallel")
+
+        with Watch(session, settings.parallel, look=board.look, tell=tell):
+            summary = _render(parts, points, checked, session, board)
     _print_outcome(points, checked.batches, summary, session)
     rejected = any(batch.rejected for batch in checked.batches)
     return summary.exit_code or (StoryboardError.exit_code if rejected else 0)
@@ -169,7 +179,9 @@ def _part(
     )
 
 
-def _render(parts: Sequence[BatchPart], points: Sequence[Point], checked: CheckedJob, session: Session) -> BatchSummary:
+def _render(
+    parts: Sequence[BatchPart], points: Sequence[Point], checked: CheckedJob, session: Session, board: ProgressBoard
+) -> BatchSummary:
     settings, weights = points[0].settings, checked.weights
     engine = Engine.start(
         checked.model,
@@ -207,7 +219,8 @@ def _render(parts: Sequence[BatchPart], points: Sequence[Point], checked: Checke
     loaded = _load_together(parts, engine, session, share_reads=settings.parallel.share_reads)
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     stop_files = [part.run.stop_file for part in parts]
-    with StopSwitch(stop_files, own_files=own_stop_files(), restarted=restarted).listening() as stop:
+    stop_switch = StopSwitch(stop_files, own_files=own_stop_files(), restarted=restarted, on_ask=board.sign)
+    with stop_switch.listening() as stop:
         return render_batch(
             parts=parts,
             renderer=renderer,

@@ -17,7 +17,7 @@ class StopSwitch:
     ``stop_files`` are looked at at most once per ``file_seconds``. A stop file that is already there at the first look
     belongs to an earlier job and does not count until it is touched again, unless ``restarted`` says that this process
     continues the same job, which may not have seen it yet. ``own_files`` are meant for this job alone: they count
-    whenever they are there.
+    whenever they are there. ``on_ask`` is called whenever somebody asks, as a sign that work has come to that point.
     """
 
     def __init__(
@@ -28,10 +28,12 @@ class StopSwitch:
         restarted: bool = False,
         file_seconds: float = 1.0,
         clock: Callable[[], float] = time.monotonic,
+        on_ask: Callable[[], None] = lambda: None,
     ) -> None:
         self._files = (*stop_files, *own_files)
         self._file_seconds = file_seconds
         self._clock = clock
+        self._on_ask = on_ask
         self._reason: str | None = None
         self._next_look = -float("inf")
         self._own = dict.fromkeys(own_files)
@@ -43,6 +45,7 @@ class StopSwitch:
 
     def reason(self) -> str | None:
         """Return why to stop (``SIGTERM``, ``SIGINT``, ``STOP file``), or None to go on."""
+        self._on_ask()
         if self._reason is None and self._files and self._clock() >= self._next_look:
             self._next_look = self._clock() + self._file_seconds
             found = {path: _identity(path) for path in self._files}

@@ -8,7 +8,7 @@ import os
 import sys
 from pathlib import Path
 
-from storymem_dist.errors import StoryMemError
+from storymem_dist.errors import CollectiveFailed, StoryMemError
 from storymem_dist.launch.group_folder import GroupFolder
 
 
@@ -24,6 +24,9 @@ def main() -> None:
     try:
         points, sweep = points_from_plain(folder.read_job())
         exit_code = render_job(points, sweep=sweep)
+    except CollectiveFailed as error:
+        sys.stderr.write(f"storymem-render: error [rank {rank}]: {error}\n")
+        sys.exit(error.exit_code)  # and be started again
     except StoryMemError as error:
         folder.report_error(error, rank)
         sys.exit(error.exit_code)  # not 0: the peers may be waiting for this rank in a collective

@@ -13,7 +13,7 @@ from typing import TextIO
 from rich.console import Console
 
 from storymem_dist.observe.console import LiveConsole, PlainConsole
-from storymem_dist.observe.events import NullObserver, Observer
+from storymem_dist.observe.events import NullObserver, Observer, WarningIssued
 from storymem_dist.observe.feeder import WandbProcess, choose_mode
 from storymem_dist.observe.journal import JournalTail, JournalWriter, new_writer_id
 from storymem_dist.observe.observers import BackEnd, Observers
@@ -63,6 +63,10 @@ class RenderObservers:
             self._sampler = SystemSampler(
                 self._observers, rank=place.rank, interval_seconds=settings.system_interval_seconds
             )
+
+    def warn(self, message: str, source: str) -> None:
+        """Note what this rank alone may know, leader or not."""
+        self._observers.notify(WarningIssued(message=message, source=source))
 
     def close(self, *, wait_for_replicas: bool = True) -> None:
         """End all observing. The first leader of a job waits for its other replicas, so that nothing is missed."""

@@ -33,6 +33,10 @@ class ParallelSettings:
     number changes the last bits of results, and several ranks or jobs on one machine would get in each other's way.
     ``collective_timeout_seconds`` ends a collective that hangs. ``leader_timeout_seconds`` is how long the ranks of a
     replica wait for each other to meet, or for a sign of life from their leader (a leader that works sends them).
+    ``stall_timeout_seconds`` ends a rank that hangs outside of collectives (in a driver, on a dead file system), alone
+    in its replica or not. A sign of life is a stage or step that begins or ends, weights that are read, a look for the
+    next shot; so a wait for hours is none of its business, but one denoising step, one decode or the saving of one shot
+    must take less. Reading text encoder and weights may take three times as long. None: never, for a debugger.
     """
 
     num_replicas: int | None = None
@@ -51,6 +55,7 @@ class ParallelSettings:
     cpu_threads: int = 1
     collective_timeout_seconds: float = 600.0
     leader_timeout_seconds: float = 600.0
+    stall_timeout_seconds: float | None = 1800.0
 
     def __post_init__(self) -> None:
         if self.num_replicas is not None:
@@ -66,6 +71,11 @@ class ParallelSettings:
         require_at_least("parallel.cpu_threads", self.cpu_threads, 1)
         require_at_least("parallel.collective_timeout_seconds", self.collective_timeout_seconds, 1)
         require_at_least("parallel.leader_timeout_seconds", self.leader_timeout_seconds, 1)
+        if self.stall_timeout_seconds is not None and not self.stall_timeout_seconds >= self.collective_timeout_seconds:
+            raise ConfigError(
+                f"parallel.stall_timeout_seconds={self.stall_timeout_seconds} is not allowed; it must be at least "
+                f"parallel.collective_timeout_seconds={self.collective_timeout_seconds}, or null for no limit"
+            )
         if self.weights == "zero3":
             self._check_zero3()
 

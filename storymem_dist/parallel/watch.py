@@ -1,0 +1,297 @@
+"""Sees to it that no rank hangs for ever, and says which rank holds up its replica, and where.
+
+A thread on every rank looks about once a second where its own rank is, tells the other ranks of the replica through the
+job's store, and hears of them. So when a collective fails, the error names the rank that did not come. A rank that
+hangs itself ends when a peer has given up, or when it has shown no sign of life for too long: it prints its stack and
+exits with 1, and whoever started it can start the group again. Device-neutral: NCCL's own watchdog aborts a process
+without raising anything, so what is known is told shortly before a collective would time out.
+
+Time is counted in ticks of that thread, so that a process which was paused does not take the pause for a hang. A rank
+whose interpreter is stuck (in C code that keeps its lock) is ended by faulthandler's timer after twice the time, which
+counts pauses too. Knows ranks and clocks; not what is rendered, nor who reads what it tells.
+"""
+
+import faulthandler
+import json
+import os
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from datetime import timedelta
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, Protocol
+
+import torch.distributed as dist
+
+from storymem_dist.errors import CollectiveFailed
+from storymem_dist.parallel.hangs import Sighting, Verdict, judge
+from storymem_dist.parallel.session import Session
+from storymem_dist.parallel.settings import ParallelSettings
+
+_LONGEST_INTERVAL = 1.0  # seconds between two looks
+_INTERVALS_PER_TIMEOUT = 10
+_ALIVE_INTERVALS = 3  # who was not heard of for so many is silent; who fails stays a little longer than that
+_GRACE_INTERVALS = 5  # who hears that a peer has given up may take so many to end by itself; twice that in a collective
+_TELL_RATIO = 0.9  # part of the time-out of a collective after which a hang is told
+_SLOW_PATIENCE = 3.0  # how many times longer a slow stage may be silent
+_STORE_SECONDS = 5.0
+_TELL_SECONDS = 5.0
+
+
+class Progress(Protocol):
+    """Where a rank is. ``number`` grows along the lock step of a replica, ``num_signs`` with every sign of life."""
+
+    @property
+    def number(self) -> int:
+        """Equal on ranks at equal places."""
+
+    @property
+    def num_signs(self) -> int:
+        """Changes with every sign of life."""
+
+    @property
+    def where(self) -> str:
+        """The place in words."""
+
+    @property
+    def is_slow(self) -> bool:
+        """Whether it may take long without a sign of life."""
+
+
+class Watch:
+    """Watches the rank of ``session`` while it is open; leaving it with the error of a collective explains the error.
+
+    ``look`` says where the rank is; ``tell`` gets what a person should know (once for each hang, on one rank of the
+    replica). Must be opened on the thread that renders, by all ranks of the replica.
+
+    Raises ``CollectiveFailed`` in place of an error of ``torch.distributed``.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        settings: ParallelSettings,
+        *,
+        look: Callable[[], Progress],
+        tell: Callable[[str], None],
+    ) -> None:
+        self._rank = session.rank
+        self._replica = session.replica
+        self._peers = [rank for rank in session.layout.ranks_of_replica(session.replica) if rank != session.rank]
+        self._store = _own_connection() if self._peers else None
+        self._collective_seconds = settings.collective_timeout_seconds
+        self._stall_seconds = settings.stall_timeout_seconds
+        shortest = min(self._collective_seconds, self._stall_seconds or self._collective_seconds)
+        self._interval = min(_LONGEST_INTERVAL, shortest / _INTERVALS_PER_TIMEOUT)
+        self._look = look
+        self._tell = tell
+        self._thread_id = threading.get_ident()
+        self._thread = threading.Thread(target=self._run, name="replica-watch", daemon=True)
+        self._closing = threading.Event()
+        self._own = Sighting(
+            rank=self._rank,
+            host=socket.gethostname(),
+            number=-1,
+            where="",
+            line="",
+            waits=False,
+            here_seconds=0.0,
+            silent_seconds=0.0,
+        )
+        self._num_signs = -1
+        self._seen: dict[int, Sighting] = {}
+        self._heard: dict[int, int] = {}
+        self._beat = 0
+        self._last_tick = self._armed_at = -float("inf")
+        self._alarm_seconds = 0.0
+        self._told_of = -1
+
+    def __enter__(self) -> "Watch":
+        self._tick()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._closing.set()
+        self._thread.join()
+        faulthandler.cancel_dump_traceback_later()
+        if error is None:
+            return
+        first_line = (str(error).splitlines() or [""])[0]
+        is_collective = _is_of_a_collective(error)
+        self._own = replace(self._own, waits=is_collective, failure=f"{type(error).__name__}: {first_line}")
+        self._exchange()
+        if not (is_collective and self._peers):
+            return
+        self._stay_to_be_heard()
+        verdict, speaker = self._verdict()
+        if speaker != self._rank:
+            raise CollectiveFailed(f"rank {self._rank} ends: a collective failed; rank {speaker} says why") from error
+        message = f"replica {self._replica} ends, a collective failed: {verdict.text} (torch says: {first_line})"
+        self._tell(message)
+        raise CollectiveFailed(message) from error
+
+    # -- the thread ----------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while not self._closing.wait(self._interval):
+            self._tick()
+
+    def _tick(self) -> None:
+        self._arm_for_a_stuck_interpreter()
+        elapsed = self._exchange()
+        if any(one.failure for one in self._seen.values()):
+            self._alarm_seconds += elapsed
+            patience = 2 if self._own.waits else 1  # its own collective will fail very soon
+            if self._alarm_seconds > patience * _GRACE_INTERVALS * self._interval:
+                self._end("did not end by itself when another rank had given up")
+        own = self._own
+        if self._stall_seconds is not None and own.silent_seconds > self._stall_seconds * own.patience:
+            self._end(f"no sign of life for {own.silent_seconds:.0f} s (parallel.stall_timeout_seconds), at {own.line}")
+        self._tell_of_a_hang()
+
+    def _exchange(self) -> float:
+        """See where this rank is, tell the others, hear of them; the seconds that passed since the last time."""
+        now = time.monotonic()
+        elapsed = min(now - self._last_tick, _ALIVE_INTERVALS * self._interval) if self._beat else 0.0
+        self._last_tick = now
+        self._beat += 1
+        if not self._own.failure:
+            self._look_at_own_rank(elapsed)
+        for rank, one in self._seen.items():
+            self._seen[rank] = replace(one, unheard_seconds=one.unheard_seconds + elapsed)
+        try:
+            self._exchange_through_store()
+        except dist.DistNetworkError:  # the process that held it has ended, perhaps because its replica is done
+            self._store = None
+        except dist.DistError:  # too slow this time
+            pass
+        return elapsed
+
+    def _look_at_own_rank(self, elapsed: float) -> None:
+        progress, own = self._look(), self._own
+        line, waits = _position(sys._current_frames().get(self._thread_id))
+        is_alive = waits or progress.num_signs != self._num_signs  # who waits is watched by the collective's time-out
+        self._num_signs = progress.num_signs
+        self._own = replace(
+            own,
+            number=progress.number,
+            where=progress.where,
+            line=line,
+            waits=waits,
+            here_seconds=own.here_seconds + elapsed if progress.number == own.number else 0.0,
+            silent_seconds=0.0 if is_alive else own.silent_seconds + elapsed,
+            patience=_SLOW_PATIENCE if progress.is_slow else 1.0,
+        )
+
+    def _exchange_through_store(self) -> None:
+        if self._store is None:
+            return
+        self._store.set(_key(self._rank), json.dumps({"beat": self._beat, **asdict(self._own)}))
+        keys = [_key(rank) for rank in self._peers]
+        if not self._store.check(keys):  # a peer has not begun
+            return
+        for rank, message in zip(self._peers, self._store.multi_get(keys), strict=True):
+            fields = json.loads(message)
+            beat = fields.pop("beat")
+            if self._heard.get(rank) != beat:
+                self._heard[rank] = beat
+                self._seen[rank] = Sighting(**fields)
+
+    # -- what is found -------------------------------------------------------------------------------------------------
+
+    def _verdict(self) -> tuple[Verdict, int]:
+        """Who holds up the replica, and the rank that speaks about it: one that does not hang, if there is one."""
+        seen = sorted([self._own, *self._seen.values()], key=lambda one: one.rank)
+        verdict = judge(seen, alive_seconds=_ALIVE_INTERVALS * self._interval)
+        ranks = [one.rank for one in seen]
+        return verdict, min(set(ranks) - set(verdict.culprits) or ranks)
+
+    def _tell_of_a_hang(self) -> None:
+        """Tell once of every place where the replica stands still, before its collectives time out."""
+        if not self._peers or self._told_of == self._own.number:
+            return
+        verdict, speaker = self._verdict()
+        if speaker != self._rank or not verdict.culprits:
+            return
+        known = {self._rank: self._own, **self._seen}
+        culprit = known[verdict.culprits[0]]
+        still = culprit.silent_seconds + culprit.unheard_seconds
+        if still > _TELL_RATIO * self._collective_seconds * culprit.patience:
+            self._told_of = self._own.number
+            limit = f"collectives fail after {self._collective_seconds:g} s (parallel.collective_timeout_seconds)"
+            self._say(f"replica {self._replica} stands still, {limit}: {verdict.text}")
+
+    def _end(self, failure: str) -> None:
+        """End this process, since its rank cannot do so: say why, with its stack."""
+        self._own = replace(self._own, failure=failure)
+        self._exchange()
+        verdict, speaker = self._verdict()
+        if self._rank in verdict.culprits or speaker == self._rank:
+            self._say(f"replica {self._replica} ends: {verdict.text}")
+        frame = sys._current_frames().get(self._thread_id)
+        if self._rank in verdict.culprits and frame is not None:
+            sys.stderr.write(f"rank {self._rank} hangs here:\n{''.join(traceback.format_stack(frame))}")
+        sys.stderr.flush()
+        if not self._alarm_seconds:
+            self._stay_to_be_heard()
+        os._exit(1)
+
+    def _stay_to_be_heard(self) -> None:
+        """Peers hear of a failure before this process, which may hold the store, is gone."""
+        if self._peers:
+            for _ in range(_ALIVE_INTERVALS + 1):
+                time.sleep(self._interval)
+                self._exchange()
+
+    def _say(self, message: str) -> None:
+        sys.stderr.write(f"storymem: {message}\n")
+        sys.stderr.flush()
+        teller = threading.Thread(target=self._tell, args=(message,), name="replica-watch-tells", daemon=True)
+        teller.start()
+        teller.join(_TELL_SECONDS)  # what hangs may be the very disk or lock that telling needs
+
+    def _arm_for_a_stuck_interpreter(self) -> None:
+        """Have a thread of the C library end this process when no Python thread runs any more."""
+        if self._stall_seconds is None or sys.__stderr__ is None:
+            return
+        if self._last_tick - self._armed_at > self._stall_seconds / 4:
+            self._armed_at = self._last_tick
+            faulthandler.dump_traceback_later(2 * self._stall_seconds, exit=True, file=sys.__stderr__)
+
+
+def _own_connection() -> Any:
+    """The job's store over a connection that no other thread waits for. Torch's stubs lack its class."""
+    assert dist.group.WORLD is not None
+    store: Any = dist.group.WORLD.get_group_store()
+    connection = store.clone()
+    connection.set_timeout(timedelta(seconds=_STORE_SECONDS))
+    return connection
+
+
+def _key(rank: int) -> str:
+    return f"storymem-watch/{rank}"
+
+
+def _is_of_a_collective(error: BaseException) -> bool:
+    """Whether ``torch.distributed`` raised it; gloo's errors have no class of their own."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
+
+
+def _position(frame: FrameType | None) -> tuple[str, bool]:
+    """The innermost line of a thread that is not torch's, and whether torch waits there for other ranks."""
+    waits = False
+    while frame is not None:
+        module = str(frame.f_globals.get("__name__", ""))
+        if module.split(".")[0] not in ("torch", "threading"):
+            return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno} in {frame.f_code.co_name}", waits
+        waits = waits or module.startswith("torch.distributed")
+        frame = frame.f_back
+    return "an unknown line", waits
