@@ -69,8 +69,11 @@ def render_batch(
                 leader_decides(partial(desk.note_prepared, elapsed, swapped=loaded is not None))
                 loaded = kind
             _render(assignment, parts[assignment.job.part], renderer, desk, settings, leader_decides)
-    except (StoryMemError, KeyboardInterrupt):  # the shot in flight is not to blame
+    except StoryMemError:  # the shot in flight is not to blame
         desk.close()
+        raise
+    except KeyboardInterrupt:
+        desk.close(at_once=True)
         raise
     except BaseException:
         desk.close(crashed=True)

@@ -69,17 +69,22 @@ class ShotFolder:
 
     # -- writing -------------------------------------------------------------------------------------------------------
 
-    def save_attempt(self, attempt_id: str, files: ClipFiles, settings: VideoSettings) -> Mapping[str, StoredFile]:
+    def save_attempt(
+        self, attempt_id: str, files: ClipFiles, settings: VideoSettings, check: Callable[[], None] = lambda: None
+    ) -> Mapping[str, StoredFile]:
         """Write the files of an attempt into its own folder; return their sizes and contents. Raises ``OSError``.
 
-        They are durable once the attempt's record is written, which flushes the folder.
+        They are durable once the attempt's record is written, which flushes the folder. ``check`` is called before
+        every frame and image; what it raises ends the writing.
         """
         folder = self.attempt_folder(attempt_id)
         folder.mkdir(parents=True)
-        write_clip(folder / "clip.mp4", files.clip, files.fps, settings)
+        write_clip(folder / "clip.mp4", files.clip, files.fps, settings, check)
         for slot, _, image in files.keyframes:
+            check()
             write_png(folder / keyframe_name(slot), image)
         for number, image in enumerate(files.tail):
+            check()
             write_png(folder / tail_name(number), image)
         return {name: describe_file(folder / name) for name in names_in(folder)}
 

@@ -7,7 +7,7 @@ bit-exact scaling and muxing. Files are written beside and renamed.
 Knows nothing of shots, stories or run folders. Legend: F = frames, C = 3 colours (RGB), H, W = pixels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -61,20 +61,23 @@ class VideoSettings:
             raise ConfigError(f"video.codec={self.codec} is not in this build of PyAV, which has: {present}")
 
 
-def write_clip(path: Path, frames_FCHW: Tensor, fps: int, settings: VideoSettings) -> None:
+def write_clip(
+    path: Path, frames_FCHW: Tensor, fps: int, settings: VideoSettings, check: Callable[[], None] = lambda: None
+) -> None:
     """Encode uint8 RGB frames ``[F, 3, H, W]`` to an MP4 at ``fps`` frames per second, beside and then renamed.
 
-    H and W must be multiples of 16 (no padding or cropping happens). Raises ``ConfigError`` for other input and
+    H and W must be multiples of 16 (no padding or cropping happens). ``check`` is called before every frame; what it
+    raises ends the writing. Raises ``ConfigError`` for other input and
     ``OSError`` when the file cannot be written.
     """
     _check_frames(frames_FCHW)
     try:
-        _encode(path, frames_FCHW, fps, settings)
+        _encode(path, frames_FCHW, fps, settings, check)
     except av.FFmpegError as error:
         raise OSError(error.errno, f"the clip cannot be written: {error.strerror}", str(path)) from error
 
 
-def _encode(path: Path, frames_FCHW: Tensor, fps: int, settings: VideoSettings) -> None:
+def _encode(path: Path, frames_FCHW: Tensor, fps: int, settings: VideoSettings, check: Callable[[], None]) -> None:
     height, width = frames_FCHW.shape[-2:]
     with (
         written_beside(path) as temporary,
@@ -89,6 +92,7 @@ def _encode(path: Path, frames_FCHW: Tensor, fps: int, settings: VideoSettings) 
         context.colorspace = context.color_primaries = context.color_trc = _BT709
         reformatter = VideoReformatter()
         for index, frame_CHW in enumerate(frames_FCHW):
+            check()
             pixels = np.ascontiguousarray(frame_CHW.permute(1, 2, 0).cpu().numpy())
             frame = reformatter.reformat(
                 av.VideoFrame.from_ndarray(pixels, format="rgb24"),

@@ -2,26 +2,31 @@
 
 ``render_batch`` runs on all ranks of a replica; what it asks of the desk goes through ``leader_decides``, so only the
 leader's desk is ever opened. Every method returns plain values that can be sent to the other ranks, tensors on the CPU.
+
+A rendered shot is saved in a thread of its own (``background.py``) while the replica goes on with another story; the
+desk takes note of the outcome when it is asked the next time, at the latest before the next step. So a replica has two
+shots at most, the running one and the one that is being saved. Where the latter is all it could go on from, it waits.
+
 Knows the queue, the run folder and the observers; nothing of ranks, models or how a shot is rendered.
 """
 
 import contextlib
 import time
 from collections.abc import Sequence
+from functools import partial
 
-from storymem_dist.artifacts.run_folder import Failure
-from storymem_dist.artifacts.shot_folder import ShotFolder, new_attempt_id
+from storymem_dist.artifacts.shot_folder import new_attempt_id
 from storymem_dist.diffusion.denoise import DenoiseState
 from storymem_dist.dispatch import announcing
+from storymem_dist.dispatch.background import BackgroundSave, HeldShot, SaveEnd
 from storymem_dist.dispatch.graph import ShotState
 from storymem_dist.dispatch.history import DamagedHistory, read_checkpoint, read_history
 from storymem_dist.dispatch.jobs import Assignment, End, RenderedShot, ShotJob
 from storymem_dist.dispatch.joining import Joined, StoryJoiner
 from storymem_dist.dispatch.leases import Owner
 from storymem_dist.dispatch.opening import OpenBatch, open_batch, why_again
-from storymem_dist.dispatch.plan import BatchPart, PlannedShot
-from storymem_dist.dispatch.queue import Claim, ShotQueue
-from storymem_dist.dispatch.saving import save_shot
+from storymem_dist.dispatch.plan import BatchPart
+from storymem_dist.dispatch.queue import Claim, ShotQueue, failure_at
 from storymem_dist.dispatch.settings import DispatchSettings
 from storymem_dist.dispatch.stop import StopSwitch
 from storymem_dist.dispatch.summary import DONE, FAILED, STOPPED, BatchSummary, Replica, Tally, summarize
@@ -30,7 +35,6 @@ from storymem_dist.observe.events import (
     ReplicaWaited,
     StopRequested,
     WarningIssued,
-    timed_stage,
 )
 
 _LONGEST_PAUSE = 4.0  # between two looks while there is nothing to do, in units of poll_seconds
@@ -56,16 +60,14 @@ class Desk:
         self._check_contents = check_contents
         self._owner = Owner.this_process(replica.job_id, replica.index)
         self._batch: OpenBatch | None = None
-        self._claim: Claim | None = None
-        self._attempt_id = ""
-        self._resumed_at: int | None = None
+        self._running: HeldShot | None = None
+        self._saving: BackgroundSave | None = None
         self._lost = False
         self._next_lease_look = 0.0
         self._end: End | None = None
         self._announced_stop = False
         self._tally = Tally()
         self._began = time.monotonic()
-        self._shot_began = 0.0
 
     # -- begin and end -------------------------------------------------------------------------------------------------
 
@@ -108,18 +110,29 @@ class Desk:
         self.close()
         return summary
 
-    def close(self, *, crashed: bool = False) -> None:
-        """Release everything that is held; after a crash leave the lease behind, so that the next one can count it."""
-        if self._batch is not None:
-            for leases in self._batch.leases:
-                leases.close(release=not crashed)
-            self._batch = None
+    def close(self, *, crashed: bool = False, at_once: bool = False) -> None:
+        """Let the save under way come to its end (``at_once``: abandon it), then release everything that is held.
+
+        After a crash the running shot's lease is left behind, so that the next one can count it.
+        """
+        if self._batch is None:
+            return
+        if self._saving is not None and at_once:
+            self._saving.abandon()
+        try:
+            self._collect_saved(wait=True)
+        except Exception as error:  # something else has gone wrong already, and that is what is to be told
+            self._warn(self._parts[0], f"a shot could not be saved: {type(error).__name__}: {error}", "save")
+        for leases in self._batch.leases:
+            leases.close(release=not crashed)
+        self._batch = None
 
     # -- the next shot -------------------------------------------------------------------------------------------------
 
     def next_assignment(self, loaded: str | None) -> Assignment | End:
         """Wait for a shot that this replica can render; ``loaded`` is the kind whose experts it has."""
         waited, pause = 0.0, self._settings.poll_seconds
+        self._collect_saved()
         while self._end is None:
             if reason := self._stop.reason():
                 self._announce_stop(reason)
@@ -138,18 +151,22 @@ class Desk:
             except OSError as error:
                 self._end = End(state=FAILED, reason=f"the run folder cannot be used any more: {error}")
                 break
+            if self._saving is not None:
+                self._saving.wait(pause)
+                self._collect_saved()
+                continue
             began = time.monotonic()
             time.sleep(pause)
             waited += time.monotonic() - began
             pause = min(1.5 * pause, _LONGEST_PAUSE * self._settings.poll_seconds)
+        self._collect_saved(wait=True)
         self._note_wait(waited)
         return self._end
 
     def _assign(self, claim: Claim) -> Assignment | None:
         """Gather what rendering the claimed shot needs; None when a record before it turned out to be damaged."""
         shot, part = claim.shot, self._parts[claim.shot.part]
-        folder = self._folder(shot)
-        folder.discard_orphans(shot.fingerprint)
+        part.run.shot(shot.story.story_id, shot.shot.shot_id).discard_orphans(shot.fingerprint)
         part.run.write_storyboard(shot.story)
         try:
             history = read_history(part.run, self._queue.graph.chain_of(shot), shot.shot.index)
@@ -158,9 +175,7 @@ class Desk:
             self._queue.release(claim, ShotState.WAITING)
             self._queue.graph.set_state(damage.shot, ShotState.WAITING)
             return None
-        self._claim, self._lost, self._next_lease_look = claim, False, 0.0
-        self._shot_began = time.monotonic()
-        self._attempt_id = new_attempt_id(shot.fingerprint, self._owner.owner_id)
+        began, attempt_id = time.monotonic(), new_attempt_id(shot.fingerprint, self._owner.owner_id)
         why = why_again(part, shot)
         job = ShotJob(
             part=shot.part,
@@ -170,7 +185,7 @@ class Desk:
             mode=shot.mode,
             seed=shot.seed,
             fingerprint=shot.fingerprint,
-            attempt_id=self._attempt_id,
+            attempt_id=attempt_id,
             why=why,
         )
         part.observers.notify(announcing.shot_started(job, part, history))
@@ -180,7 +195,9 @@ class Desk:
             resume = read_checkpoint(part.run, shot)
         except RunFolderError as error:
             self._warn(part, f"{error}; the shot starts again", "resume")
-        self._resumed_at = None if resume is None else resume.step
+        resumed_at = None if resume is None else resume.step
+        self._running = HeldShot(claim=claim, attempt_id=attempt_id, resumed_at=resumed_at, began=began)
+        self._lost, self._next_lease_look = False, 0.0
         if resume is not None:
             part.observers.notify(announcing.shot_resumed(job, resume))
         return Assignment(job=job, history=history, resume=resume, low_memory=claim.low_memory)
@@ -188,15 +205,20 @@ class Desk:
     # -- while a shot is rendered --------------------------------------------------------------------------------------
 
     def should_stop(self) -> bool:
-        """Whether the running shot is to be left between two steps: a stop was asked for, or another replica has it."""
+        """Whether the running shot is to be left between two steps: a stop was asked for, another replica has it, or
+        saving the shot before it showed that nothing can be saved any more.
+        """
+        if self._saving is not None and self._saving.has_crashed:
+            return True  # what happened is told where the running shot is not blamed for it
+        self._collect_saved()
         now = time.monotonic()
         if now >= self._next_lease_look and not self._lost:
             self._next_lease_look = now + _LEASE_LOOK_SECONDS
-            self._lost = not self._still_held()
+            self._lost = not self._queue.still_held(self._held.claim)
         if reason := self._stop.reason():
             self._announce_stop(reason)
             return True
-        return self._lost
+        return self._lost or self._end is not None
 
     def save_checkpoint(self, state: DenoiseState) -> None:
         """Save the running shot between two steps. A failure is a warning: the render goes on without."""
@@ -218,83 +240,74 @@ class Desk:
 
     def shot_stopped(self, state: DenoiseState) -> None:
         """The running shot was left between two steps: save it for later, unless another replica has taken it over."""
-        if not self._still_held():
-            self._give_up_lost_shot()
+        held = self._held
+        if not self._queue.still_held(held.claim):
+            self._give_up_lost_shot(held)
             return
         self.save_checkpoint(state)
-        self._let_go(ShotState.WAITING)
+        self._let_go(held, ShotState.WAITING)
 
     def shot_rendered(self, rendered: RenderedShot) -> None:
-        """Save and publish a rendered shot; when that is impossible, the shot has failed."""
-        shot, part, folder = self._held.shot, self._parts[self._held.shot.part], self._folder(self._held.shot)
-        story_id, shot_id = shot.story.story_id, shot.shot.shot_id
-        seconds = dict(rendered.stage_seconds)
-        try:
-            with timed_stage(part.observers, "save", story_id=story_id, shot_id=shot_id, totals=seconds):
-                record = save_shot(
-                    folder,
-                    part,
-                    shot,
-                    rendered,
-                    attempt_id=self._attempt_id,
-                    host={
-                        "replica": self._replica.index,
-                        "job_id": self._owner.job_id,
-                        "resumed_at_step": self._resumed_at,
-                    },
-                )
-                published = folder.publish(record, may_publish=self._still_held)
-        except OSError as error:
-            folder.discard_attempt(self._attempt_id)
-            self.shot_failed(f"the shot cannot be saved: {error}", type(error).__name__)
+        """Begin to save and publish a rendered shot; when that turns out to be impossible, the shot has failed."""
+        self._collect_saved(wait=True)
+        held, self._running = self._held, None
+        self._queue.note_saving(held.claim)
+        self._saving = BackgroundSave(
+            held,
+            rendered,
+            part=self._parts[held.shot.part],
+            chain=self._queue.graph.chain_of(held.shot),
+            joiner=self._joiner,
+            host={"replica": self._replica.index, "job_id": self._owner.job_id, "resumed_at_step": held.resumed_at},
+            may_publish=partial(self._queue.still_held, held.claim),
+        )
+        if not self._settings.overlap_saving:
+            self._collect_saved(wait=True)
+
+    def _collect_saved(self, *, wait: bool = False) -> None:
+        """Take note of a save that has ended; ``wait`` for it. Raises what no shot is to blame for."""
+        save = self._saving
+        if save is None or not (wait or save.has_ended):
             return
-        if not published:
-            self._give_up_lost_shot()
-            return
-        try:
-            folder.repair_views(record)
-            part.run.remove_checkpoints(story_id, shot_id, shot.fingerprint)
-            part.run.remove_failure(story_id, shot_id, shot.fingerprint)
-        except OSError as error:
-            self._warn(part, f"{story_id}:{shot_id} is committed, but not everything is in its place: {error}", "save")
-        elapsed = time.monotonic() - self._shot_began
-        self._tally.num_rendered += 1
-        self._tally.num_resumed += self._resumed_at is not None
-        self._tally.add_stages(seconds)
-        self._queue.note_rendered(shot, elapsed)
-        part.observers.notify(announcing.shot_finished(record, part, elapsed, seconds))
-        self._let_go(ShotState.COMMITTED)
-        chain = self._queue.graph.chain_of(shot)
-        if chain.is_complete:
-            try:
-                self._joiner.join(chain)
-            except OSError as error:  # tried again before the end
-                self._warn(part, f"{story_id} cannot be joined now: {error}", "join")
+        save.wait()
+        self._saving = None
+        saved, held = save.outcome(), save.held
+        match saved.end:
+            case SaveEnd.COMMITTED:
+                self._tally.num_rendered += 1
+                self._tally.num_resumed += held.resumed_at is not None
+                self._tally.add_stages(saved.stage_seconds)
+                self._queue.note_rendered(held.shot, saved.elapsed_seconds)
+                self._let_go(held, ShotState.COMMITTED)
+                for shot in saved.damaged:
+                    self._queue.mark_damaged(shot)
+            case SaveEnd.LOST:
+                self._give_up_lost_shot(held)
+            case SaveEnd.FAILED:
+                self._fail(held, f"the shot cannot be saved: {saved.error}", type(saved.error).__name__)
 
     def shot_failed(self, reason: str, error_type: str, *, details: str = "", low_memory_next: bool = False) -> None:
-        """The held shot cannot be rendered: mark it, and so all after it; or have it tried again with less memory."""
-        if not self._still_held():
-            self._give_up_lost_shot()
+        """The running shot cannot be rendered: mark it and so all after it, or have it tried again with less memory."""
+        self._fail(self._held, reason, error_type, details=details, low_memory_next=low_memory_next)
+
+    def _fail(
+        self, held: HeldShot, reason: str, error_type: str, *, details: str = "", low_memory_next: bool = False
+    ) -> None:
+        if not self._queue.still_held(held.claim):
+            self._give_up_lost_shot(held)
             return
-        shot, part = self._held.shot, self._parts[self._held.shot.part]
-        failure = Failure(
-            story_id=shot.story.story_id,
-            shot_id=shot.shot.shot_id,
-            fingerprint=shot.fingerprint,
-            reason=reason,
-            error_type=error_type,
-            is_final=not low_memory_next,
-            low_memory=low_memory_next,
-            job_id=self._owner.job_id,
-            details=details,
+        shot, part = held.shot, self._parts[held.shot.part]
+        is_final = not low_memory_next
+        failure = failure_at(
+            shot, reason, error_type, self._owner.job_id, is_final=is_final, low_memory=low_memory_next, details=details
         )
-        part.observers.notify(announcing.shot_failed(failure, self._attempt_id))
+        part.observers.notify(announcing.shot_failed(failure, held.attempt_id))
         try:
             self._queue.mark_failed(failure, shot)
         except OSError as error:
             where = f"{failure.story_id}:{failure.shot_id}"
             self._end = End(state=FAILED, reason=f"{where}: {reason}; nor can that be noted: {error}")
-        self._let_go(ShotState.FAILED if failure.is_final else ShotState.WAITING)
+        self._let_go(held, ShotState.FAILED if failure.is_final else ShotState.WAITING)
         chain = self._queue.graph.chain_of(shot)
         if chain.is_blocked:
             for event in announcing.chain_blocked(chain, reason):
@@ -306,15 +319,8 @@ class Desk:
         The one thing that any rank may write, because the rank that ran out of memory is the only one that knows.
         """
         job = assignment.job
-        failure = Failure(
-            story_id=job.story.story_id,
-            shot_id=job.shot.shot_id,
-            fingerprint=job.fingerprint,
-            reason=reason,
-            error_type="OutOfMemoryError",
-            is_final=assignment.low_memory,
-            low_memory=True,
-            job_id=self._owner.job_id,
+        failure = failure_at(
+            job, reason, "OutOfMemoryError", self._owner.job_id, is_final=assignment.low_memory, low_memory=True
         )
         self._parts[job.part].observers.notify(announcing.shot_failed(failure, job.attempt_id))
         with contextlib.suppress(OSError):  # then the restarted job tries once more as before
@@ -330,33 +336,28 @@ class Desk:
     @property
     def _joiner(self) -> StoryJoiner:
         assert self._batch is not None, "the desk is not open"
-        return StoryJoiner(parts=self._parts, leases=self._batch.leases, graph=self._batch.queue.graph)
+        return StoryJoiner(parts=self._parts, leases=self._batch.leases)
 
     @property
-    def _held(self) -> Claim:
-        assert self._claim is not None, "no shot is held"
-        return self._claim
+    def _held(self) -> HeldShot:
+        assert self._running is not None, "no shot is held"
+        return self._running
 
-    def _folder(self, shot: PlannedShot) -> ShotFolder:
-        return self._parts[shot.part].run.shot(shot.story.story_id, shot.shot.shot_id)
+    def _let_go(self, held: HeldShot, state: ShotState) -> None:
+        self._queue.release(held.claim, state)
+        if held is self._running:
+            self._running = None
 
-    def _still_held(self) -> bool:
-        return self._queue.still_held(self._held)
-
-    def _let_go(self, state: ShotState) -> None:
-        self._queue.release(self._held, state)
-        self._claim = None
-
-    def _give_up_lost_shot(self) -> None:
-        shot = self._held.shot
-        self._parts[shot.part].observers.notify(announcing.shot_lost(shot, self._attempt_id))
-        self._let_go(ShotState.LEASED)
+    def _give_up_lost_shot(self, held: HeldShot) -> None:
+        self._parts[held.shot.part].observers.notify(announcing.shot_lost(held.shot, held.attempt_id))
+        self._let_go(held, ShotState.LEASED)
 
     def _join_what_is_left(self) -> bool:
         """Join the complete stories that nobody has joined; False when there may be more to do after that."""
         chains = self._queue.graph.chains
         first = len(chains) * self._replica.index // self._replica.count  # replicas begin at different places
-        ends = [self._joiner.join(chain) for chain in chains[first:] + chains[:first] if chain.is_complete]
+        complete = [chain for chain in chains[first:] + chains[:first] if chain.is_complete]
+        ends = [self._joiner.join(chain, self._queue.mark_damaged) for chain in complete]
         return not any(end in (Joined.ELSEWHERE, Joined.DAMAGED) for end in ends)
 
     def _announce_stop(self, reason: str) -> None:

@@ -134,12 +134,21 @@ class ShotGraph:
         longest = self._longest_ready[kind].top(self.chains, is_ready)
         if longest is None:
             return None
-        slack = self._shortest_makespan(num_replicas) - longest.remaining[longest.front]
-        if slack < _CRITICAL_SHOTS * longest.shots[longest.front].cost:
+        if self._cannot_wait(longest, longest.front, num_replicas):
             return longest.shots[longest.front]
         shortest = self._shortest_ready[kind].top(self.chains, is_ready)
         assert shortest is not None, "both heaps hold the same chains"
         return shortest.shots[shortest.front]
+
+    def kind_after(self, shot: PlannedShot) -> str | None:
+        """Return the kind of the shot after ``shot``; None when that is the last one of its chain."""
+        chain, index = self._places[shot_key(shot)]
+        return chain.shots[index + 1].kind if index + 1 < len(chain.shots) else None
+
+    def is_urgent_after(self, shot: PlannedShot, num_replicas: int = 1) -> bool:
+        """Whether the shot after ``shot`` will come first as soon as it is ready, because it cannot wait."""
+        chain, index = self._places[shot_key(shot)]
+        return index + 1 < len(chain.shots) and self._cannot_wait(chain, index + 1, num_replicas)
 
     def num_ready(self, kind: str) -> int:
         """Return how many shots of ``kind`` are ready."""
@@ -160,6 +169,11 @@ class ShotGraph:
     def is_finished(self) -> bool:
         """Whether nothing is ready or running: every chain is complete or blocked."""
         return all(chain.is_complete or chain.is_blocked for chain in self.chains)
+
+    def _cannot_wait(self, chain: Chain, index: int, num_replicas: int) -> bool:
+        """Whether the batch would get longer if ``chain`` waited for another shot before its shot ``index``."""
+        slack = self._shortest_makespan(num_replicas) - chain.remaining[index]
+        return slack < _CRITICAL_SHOTS * chain.shots[index].cost
 
     def _shortest_makespan(self, num_replicas: int) -> float:
         """The work that no order of shots can avoid: shared by all replicas, or in the longest chain."""

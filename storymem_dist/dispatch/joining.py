@@ -8,7 +8,7 @@ rendered the clips.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -16,9 +16,9 @@ from storymem_dist.artifacts.files import canonical_json, read_json, temporaries
 from storymem_dist.artifacts.records import DamagedRecord, ShotRecord
 from storymem_dist.artifacts.run_folder import RunFolder
 from storymem_dist.artifacts.video import concat_clips
-from storymem_dist.dispatch.graph import Chain, ShotGraph, ShotState
+from storymem_dist.dispatch.graph import Chain
 from storymem_dist.dispatch.leases import LeaseFolder
-from storymem_dist.dispatch.plan import BatchPart
+from storymem_dist.dispatch.plan import BatchPart, PlannedShot
 from storymem_dist.errors import RunFolderError
 from storymem_dist.observe.events import StoryFinished, WarningIssued, timed_stage
 
@@ -28,20 +28,23 @@ class Joined(Enum):
 
     YES = "yes"
     ELSEWHERE = "elsewhere"  # another process is at it
-    DAMAGED = "damaged"  # a record turned out to be unusable; its shot is waiting again
+    DAMAGED = "damaged"  # a record turned out to be unusable
     IMPOSSIBLE = "impossible"  # the clips are there but do not go together
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoryJoiner:
-    """Joins complete chains of ``graph``; ``parts`` and ``leases`` have one entry for each part."""
+    """Joins complete chains; ``parts`` and ``leases`` have one entry for each part. Any thread may join."""
 
     parts: Sequence[BatchPart]
     leases: Sequence[LeaseFolder]
-    graph: ShotGraph
 
-    def join(self, chain: Chain) -> Joined:
-        """Join the clips of a complete chain, unless that is done. Tells the observers. Raises ``OSError``."""
+    def join(self, chain: Chain, note_damaged: Callable[[PlannedShot], None]) -> Joined:
+        """Join the clips of a complete chain, unless that is done. Tells the observers.
+
+        ``note_damaged`` hears of a shot whose record turned out to be unusable: it is to be rendered again. Raises
+        ``OSError``.
+        """
         part, leases = self.parts[chain.part], self.leases[chain.part]
         fingerprints = [shot.fingerprint for shot in chain.shots]
         if is_joined(part.run, chain.story_id, fingerprints):
@@ -53,26 +56,27 @@ class StoryJoiner:
         try:
             if is_joined(part.run, chain.story_id, fingerprints):
                 return Joined.YES
-            return self._join(chain, part)
+            return self._join(chain, part, note_damaged)
         finally:
             leases.release(lease)
 
-    def _join(self, chain: Chain, part: BatchPart) -> Joined:
+    def _join(self, chain: Chain, part: BatchPart, note_damaged: Callable[[PlannedShot], None]) -> Joined:
         began = time.monotonic()
-        records = self._records(chain, part)
+        records = self._records(chain, part, note_damaged)
         if records is None:
             return Joined.DAMAGED
-        try:
-            with timed_stage(part.observers, "join", story_id=chain.story_id):
+        with timed_stage(part.observers, "join", story_id=chain.story_id):
+            try:
                 join_story(part.run, chain.story_id, records)
-        except RunFolderError as error:
-            message = f"the clips of {chain.story_id} are there but cannot be joined: {error}"
-            part.observers.notify(WarningIssued(message=message, source="join"))
-            return Joined.IMPOSSIBLE
+            except RunFolderError as error:
+                message = f"the clips of {chain.story_id} are there but cannot be joined: {error}"
+                part.observers.notify(WarningIssued(message=message, source="join"))
+                return Joined.IMPOSSIBLE
         say_finished(part, chain, elapsed_seconds=time.monotonic() - began)
         return Joined.YES
 
-    def _records(self, chain: Chain, part: BatchPart) -> list[ShotRecord] | None:
+    @staticmethod
+    def _records(chain: Chain, part: BatchPart, note_damaged: Callable[[PlannedShot], None]) -> list[ShotRecord] | None:
         records = []
         for shot in chain.shots:
             try:
@@ -80,7 +84,7 @@ class StoryJoiner:
             except DamagedRecord as damage:
                 message = f"{damage}; the shot is rendered again"
                 part.observers.notify(WarningIssued(message=message, source="join"))
-                self.graph.set_state(shot, ShotState.WAITING)
+                note_damaged(shot)
                 return None
             records.append(record)
         return records

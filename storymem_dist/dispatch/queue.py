@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from storymem_dist.artifacts.files import names_in
 from storymem_dist.artifacts.run_folder import Failure, RunFolder
 from storymem_dist.dispatch.graph import ShotGraph, ShotKey, ShotState, choose_shot, shot_key
+from storymem_dist.dispatch.jobs import ShotJob
 from storymem_dist.dispatch.leases import Lease, LeaseFolder
 from storymem_dist.dispatch.plan import PlannedShot
 from storymem_dist.dispatch.settings import DispatchSettings
@@ -61,6 +62,7 @@ class ShotQueue:
         self._failure_names: list[set[str]] = [set() for _ in runs]
         self._leased_since: dict[ShotKey, float] = {}
         self._own: set[ShotKey] = set()
+        self._saving: PlannedShot | None = None
         self._turn = 0
         self._seconds_per_tflop: float | None = None
         self._swap_seconds = settings.swap_seconds
@@ -110,11 +112,14 @@ class ShotQueue:
     # -- claiming ------------------------------------------------------------------------------------------------------
 
     def claim(self, loaded: str | None) -> Claim | None:
-        """Take the best shot for a replica that has the experts of kind ``loaded``; None when there is none for now.
+        """Take the best shot for a replica that has the experts of kind ``loaded``; None when there is none for now,
+        or when a shot that it is saving itself makes one ready that cannot wait.
 
         Raises ``OSError`` when the folder cannot be written.
         """
         self.scan()
+        if self._waits_for_own_save(loaded):
+            return None
         while (shot := self._choose(loaded)) is not None:
             key = shot_key(shot)
             leases = self._leases[shot.part]
@@ -136,10 +141,16 @@ class ShotQueue:
         """Whether the claim still stands: nobody has taken it over."""
         return self._leases[claim.shot.part].is_held(claim.lease)
 
+    def note_saving(self, claim: Claim) -> None:
+        """Note that a claimed shot is rendered: as soon as it is saved, the one after it will be ready."""
+        self._saving = claim.shot
+
     def release(self, claim: Claim, state: ShotState) -> None:
         """Give a claim back and note what became of the shot."""
         key = shot_key(claim.shot)
         self._own.discard(key)
+        if self._saving is claim.shot:
+            self._saving = None
         self._generations.pop(key, None)
         self._leased_since.pop(key, None)
         self._leases[claim.shot.part].release(claim.lease)
@@ -168,19 +179,32 @@ class ShotQueue:
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
+    @property
+    def _num_sharing(self) -> int:
+        """Replicas that share the work, as far as known."""
+        return max(self._num_replicas, sum(leases.num_alive for leases in self._leases))
+
     def _choose(self, loaded: str | None) -> PlannedShot | None:
         return choose_shot(
             self.graph,
             loaded,
-            num_replicas=max(self._num_replicas, sum(leases.num_alive for leases in self._leases)),
+            num_replicas=self._num_sharing,
             expected_wait=self._expected_wait,
             swap_seconds=self._swap_seconds,
         )
 
+    def _waits_for_own_save(self, loaded: str | None) -> bool:
+        shot = self._saving
+        if shot is None or self.graph.kind_after(shot) != loaded:
+            return False
+        return self.graph.is_urgent_after(shot, self._num_sharing)
+
     def _expected_wait(self, kind: str) -> float:
         """Seconds until a running shot is expected to make one of ``kind`` ready; infinity when none will, or none can
-        be estimated yet.
+        be estimated yet. What this replica is saving does so at once, compared with loading experts.
         """
+        if self._saving is not None and self.graph.kind_after(self._saving) == kind:
+            return 0.0
         if self._seconds_per_tflop is None:
             return float("inf")
         now, shortest = self._clock(), float("inf")
@@ -225,16 +249,8 @@ class ShotQueue:
     def _has_killed_too_many(self, shot: PlannedShot, lease: Lease) -> bool:
         if lease.generation < self._settings.max_attempts:
             return False
-        failure = Failure(
-            story_id=shot.story.story_id,
-            shot_id=shot.shot.shot_id,
-            fingerprint=shot.fingerprint,
-            reason=f"{lease.generation} processes died while rendering it (dispatch.max_attempts); their logs say why",
-            error_type="ProcessDied",
-            is_final=True,
-            low_memory=False,
-            job_id=self._job_id,
-        )
+        reason = f"{lease.generation} processes died while rendering it (dispatch.max_attempts); their logs say why"
+        failure = failure_at(shot, reason, "ProcessDied", self._job_id)
         self.mark_failed(failure, shot)
         self.graph.set_state(shot, ShotState.FAILED)
         return True
@@ -285,6 +301,30 @@ def parse_lease_key(name: str) -> tuple[str, str, str] | None:
     """Split a lease's name into story, shot and fingerprint digits; None when it is not the name of a shot's lease."""
     parts = name.rsplit(".", 2)
     return (parts[0], parts[1], parts[2]) if len(parts) == 3 else None
+
+
+def failure_at(
+    shot: PlannedShot | ShotJob,
+    reason: str,
+    error_type: str,
+    job_id: str,
+    *,
+    is_final: bool = True,
+    low_memory: bool = False,
+    details: str = "",
+) -> Failure:
+    """Return what is to be noted of a shot that cannot be rendered."""
+    return Failure(
+        story_id=shot.story.story_id,
+        shot_id=shot.shot.shot_id,
+        fingerprint=shot.fingerprint,
+        reason=reason,
+        error_type=error_type,
+        is_final=is_final,
+        low_memory=low_memory,
+        job_id=job_id,
+        details=details,
+    )
 
 
 def _turn(items: Sequence[PlannedShot], start: int, count: int) -> list[PlannedShot]:

@@ -5,7 +5,7 @@ Knows the record's schema and the run folder's; nothing of leases or of who rend
 
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from storymem_dist.artifacts.files import json_ready
@@ -23,10 +23,12 @@ def save_shot(
     *,
     attempt_id: str,
     host: Mapping[str, Any],
+    check: Callable[[], None],
 ) -> ShotRecord:
     """Write clip, keyframes and tail into the attempt's folder and return the record that names them.
 
-    ``host`` goes into the part of the record that may differ between equal runs. Raises ``OSError``.
+    ``host`` goes into the part of the record that may differ between equal runs. ``check`` is called before every
+    frame and image; what it raises ends the writing. Raises ``OSError``.
     """
     began = time.monotonic()
     files = ClipFiles(
@@ -35,7 +37,7 @@ def save_shot(
         tail=rendered.tail,
         fps=part.sampler.fps,
     )
-    stored = folder.save_attempt(attempt_id, files, part.video)
+    stored = folder.save_attempt(attempt_id, files, part.video, check)
     num_frames, _, height, width = rendered.clip.shape
     return ShotRecord(
         story_id=shot.story.story_id,

@@ -26,6 +26,9 @@ class DispatchSettings:
     ``lease_seconds``: a replica that has shown no sign of life for so long is taken for dead, and its shot is given to
     another. It may be paused (by a debugger or a virtual machine) for less than that without losing its shot.
     ``poll_seconds``: shortest time between two scans of the run folder by one replica.
+    ``overlap_saving``: render the next shot of another story while one is being saved. A replica then has two shots in
+    flight, and its leader holds one more clip in host memory (97 MB for 81 frames of 832x480). ``false``: one after the
+    other.
     ``max_attempts``: a shot whose renderers died (without a word: killed, crashed) so often is marked failed.
     ``swap_seconds``: expected time of loading the other experts, until it has been measured.
     """
@@ -37,6 +40,7 @@ class DispatchSettings:
     checkpoint_every_steps: int = 10
     lease_seconds: float = 60.0
     poll_seconds: float = 1.0
+    overlap_saving: bool = True
     max_attempts: int = 5
     swap_seconds: float = 60.0
 

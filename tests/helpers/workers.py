@@ -97,6 +97,13 @@ def begun(log: Path) -> list[str]:
     return [line.split()[0] for line in log.read_text().splitlines()] if log.exists() else []
 
 
+def in_flight(root: Path, log: Path, pid: int) -> set[str]:
+    """The shots that a worker began and that are not committed: two at most, one rendered and one being saved."""
+    lines = [line.split() for line in log.read_text().splitlines()] if log.exists() else []
+    shots = {name for name, of in lines if of == str(pid)}
+    return {name for name in shots if not list((root / "stories" / name.replace(":", "/") / "records").glob("*.json"))}
+
+
 @contextlib.contextmanager
 def quick_folder() -> Iterator[Path]:
     """A fresh folder in memory where the system has one, so that flushing costs nothing; else in the usual place."""

@@ -133,8 +133,9 @@ def test_a_full_disk_fails_the_shot_and_the_others_go_on(root: Path, monkeypatch
     assert render(root, retry_failed=True).state == "done"
 
 
+@pytest.mark.parametrize("overlap", [True, False])
 def test_when_nothing_at_all_can_be_written_the_replica_ends_cleanly(
-    root: Path, monkeypatch: pytest.MonkeyPatch
+    root: Path, monkeypatch: pytest.MonkeyPatch, overlap: bool
 ) -> None:
     def full(*arguments: object, **more: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -145,8 +146,11 @@ def test_when_nothing_at_all_can_be_written_the_replica_ends_cleanly(
             monkeypatch.setattr(run_folder, "write_bytes", full)
 
     events = Events()
-    summary = render(root, renderer=FakeRenderer(before_step=before_step), events=events)
-    assert (summary.state, summary.num_rendered, summary.exit_code) == ("failed", 2, 6)
+    renderer = FakeRenderer(before_step=before_step)
+    summary = render(root, renderer=renderer, events=events, overlap_saving=overlap)
+    assert (summary.state, summary.exit_code) == ("failed", 6)
+    assert summary.num_rendered in ((1, 2) if overlap else (2,)), "the second may still be being saved"
+    assert len(renderer.rendered) == 3, "no other is begun"
     assert "No space left" in summary.reason and "nor can that be noted" in summary.reason
     assert "stop.json cannot be written" in events.of(WarningIssued)[-1].message
     assert list((root / "leases").iterdir()) == []

@@ -8,12 +8,14 @@ import pytest
 from storymem_dist.dispatch.desk import Desk
 from storymem_dist.dispatch.settings import DispatchSettings
 from storymem_dist.render_batch import render_batch
+from storymem_dist.story.schema import Story
 from tests.helpers.fake_renderer import FakeRenderer, finished_files, make_part, make_story
 from tests.helpers.faults import die_at
 from tests.helpers.workers import exit_code, quick_folder, start_worker
 
 SETTINGS = DispatchSettings(poll_seconds=0.01, lease_seconds=1.0, checkpoint_every_steps=2)
-STORIES = [make_story("ocean", 2)]
+ONE_AFTER_THE_OTHER = [make_story("ocean", 2)]
+BESIDE_EACH_OTHER = [make_story("ocean", 1), make_story("city", 1)]
 MOST_OPERATIONS = 300
 
 
@@ -23,22 +25,26 @@ def folder() -> Iterator[Path]:
         yield path
 
 
+@pytest.mark.parametrize("stories", [ONE_AFTER_THE_OTHER, BESIDE_EACH_OTHER], ids=["one story", "two stories"])
 @pytest.mark.parametrize("torn", [False, True], ids=["killed", "torn"])
-def test_killed_before_any_file_operation_a_run_resumes_to_the_same_files(folder: Path, torn: bool) -> None:
-    render_batch(parts=[make_part(folder / "whole", STORIES)], renderer=FakeRenderer(), settings=SETTINGS)
+def test_killed_before_any_file_operation_a_run_resumes_to_the_same_files(
+    folder: Path, torn: bool, stories: list[Story]
+) -> None:
+    render_batch(parts=[make_part(folder / "whole", stories)], renderer=FakeRenderer(), settings=SETTINGS)
     whole = finished_files(folder / "whole")
     for number in range(1, MOST_OPERATIONS):
         root = folder / f"run{number}"
         worker = start_worker(
-            root, STORIES, settings=SETTINGS, before=lambda root=root, n=number: _die_in_commit(n, root, torn)
+            root, stories, settings=SETTINGS, before=lambda root=root, n=number: _die_in_commit(n, root, torn)
         )
         code = exit_code(worker)
-        summary = render_batch(parts=[make_part(root, STORIES)], renderer=FakeRenderer(), settings=SETTINGS)
+        summary = render_batch(parts=[make_part(root, stories)], renderer=FakeRenderer(), settings=SETTINGS)
         where = f"killed at operation {number}"
         assert summary.state == "done", where
         assert finished_files(root) == whole, where
-        for shot in ("shot_01", "shot_02"):
-            assert len(list((root / "stories/ocean" / shot / "attempts").iterdir())) == 1, where
+        for story in stories:
+            for shot in story.shots:
+                assert len(list((root / "stories" / story.story_id / shot.shot_id / "attempts").iterdir())) == 1, where
         assert not list(root.rglob(".*")), where
         assert not list((root / "leases").iterdir()), where
         if code == 0:

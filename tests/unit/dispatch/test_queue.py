@@ -209,6 +209,40 @@ def test_a_shot_that_is_long_overdue_is_not_waited_for(tmp_path: Path) -> None:
     assert name(waiting.claim("m2v")) == "s1:0"
 
 
+@pytest.mark.parametrize("is_longest", [True, False])
+def test_while_it_saves_a_shot_a_replica_takes_another_unless_the_next_of_that_story_cannot_wait(
+    tmp_path: Path, is_longest: bool
+) -> None:
+    place = Place(tmp_path, 8, 3)
+    for chain in place.chains:
+        place.commit(chain[0])
+    saver, other = place.queue(1), place.queue(2)
+    first, second = (saver, other) if is_longest else (other, saver)
+    of = {first: first.claim("m2v"), second: second.claim("m2v")}
+    assert (name(of[first]), name(of[second])) == ("s0:1", "s1:1")
+    saving, elsewhere = of[saver], of[other]
+    assert saving is not None and elsewhere is not None
+    saver.note_saving(saving)
+    place.commit(elsewhere.shot)
+    other.release(elsewhere, ShotState.COMMITTED)
+    place.clock.now += 1.0
+    assert name(saver.claim("m2v")) == (None if is_longest else "s0:2")
+    saver.release(saving, ShotState.COMMITTED)
+    assert name(saver.claim("m2v")) == ("s0:2" if is_longest else "s1:2")
+
+
+def test_experts_are_not_swapped_while_its_own_save_makes_a_shot_for_the_loaded_ones_ready(tmp_path: Path) -> None:
+    place = Place(tmp_path, 3, 9, swap_seconds=60.0)
+    place.commit(place.chains[0][0])
+    queue = place.queue(1)
+    saving = queue.claim("m2v")
+    assert saving is not None and name(saving) == "s0:1"
+    queue.note_saving(saving)
+    assert queue.claim("m2v") is None
+    queue.release(saving, ShotState.COMMITTED)
+    assert name(queue.claim("m2v")) == "s0:2"
+
+
 def test_lease_names_survive_dots_in_story_ids(tmp_path: Path) -> None:
     shot = plan_story(0, make_part(tmp_path, []), make_story("a.b.c", 1), {})[0]
     assert parse_lease_key(lease_key(shot)) == ("a.b.c", "shot_01", shot.fingerprint[:16])
