@@ -15,7 +15,16 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-_MATMULS = {"aten::addmm", "aten::mm", "aten::bmm", "aten::baddbmm", "aten::mkldnn_linear", "aten::_int_mm"}
+_MATMULS = {
+    "aten::addmm",
+    "aten::mm",
+    "aten::bmm",
+    "aten::baddbmm",
+    "aten::mkldnn_linear",
+    "aten::_int_mm",
+    "aten::_scaled_mm",
+    "aten::_scaled_mm_v2",
+}
 _ATTENTION_PREFIXES = ("aten::_scaled_dot_product", "aten::_flash_attention", "aten::_cudnn_attention")
 # Operators that only allocate, or that only call others (which are counted themselves).
 _NO_WORK_PREFIXES = (

@@ -5,6 +5,7 @@ hold nothing, while torch's memory trackers add up what would be alive. Counted 
 gathers; not the CUDA context, NCCL's buffers, scratch space of kernels, and fragmentation.
 
     python benchmarks/memory.py                 # 1, 2, 4 and 8 ranks (FSDP2 + Ulysses), 480p and 720p, K = 0 and 10
+    python benchmarks/memory.py --linears float8   # with layers in eight bits, not compiled
     python benchmarks/memory.py --validate      # the method against a real run of a small model on 2 gloo ranks
 """
 
@@ -24,6 +25,7 @@ from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed._tools.mem_tracker import MemTracker
 
 from storymem_dist.diffusion.latent_grid import LatentGrid
+from storymem_dist.models.quantized_linear import quantize_linears
 from storymem_dist.models.wan.dit import DiTConfig, WanDiT
 from storymem_dist.models.wan.presets import WAN22_A14B
 from storymem_dist.models.wan.vae import WanVae
@@ -69,6 +71,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--memory", type=int, nargs="+", default=[0, 10], help="K; 0 is T2V, more is M2V")
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument(
+        "--linears",
+        choices=("exact", "float8"),
+        default="exact",
+        help="model.linears (int8 weighs what float8 does; torch's tracker cannot follow integer weights)",
+    )
     parser.add_argument("--validate", action="store_true")
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
@@ -87,10 +95,11 @@ def predict_all(args: argparse.Namespace) -> None:
             for num_memory in args.memory:
                 grid = LatentGrid(num_frames=NUM_FRAMES, height=height, width=width, num_memory=num_memory)
                 config = WAN22_A14B.i2v if num_memory else WAN22_A14B.t2v
-                peak = predict_forward(config, grid, num_ranks)
+                peak = predict_forward(config, grid, num_ranks, args.linears)
                 rows.append(
                     {
                         "size": size,
+                        "linears": args.linears,
                         "K": num_memory,
                         "ranks": num_ranks,
                         "tokens": grid.num_tokens,
@@ -103,17 +112,19 @@ def predict_all(args: argparse.Namespace) -> None:
     write_json(args.json, {"rows": rows}, CPU)
 
 
-def predict_forward(config: DiTConfig, grid: LatentGrid, num_ranks: int) -> ForwardPeak:
+def predict_forward(config: DiTConfig, grid: LatentGrid, num_ranks: int, linears: str = "exact") -> ForwardPeak:
     """One pass of one expert over ``num_ranks``: whole weights on one rank, FSDP2 and Ulysses on more."""
     with pretended_ranks(num_ranks) as mesh, FakeTensorMode(allow_non_fake_inputs=True):
-        return tracked_forward(config, grid, mesh)
+        return tracked_forward(config, grid, mesh, linears)
 
 
-def tracked_forward(config: DiTConfig, grid: LatentGrid, mesh: ReplicaMesh) -> ForwardPeak:
+def tracked_forward(config: DiTConfig, grid: LatentGrid, mesh: ReplicaMesh, linears: str = "exact") -> ForwardPeak:
     """Run a forward under a tracker: on real tensors, or on fake ones inside ``FakeTensorMode``."""
     num_ranks = mesh.shard.size
     settings = ParallelSettings(ulysses=num_ranks, weights="fsdp" if num_ranks > 1 else "replicated")
-    dit = parallelize(WanDiT(config), mesh, settings)
+    dit = WanDiT(config)
+    quantize_linears(dit.blocks, linears)
+    parallelize(dit, mesh, settings)
     inputs = forward_inputs(config, grid)
     if num_ranks > 1:
         tracker: Any = FSDPMemTracker(dit)

@@ -1,11 +1,14 @@
 """Our transformer and diffusers', built with the same random weights, for the benchmarks that compare them."""
 
+import copy
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 
+from storymem_dist.models.quantized_linear import QuantizedLinear, quantize_linears
 from storymem_dist.models.wan.dit import DiTConfig, WanDiT
 from storymem_dist.models.wan.key_maps import diffusers_dit_key
 
@@ -34,7 +37,7 @@ def small_config(dim: int, num_heads: int, num_layers: int, in_dim: int = 36) ->
     """A14B's proportions at another width and depth."""
     return DiTConfig(
         dim=dim,
-        ffn_dim=int(dim * 2.7),
+        ffn_dim=int(dim * 2.7) // 16 * 16,  # float8 needs multiples of 16
         freq_dim=256,
         num_heads=num_heads,
         num_layers=num_layers,
@@ -56,6 +59,26 @@ def make_ours(config: DiTConfig, dtype: torch.dtype, device: torch.device, seed:
         else:
             parameter.normal_(std=0.02, generator=generator)
     return dit
+
+
+def make_quantized(ours: WanDiT, linears: str) -> WanDiT:
+    """Ours with layers of another format (``model.linears``); whatever else there is, is shared."""
+    variant = share_weights(ours)
+    quantize_linears(variant.blocks, linears)
+    exact = dict(ours.named_modules())
+    for name, layer in variant.named_modules():
+        if isinstance(layer, QuantizedLinear):
+            values, scales = layer.quantize(exact[name].weight.float())
+            layer.weight.copy_(values)
+            layer.row_scale.copy_(scales)
+            layer.bias.copy_(exact[name].bias)
+    return variant
+
+
+def share_weights(module: nn.Module) -> Any:
+    """A second module over the same weights."""
+    memo = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    return copy.deepcopy(module, memo)
 
 
 def make_diffusers(ours: WanDiT) -> WanTransformer3DModel:

@@ -7,11 +7,11 @@
 All rivals have the same weights and inputs and run in turn in one process. Compiled rivals are compiled block by
 block, before the first number of memory frames is timed. Utilisation is over the device's published bf16 peak, or where
 that is unknown over what a large matrix product reaches on it. "Other time" is the share of a profiled step spent
-outside matrix products and attention; "kernels" is what one block launches.
+outside matrix products and attention; "kernels" is what one block launches. CPUs emulate float8 (``--linears float8``):
+there its seconds say nothing.
 """
 
 import argparse
-import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,12 +26,23 @@ from harness import (
     profile_run,
     write_json,
 )
-from rivals import Inputs, make_diffusers, make_inputs, make_ours, run_diffusers, run_ours, small_config
+from rivals import (
+    Inputs,
+    make_diffusers,
+    make_inputs,
+    make_ours,
+    make_quantized,
+    run_diffusers,
+    run_ours,
+    share_weights,
+    small_config,
+)
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from storymem_dist.models.attention import BACKENDS, Attend
 from storymem_dist.models.compile import compile_blocks
+from storymem_dist.models.quantized_linear import LINEARS
 from storymem_dist.models.wan.dit import DiTConfig
 from storymem_dist.models.wan.presets import PRESETS
 from storymem_dist.observe.system import peak_tflops
@@ -76,8 +87,11 @@ def main() -> None:
 class Rival:
     """One way to run the transformer."""
 
-    def __init__(self, module: nn.Module, forward: Callable[[nn.Module, Inputs], Tensor]) -> None:
+    def __init__(
+        self, module: nn.Module, forward: Callable[[nn.Module, Inputs], Tensor], *, compiled: bool = False
+    ) -> None:
         self.module = module
+        self.compiled = compiled
         self._forward = forward
 
     def step(self, inputs: Inputs) -> Tensor:
@@ -121,20 +135,20 @@ def make_rivals(
             if isinstance(module, Attend):
                 module.backend = backend
         rivals[f"ours {backend}"] = Rival(variant, run_ours)
+    for linears in args.linears:
+        rivals[f"ours {linears}"] = Rival(make_quantized(ours, linears), run_ours)
     if args.compile:
         compiled_theirs = share_weights(theirs)
         compiled_theirs.compile_repeated_blocks(dynamic=True)
         compiled_ours = share_weights(ours)
         compile_blocks(compiled_ours)
-        rivals["diffusers compiled"] = Rival(compiled_theirs, diffusers_forward)
-        rivals["ours compiled"] = Rival(compiled_ours, run_ours)
+        rivals["diffusers compiled"] = Rival(compiled_theirs, diffusers_forward, compiled=True)
+        rivals["ours compiled"] = Rival(compiled_ours, run_ours, compiled=True)
+        for linears in args.linears:
+            quantized = share_weights(rivals[f"ours {linears}"].module)
+            compile_blocks(quantized)
+            rivals[f"ours {linears} compiled"] = Rival(quantized, run_ours, compiled=True)
     return rivals
-
-
-def share_weights(module: nn.Module) -> Any:
-    """A second module over the same weights."""
-    memo = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
-    return copy.deepcopy(module, memo)
 
 
 def measure(
@@ -149,7 +163,9 @@ def measure(
         best = min(times[index] for times in rounds)
         other_ratio = profile_run(steps[index], device).other_ratio
         num_kernels = profile_run(rival.block_call(inputs), device).num_kernels
-        peak_memory = peak_gib(lambda step=steps[index]: velocities.append(step()), device)
+        velocities.append(steps[index]())
+        # Live tensors cannot be watched inside compiled code on the CPU: torch would compile it no more.
+        peak_memory = "" if rival.compiled and device.type == "cpu" else peak_gib(steps[index], device)
         rows.append(
             {
                 "num_tokens": inputs.num_tokens,
@@ -203,6 +219,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--latents", type=int, nargs=3, default=[10, 32, 50], metavar=("FRAMES", "HEIGHT", "WIDTH"))
     parser.add_argument("--memory", type=int, nargs="+", default=[0], metavar="FRAMES", help="memory frames in front")
     parser.add_argument("--backends", nargs="*", default=[], choices=BACKENDS, help="attention backends to add")
+    parser.add_argument("--linears", nargs="*", default=[], choices=LINEARS[1:], help="formats of layers to add")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's own choice)")
