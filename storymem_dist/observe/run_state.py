@@ -447,7 +447,7 @@ class RunState:
         if event.gpu_memory_gib is not None:
             row.gpu_memory_gib = event.gpu_memory_gib
         if event.queue_depth is not None:
-            row.queue_depth = event.queue_depth
+            row.queue_depths.append(event.queue_depth)
         if event.collective_seconds is not None:
             row.collective_seconds = (row.collective_seconds or 0.0) + event.collective_seconds
         if event.bytes_read is not None:

@@ -116,7 +116,8 @@ class Start:
 class Row:
     """One replica of one job: what it does now, and what it has done.
 
-    ``saving`` is a rendered shot that is still being saved while ``attempt`` is rendered.
+    ``saving`` is a rendered shot that is still being saved while ``attempt`` is rendered. ``queue_depths`` are the
+    numbers of shots that were ready when it took one.
     """
 
     key: RowKey
@@ -136,7 +137,7 @@ class Row:
     waited_seconds: float = 0.0
     collective_seconds: float | None = None
     bytes_read: int | None = None
-    queue_depth: int | None = None
+    queue_depths: list[int] = field(default_factory=list)
 
     @property
     def seconds_per_step(self) -> float | None:

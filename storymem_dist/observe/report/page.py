@@ -90,7 +90,7 @@ def _header(run: RunView) -> str:
     return (
         f'<header><p class="brand">storymem report</p><h1>{esc(run.name)} '
         f"{chip(run.status, STATUS_KINDS[run.status])}</h1>"
-        f'<p class="quiet">run {esc(run.run_id)}{" · created " + esc(run.created) if run.created else ""}</p>'
+        f'<p class="quiet">run {esc(run.run_id)}{" · created " + _readable(run.created) if run.created else ""}</p>'
         f'<dl class="tiles">{"".join(tiles)}</dl></header>'
     )
 
@@ -195,7 +195,11 @@ def _throughput(run: RunView) -> str:
     rows = []
     for key in keys:
         rates = state.rates(key)
-        row = state.rows[key] if key is not None else None
+        of = [state.rows[key]] if key is not None else list(state.rows.values())
+        collective = [row.collective_seconds for row in of if row.collective_seconds is not None]
+        num_bytes = [row.bytes_read for row in of if row.bytes_read is not None]
+        memory = [row.gpu_memory_gib for row in of if row.gpu_memory_gib is not None]
+        depths = [depth for row in of for depth in row.queue_depths]
         rows.append(
             (
                 esc(state.row_label(key)) if key is not None else "all",
@@ -206,9 +210,10 @@ def _throughput(run: RunView) -> str:
                 fmt.number(rates.tokens_per_second, 0),
                 fmt.percent(rates.flop_utilisation),
                 fmt.percent(rates.reuse_ratio),
-                fmt.duration(row.collective_seconds) if row is not None else "",
-                fmt.byte_count(row.bytes_read) if row is not None else "",
-                fmt.gib(row.gpu_memory_gib) if row is not None else "",
+                fmt.duration(sum(collective) if collective else None),
+                fmt.byte_count(sum(num_bytes) if num_bytes else None),
+                fmt.gib(max(memory, default=None)),
+                fmt.number(sum(depths) / len(depths) if depths else None),
                 fmt.percent(rates.wait_ratio),
             )
         )
@@ -224,9 +229,13 @@ def _throughput(run: RunView) -> str:
     )
     speed = table(
         "Throughput by replica",
-        (*heads, "in collectives", "bytes read", "device memory", "waited"),
+        (*heads, "in collectives", "bytes read", "device memory", "shots ready", "waited"),
         rows,
-        numeric=range(1, 12),
+        numeric=range(1, 13),
+    )
+    speed += (
+        '<p class="quiet">In collectives: how long its leader was held up by other ranks, where that can be measured. '
+        "Shots ready: how many could be begun when the replica took one, on average.</p>"
     )
     loads = [
         (
@@ -265,7 +274,7 @@ def _failures(run: RunView) -> str:
     resumed = sum(row.num_resumed for row in state.rows.values())
     starts = sum(len(row.starts) for row in state.rows.values())
     lost = sum(attempt.outcome == "interrupted" for attempt in state.attempts())
-    facts = [fmt.count(starts, "start") + " of replicas"]
+    facts = [fmt.count(starts, "replica start")]
     facts += [f"{fmt.count(resumed, 'shot')} resumed inside"] if resumed else []
     facts += [f"{fmt.count(lost, 'attempt')} interrupted"] if lost else []
     parts.append(f"<p>{esc(', '.join(facts))}.</p>")
@@ -288,6 +297,10 @@ def _settings(run: RunView) -> str:
             f'<pre class="scroll" {scroll}>{esc(run.config)}</pre></details>'
         )
     return "".join(parts) or '<p class="quiet">Not known yet.</p>'
+
+
+def _readable(created: str) -> str:
+    return esc(created.replace("T", " ").replace("Z", " UTC"))
 
 
 def _clock(wall_time: float) -> str:

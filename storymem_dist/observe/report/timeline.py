@@ -15,7 +15,8 @@ from storymem_dist.observe.run_values import Attempt, Row, RowKey, Span
 SMALLEST_SHARE = 0.0004
 """Pieces shorter than this share of the whole (half a pixel) are joined to equal neighbours, or left out."""
 
-SMALLEST_LABELLED_SHARE = 0.03
+CHARACTERS_ACROSS = 95
+"""Letters of a label that fit side by side into the picture where it is narrowest."""
 
 KINDS = (*STAGES, "wait")
 MAX_ROWS = 64
@@ -99,7 +100,7 @@ def _track(state: RunState, key: RowKey, row: Row, attempts: list[Attempt], axis
     later = [span.start for span in merged[1:]]
     stages = "".join(
         _stage_block(span, axis, is_beside=span.end is not None and start < span.end)
-        for span, start in zip(merged, [*later, float("inf")], strict=True)
+        for span, start in zip(merged, [*later, float("inf")], strict=False)  # nothing at all: a replica just started
     )
     return (
         f'<div class="track-row"><span class="track-label">{esc(label)}</span>'
@@ -118,10 +119,12 @@ def _shot_block(attempt: Attempt, axis: Axis, now: float) -> str:
     name = f"{attempt.started.story_id}/{attempt.started.shot_id}"
     tip = f"{name}: {attempt.outcome}, {fmt.duration(end - attempt.start)}"
     tip += f". {attempt.reason}" if attempt.reason else ""
-    is_wide = axis.share(end) - axis.share(attempt.start) > SMALLEST_LABELLED_SHARE
+    room = CHARACTERS_ACROSS * (axis.share(end) - axis.share(attempt.start))
+    shot_id = attempt.started.shot_id
+    label = next((text for text in (name, shot_id, shot_id.removeprefix("shot_")) if len(text) < room), "")
     return (
         f'<span class="shot {esc(attempt.outcome)}" style="{_place(attempt.start, end, axis)}" data-tip="{esc(tip)}">'
-        f"{esc(name) if is_wide else ''}</span>"
+        f"{esc(label)}</span>"
     )
 
 

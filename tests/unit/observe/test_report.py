@@ -114,6 +114,35 @@ def test_reused_steps_are_on_the_cards_in_the_table_and_compared(tmp_path: Path)
     assert "share of steps reused (%) 0 75" in both.text
 
 
+def test_measurements_of_replicas_are_in_the_throughput_table_and_summed(tmp_path: Path) -> None:
+    run = FakeRun(tmp_path / "run", num_stories=2, num_shots=1)
+    for number, seconds in ((0, 2.5), (1, 4.0)):
+        with run.replica(number, num_replicas=2) as replica:
+            for sample in (
+                ev.ThroughputSampled(bytes_read=10_000_000),
+                ev.ThroughputSampled(queue_depth=number),
+                ev.ThroughputSampled(queue_depth=3),
+                ev.ThroughputSampled(collective_seconds=seconds, gpu_memory_gib=20.0 + number),
+                ev.ThroughputSampled(collective_seconds=seconds, bytes_read=500_000),
+            ):
+                replica.observers.notify(sample)
+            run.finish(replica)
+    text = report(run).text
+    assert re.search(r"replica 0 .*? 5\.0 s +10\.5 MB +20\.0 GiB +1\.5 ", text)
+    assert re.search(r"replica 1 .*? 8\.0 s +10\.5 MB +21\.0 GiB +2\.0 ", text)
+    assert re.search(r" all .*? 13\.0 s +21\.0 MB +21\.0 GiB +1\.8 ", text)
+
+
+def test_shots_on_the_timeline_are_named_whole_or_not_at_all(tmp_path: Path) -> None:
+    run = whole_run(tmp_path / "run", num_stories=1, num_shots=4, num_replicas=1)
+    page = report(run)
+    assert page.all("span", "shot"), "the picture has a block for each attempt"
+    written = (run.root / "report.html").read_text(encoding="utf-8")
+    labels = re.findall(r'<span class="shot finished"[^>]*>([^<]*)</span>', written)
+    assert len(labels) == 4 and {"story_0/shot_01", "shot_01"} & set(labels)
+    assert set(labels) <= {f"{before}{n:02d}" for before in ("story_0/shot_", "shot_", "") for n in range(1, 5)} | {""}
+
+
 def test_what_a_storyboard_says_cannot_become_markup(tmp_path: Path) -> None:
     evil = "<img src=x onerror=alert(1)> \"quoted\" 'too' & </script><script>alert(2)</script>"
     run = FakeRun(tmp_path / "run", num_stories=1, num_shots=1)
@@ -164,7 +193,7 @@ def test_failures_and_restarts_of_a_broken_run_are_told(tmp_path: Path) -> None:
         run.finish(replica, outcome="failed")
     page = report(run)
     assert "incomplete" in page.text and "NaN in latents" in page.text
-    assert "2 starts of replicas, 1 shot resumed inside, 1 attempt interrupted." in page.text
+    assert "2 replica starts, 1 shot resumed inside, 1 attempt interrupted." in page.text
     assert [block["data-tip"].split(":")[1].split(",")[0].strip() for block in page.all("span", "shot")] == [
         "interrupted",
         "finished",
