@@ -4,9 +4,10 @@
     torchrun --nproc_per_node 8 -m storymem_dist.selftest             every layout that 8 ranks can hold
 
 First each collective of a layout is tried by itself with numbers whose result is known, then a small transformer with
-guidance and a small VAE in fp32, then one transformer block of A14B's width in bf16, all against the same computation
-on one device. What differs is named: layout, collective or model, axis, and rank. The exit code is 1 if anything
-differs, fails or hangs. Needs no weights and no settings; it is how NCCL is proved on a user's machine.
+guidance and a small VAE in fp32, then the transformer with layers in eight bits (where the device can multiply them)
+and one block of A14B's width in bf16, all against the same computation on one device. What differs is named: layout,
+collective or model, axis, and rank. The exit code is 1 if anything differs, fails or hangs. Needs no weights and no
+settings; it is how NCCL is proved on a user's machine.
 """
 
 import argparse
@@ -29,7 +30,9 @@ from torch import Tensor
 
 from storymem_dist.diffusion.experts import Expert
 from storymem_dist.diffusion.guidance import LocalGuidance
-from storymem_dist.errors import StoryMemError
+from storymem_dist.errors import ConfigError, StoryMemError
+from storymem_dist.models.loading import StateDictSource, load_dit_weights
+from storymem_dist.models.quantized_linear import LINEARS, check_linears, quantize_linears
 from storymem_dist.models.wan.dit import DiTConfig, WanDiT
 from storymem_dist.models.wan.presets import WAN22_A14B
 from storymem_dist.models.wan.vae import WanVae
@@ -51,6 +54,9 @@ TINY_TOLERANCE = 1e-5
 
 BLOCK_TOLERANCE = 2e-2
 """Largest error of the bf16 block: sums of other shapes round differently, and guidance multiplies that by 6."""
+
+EIGHT_BIT_TOLERANCE = 5e-2
+"""Largest error of layers in eight bits: what differs in the last bit may be rounded to another of few values."""
 
 MESSAGE_ELEMENTS = 2**18
 """Numbers that each rank sends to each other one in the collectives that are tried by themselves (1 MiB)."""
@@ -119,6 +125,8 @@ class _SelfTest:
             for axes in widest:
                 self._run(axes, "fsdp", tiny)
             self._run(widest[-1], "fsdp_offload", tiny)
+            for linears in LINEARS[1:]:
+                self._run_quantized(widest, linears)
             block = _Reference(_one_block(block_dim), torch.bfloat16, self._world.device, tolerance=BLOCK_TOLERANCE)
             for axes in widest:
                 if block.config.num_heads % axes.ulysses == 0:
@@ -144,6 +152,18 @@ class _SelfTest:
             )
             if with_collectives and session.mesh.shard.group is not None:
                 self._check(layout, "VAE, float32", lambda: _vae_error(session), tolerance=TINY_TOLERANCE)
+
+    def _run_quantized(self, widest: Sequence[ParallelSettings], linears: str) -> None:
+        """Sharded layers in eight bits, in the widest layouts; nothing where the device has no such products."""
+        device = self._world.device
+        try:
+            check_linears(linears, device)
+        except ConfigError as error:
+            self._console.print(f"not tested: {error}", markup=False)
+            return
+        reference = _Reference(TINY, torch.bfloat16, device, tolerance=EIGHT_BIT_TOLERANCE, linears=linears)
+        for axes in widest:
+            self._run(axes, "fsdp", reference)
 
     def _check(self, layout: str, name: str, check: Callable[[], float], *, tolerance: float) -> None:
         """Run one check on all ranks and show its line. ``check`` returns an error, to be at most ``tolerance``."""
@@ -267,13 +287,28 @@ def _leader_error(session: Session) -> float:
 class _Reference:
     """A guided velocity computed on one device, the same on every rank, to compare layouts with."""
 
-    def __init__(self, config: DiTConfig, dtype: torch.dtype, device: torch.device, *, tolerance: float) -> None:
+    def __init__(
+        self,
+        config: DiTConfig,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        tolerance: float,
+        linears: str = "exact",
+    ) -> None:
         self.config = config
         self.tolerance = tolerance
-        self.name = f"transformer {config.num_layers} x {config.dim}, {str(dtype).removeprefix('torch.')}"
+        number_format = str(dtype).removeprefix("torch.") if linears == "exact" else linears
+        self.name = f"transformer {config.num_layers} x {config.dim}, {number_format}"
         self._dtype = dtype
+        self._linears = linears
         torch.manual_seed(0)
-        self._single = WanDiT(config, dtype=dtype).eval().requires_grad_(False).to(device)
+        self._single = WanDiT(config, dtype=dtype).eval().requires_grad_(False)
+        if linears != "exact":
+            weights = StateDictSource("selftest", self._single.state_dict())
+            quantize_linears(self._single.blocks, linears)
+            load_dit_weights(self._single, weights)
+        self._single.to(device)
         generator = torch.Generator().manual_seed(1)
         x = torch.randn(1, config.in_dim, 3, 6, 10, generator=generator).to(device)  # 45 tokens: few sizes divide them
         cond, uncond = torch.randn(2, 1, 7, config.text_dim, generator=generator).to(device)
@@ -285,6 +320,7 @@ class _Reference:
         """Largest error on this rank with tokens, guidance and weights split as the layout says."""
         with torch.device("meta"):
             many = WanDiT(self.config, dtype=self._dtype)
+        quantize_linears(many.blocks, self._linears)
         parallelize(many, session.mesh, settings)
         many.to_empty(device="cpu" if settings.weights in OFFLOADED else session.device)
         weights = self._single.state_dict()

@@ -27,6 +27,8 @@ def test_two_ranks_that_agree_pass_on_every_layout() -> None:
     assert silent == "", "one rank reports"
     for layout in ("ulysses 2, replicated", "ring 2 x ulysses 1, fsdp", "cfg 2 x ring 1 x ulysses 1, fsdp_offload"):
         assert layout in shown
+    for number_format in ("float8", "int8"):
+        assert f"ring 2 x ulysses 1, fsdp               transformer 2 x 320, {number_format}" in shown
     assert "transformer 1 x 256, bfloat16" in shown
     assert "all equal to one device" in shown
 
