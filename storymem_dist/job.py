@@ -101,8 +101,8 @@ def render_job(points: Sequence[Point], *, sweep: str | None = None) -> int:
             for observers in watchers:
                 observers.warn(message, "parallel")
 
-        with Watch(session, settings.parallel, look=board.look, tell=tell):
-            summary = _render(parts, points, checked, session, board)
+        with Watch(session, settings.parallel, look=board.look, tell=tell) as watch:
+            summary = _render(parts, points, checked, session, board, watch)
     _print_outcome(points, checked.batches, summary, session)
     rejected = any(batch.rejected for batch in checked.batches)
     return summary.exit_code or (StoryboardError.exit_code if rejected else 0)
@@ -180,7 +180,12 @@ def _part(
 
 
 def _render(
-    parts: Sequence[BatchPart], points: Sequence[Point], checked: CheckedJob, session: Session, board: ProgressBoard
+    parts: Sequence[BatchPart],
+    points: Sequence[Point],
+    checked: CheckedJob,
+    session: Session,
+    board: ProgressBoard,
+    watch: Watch,
 ) -> BatchSummary:
     settings, weights = points[0].settings, checked.weights
     engine = Engine.start(
@@ -235,6 +240,7 @@ def _render(
             leader_decides=session.leader_decides,
             check_contents=settings.debug.verify_records,
             loaded=loaded,
+            on_crash=watch.note,
         )
 
 

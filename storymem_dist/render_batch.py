@@ -10,7 +10,7 @@ there.
 
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -37,11 +37,13 @@ def render_batch(
     leader_decides: LeaderDecides = alone,
     check_contents: bool = False,
     loaded: str | None = None,
+    on_crash: Callable[[BaseException], None] = lambda error: None,
 ) -> BatchSummary:
     """Render all shots of all ``parts`` that are not committed, together with the other replicas and jobs.
 
     ``check_contents`` compares the contents of all files of a resumed run with their records, not only their sizes.
-    ``loaded`` is the kind whose experts the renderer has already.
+    ``loaded`` is the kind whose experts the renderer has already. ``on_crash`` hears at once of an error that ends the
+    batch, before what is being saved is waited for.
     All ranks return the same summary.
 
     Raises ``RunFolderError`` and other ``StoryMemError`` when the batch cannot begin, and whatever the renderer raised
@@ -75,7 +77,8 @@ def render_batch(
     except KeyboardInterrupt:
         desk.close(at_once=True)
         raise
-    except BaseException:
+    except BaseException as error:
+        on_crash(error)
         desk.close(crashed=True)
         raise
 

@@ -7,7 +7,15 @@ life, also of work that is the leader's alone. Knows events; nothing of ranks, c
 
 from dataclasses import dataclass
 
-from storymem_dist.observe.events import Event, Observer, ShotFailed, StageFinished, StageStarted, StepFinished
+from storymem_dist.observe.events import (
+    Event,
+    Observer,
+    ShotFailed,
+    StageFinished,
+    StageStarted,
+    StepFinished,
+    WarningIssued,
+)
 
 LEADER_STAGES = ("save", "join")
 """Stages that only the leader goes through: they are no part of the lock step."""
@@ -41,7 +49,7 @@ class ProgressBoard:
 
     def __init__(self) -> None:
         self._place = _Place()
-        self._beside: tuple[str, str] | None = None  # the leader's own stage, and its shot
+        self._beside: dict[str, str] = {}  # stages of the leader's own that are under way, with their shot or story
         self._num_signs = 0
 
     def watching(self, observer: Observer) -> Observer:
@@ -49,8 +57,11 @@ class ProgressBoard:
         return _Noting(self, observer)
 
     def sign(self) -> None:
-        """Note a sign of life that is no event."""
-        self._num_signs += 1
+        """Note a sign of life that is no event: somebody looks for work. No sign while the leader's own work goes on,
+        which may be what hangs.
+        """
+        if not self._beside:
+            self._num_signs += 1
 
     def note(self, event: Event) -> None:
         """Take note of ``event``."""
@@ -59,20 +70,26 @@ class ProgressBoard:
             shot, number = f"{event.story_id}:{event.shot_id}", self._place.number + 1
             self._place = _Place(number, "denoise", shot, step=event.step, num_steps=event.num_steps)
         elif isinstance(event, StageStarted | StageFinished):
-            shot = "" if event.story_id is None else f"{event.story_id}:{event.shot_id}"
+            shot = ":".join(filter(None, (event.story_id, event.shot_id)))
             is_over = isinstance(event, StageFinished)
             if event.stage in LEADER_STAGES:
-                self._beside = None if is_over else (event.stage, shot)
+                self._note_beside(event.stage, None if is_over else shot)
             else:
                 self._place = _Place(self._place.number + 1, event.stage, shot, is_over)
         elif isinstance(event, ShotFailed):
-            self._beside = None
+            self._note_beside("save", None)
+        elif isinstance(event, WarningIssued) and event.source in LEADER_STAGES:  # it ended with an error
+            self._note_beside(event.source, None)
 
     def look(self) -> Progress:
         """Where this rank is now."""
         place, beside = self._place, self._beside
         is_slow = place.stage in SLOW_STAGES and not place.is_over
         return Progress(number=place.number, num_signs=self._num_signs, where=_in_words(place, beside), is_slow=is_slow)
+
+    def _note_beside(self, stage: str, shot: str | None) -> None:
+        others = {other: of for other, of in self._beside.items() if other != stage}
+        self._beside = others if shot is None else {**others, stage: shot}
 
 
 class _Noting:
@@ -85,8 +102,8 @@ class _Noting:
         self._observer.notify(event)
 
 
-def _in_words(place: _Place, beside: tuple[str, str] | None) -> str:
-    leaders = _stage(*beside) if beside else ""
+def _in_words(place: _Place, beside: dict[str, str]) -> str:
+    leaders = " and ".join(_stage(stage, shot) for stage, shot in beside.items())
     if leaders and (place.stage is None or place.is_over):
         return leaders
     if place.stage is None:

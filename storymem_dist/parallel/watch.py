@@ -18,7 +18,6 @@ import socket
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from datetime import timedelta
@@ -41,6 +40,7 @@ _TELL_RATIO = 0.9  # part of the time-out of a collective after which a hang is 
 _SLOW_PATIENCE = 3.0  # how many times longer a slow stage may be silent
 _STORE_SECONDS = 5.0
 _TELL_SECONDS = 5.0
+_LEAVE_SECONDS = 30.0  # after an error, for what is still being saved; torchrun too gives 30 s
 
 
 class Progress(Protocol):
@@ -108,13 +108,18 @@ class Watch:
         self._heard: dict[int, int] = {}
         self._beat = 0
         self._last_tick = self._armed_at = -float("inf")
-        self._alarm_seconds = 0.0
+        self._alarm_seconds = self._leaving_seconds = 0.0
+        self._error: BaseException | None = None
         self._told_of = -1
 
     def __enter__(self) -> "Watch":
         self._tick()
         self._thread.start()
         return self
+
+    def note(self, error: BaseException) -> None:
+        """Tell the other ranks that ``error`` ends this one, before it tidies up, which may take a while."""
+        self._error = self._error or error
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -124,17 +129,17 @@ class Watch:
         faulthandler.cancel_dump_traceback_later()
         if error is None:
             return
-        first_line = (str(error).splitlines() or [""])[0]
-        is_collective = _is_of_a_collective(error)
-        self._own = replace(self._own, waits=is_collective, failure=f"{type(error).__name__}: {first_line}")
+        self.note(error)
         self._exchange()
-        if not (is_collective and self._peers):
+        if not (_is_of_a_collective(error) and self._peers):
             return
         self._stay_to_be_heard()
         verdict, speaker = self._verdict()
         if speaker != self._rank:
             raise CollectiveFailed(f"rank {self._rank} ends: a collective failed; rank {speaker} says why") from error
-        message = f"replica {self._replica} ends, a collective failed: {verdict.text} (torch says: {first_line})"
+        message = (
+            f"replica {self._replica} ends, a collective failed: {verdict.text} (torch says: {_first_line(error)})"
+        )
         self._tell(message)
         raise CollectiveFailed(message) from error
 
@@ -147,6 +152,11 @@ class Watch:
     def _tick(self) -> None:
         self._arm_for_a_stuck_interpreter()
         elapsed = self._exchange()
+        if self._error is not None:
+            self._leaving_seconds += elapsed
+            if self._leaving_seconds > _LEAVE_SECONDS:
+                self._end(self._own.failure)
+            return
         if any(one.failure for one in self._seen.values()):
             self._alarm_seconds += elapsed
             patience = 2 if self._own.waits else 1  # its own collective will fail very soon
@@ -163,6 +173,9 @@ class Watch:
         elapsed = min(now - self._last_tick, _ALIVE_INTERVALS * self._interval) if self._beat else 0.0
         self._last_tick = now
         self._beat += 1
+        if self._error is not None and not self._own.failure:
+            failure = f"{type(self._error).__name__}: {_first_line(self._error)}"
+            self._own = replace(self._own, waits=_is_of_a_collective(self._error), failure=failure)
         if not self._own.failure:
             self._look_at_own_rank(elapsed)
         for rank, one in self._seen.items():
@@ -236,10 +249,8 @@ class Watch:
         verdict, speaker = self._verdict()
         if self._rank in verdict.culprits or speaker == self._rank:
             self._say(f"replica {self._replica} ends: {verdict.text}")
-        frame = sys._current_frames().get(self._thread_id)
-        if self._rank in verdict.culprits and frame is not None:
-            sys.stderr.write(f"rank {self._rank} hangs here:\n{''.join(traceback.format_stack(frame))}")
-        sys.stderr.flush()
+        if self._rank in verdict.culprits and sys.__stderr__ is not None:
+            faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
         if not self._alarm_seconds:
             self._stay_to_be_heard()
         os._exit(1)
@@ -280,17 +291,21 @@ def _key(rank: int) -> str:
     return f"storymem-watch/{rank}"
 
 
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [""])[0]
+
+
 def _is_of_a_collective(error: BaseException) -> bool:
     """Whether ``torch.distributed`` raised it; gloo's errors have no class of their own."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
 
 
 def _position(frame: FrameType | None) -> tuple[str, bool]:
-    """The innermost line of a thread that is not torch's, and whether torch waits there for other ranks."""
+    """The innermost line of a thread that says something, and whether torch waits there for other ranks."""
     waits = False
     while frame is not None:
         module = str(frame.f_globals.get("__name__", ""))
-        if module.split(".")[0] not in ("torch", "threading"):
+        if module.split(".")[0] not in ("torch", "threading", "concurrent"):
             return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno} in {frame.f_code.co_name}", waits
         waits = waits or module.startswith("torch.distributed")
         frame = frame.f_back

@@ -8,6 +8,7 @@ from storymem_dist.observe.events import (
     StageFinished,
     StageStarted,
     StepFinished,
+    WarningIssued,
     WeightsProgress,
     timed_stage,
 )
@@ -15,6 +16,7 @@ from storymem_dist.observe.progress import ProgressBoard
 from tests.helpers.fake_renderer import Events
 
 SHOT = {"story_id": "moon", "shot_id": "shot_02"}
+BOTH = "stage 'save' of moon:shot_02 and stage 'join' of moon"
 NEXT = {"story_id": "moon", "shot_id": "shot_03"}
 
 
@@ -46,6 +48,8 @@ def step(number: int) -> Event:
             [begin("save", **SHOT), begin("recall", **NEXT)],
             "stage 'recall' of moon:shot_03 (with stage 'save' of moon:shot_02 beside it)",
         ),
+        ([end("keyframes", **SHOT), begin("save", **SHOT), begin("join", story_id="moon")], BOTH),
+        ([begin("join", story_id="moon"), WarningIssued(message="full disk", source="join")], "the start of the job"),
         ([begin("save", **SHOT), ShotFailed(reason="full disk", **SHOT), begin("load")], "stage 'load'"),
     ],
 )
@@ -65,6 +69,9 @@ def test_leader_and_peers_count_the_same_and_every_event_is_a_sign_of_life() -> 
             board.watching(Events()).notify(step(1))
     with timed_stage(leader.watching(Events()), "save", **SHOT):
         assert leader.look().number == peer.look().number == 3
+        signs = leader.look().num_signs
+        leader.sign()
+        assert leader.look().num_signs == signs, "a leader that only waits for its own save may hang"
     signs = leader.look().num_signs
     leader.watching(Events()).notify(WeightsProgress(what="t2v", bytes_done=1, bytes_total=2))
     leader.sign()
