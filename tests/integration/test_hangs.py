@@ -61,7 +61,8 @@ def hold_the_interpreter() -> None:
 
 
 def pause() -> None:
-    subprocess.Popen(["sh", "-c", f"sleep {1.4 * TIMEOUT}; kill -CONT {os.getpid()}"])
+    time.sleep(1.0)  # so that the last sign of life was before
+    subprocess.Popen(["sh", "-c", f"sleep {1.2 * TIMEOUT}; kill -CONT {os.getpid()}"])
     os.kill(os.getpid(), signal.SIGSTOP)
     time.sleep(1.0)
 
