@@ -95,6 +95,7 @@ def test_every_layout_of_a_node_is_listed_once_and_fits() -> None:
         ({"device": "tpu"}, "auto, cpu, cuda"),
         ({"backend": "mpi"}, "auto, gloo, nccl"),
         ({"collective_timeout_seconds": float("nan")}, "collective_timeout_seconds=nan"),
+        ({"stall_timeout_seconds": 100.0}, "stall_timeout_seconds=100.0 .* at least parallel.collective"),
         ({"weights": "zero3", "ulysses": 2}, "fsdp_offload to split a forward"),
         ({"weights": "zero3", "compile": True}, "eager mode only"),
         ({"weights": "zero3", "zero3_offload": "nvme"}, "needs parallel.zero3_nvme_path"),
