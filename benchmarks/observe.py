@@ -1,18 +1,20 @@
 """What observing costs a render.
 
-    python benchmarks/observe.py                      # both tables, about two minutes
+    python benchmarks/observe.py                      # both tables, about five minutes
+    python benchmarks/observe.py --faults             # the second one alone
     python benchmarks/observe.py --json observe.json
 
 **Cost of a step.** Microseconds that the rendering thread spends in ``notify`` for one ``StepFinished`` (median over
 batches, events spaced as in a render rather than in a burst), with each set of back ends.
 
-**Slowdown.** A stand-in for a render: steps of ``--step-ms`` of matrix products on one thread, an event after each.
-Rounds of such steps are timed with no observers and with a back end that behaves badly, in turn; the slowdown is the
-median over the rounds (on a machine that does other things too, look at the quartiles). Processor times are not
-disturbed by others: by how much that of the rendering thread grows, and how much of the time the back end's thread
-computes, which it can at worst take from the render. The events lost are those missing from the event file. Starting up
-is left out. The default step is as long as one of the tiny model on a CPU; one of the 14B model is 10 times longer or
-more.
+**Faults.** What a back end that behaves badly costs a render: one that raises at its first event, one that hangs for a
+minute in it, and one that floods (it answers every event with a thousand, and computes whenever it is let). Clips of
+the tiny model are rendered from noise to pixels, with the events of a real shot, once with the event file alone and
+once with each bad back end, in turn; figures are medians over the rounds, of each round's ratio to its own clip with
+the event file alone. On a machine that does other things too, the clock says little (look at the quartiles) and
+processor times more: by how much that of the rendering thread grows, and how much of the clip's time all other threads
+compute, which they can at worst take from the render. Events lost are those missing from the event file. Starting up is
+left out. A step of the 14B model takes 10 times as long as the default one, or more.
 """
 
 import argparse
@@ -23,6 +25,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,14 +33,26 @@ from harness import print_table, write_json
 from rich.console import Console
 
 from storymem_dist.artifacts.run_folder import RunFolder
+from storymem_dist.build import Engine, open_weights, with_generated_weights
+from storymem_dist.diffusion.denoise import PromptEmbeds, StepInfo
+from storymem_dist.diffusion.settings import SamplerSettings
+from storymem_dist.models.settings import ModelSettings
 from storymem_dist.observe.console import LiveConsole, PlainConsole
-from storymem_dist.observe.events import JobStarted, ShotStarted, StampedEvent, StepFinished
+from storymem_dist.observe.events import (
+    Event,
+    JobStarted,
+    ShotStarted,
+    StampedEvent,
+    StepFinished,
+    WarningIssued,
+    timed_stage,
+)
 from storymem_dist.observe.feeder import WandbProcess
 from storymem_dist.observe.journal import JournalWriter, read_journal
 from storymem_dist.observe.observers import BackEnd, Observers
 from storymem_dist.observe.settings import WandbSettings
-
-STEPS_PER_ROUND = 20
+from storymem_dist.parallel.settings import ParallelSettings
+from storymem_dist.render_clip import ClipRequest, ClipSampler
 
 STEP = StepFinished(
     story_id="ocean", shot_id="shot_01", step=3, num_steps=40, expert="low_noise", elapsed_seconds=6.1, timestep=876
@@ -101,26 +116,27 @@ def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--events", type=int, default=600, help="steps for the cost of a step, for each set")
-    parser.add_argument("--rounds", type=int, default=8, help=f"rounds of {STEPS_PER_ROUND} steps for the slowdown")
-    parser.add_argument("--step-ms", type=float, default=100.0, help="processor time of a step")
+    parser.add_argument("--faults", action="store_true", help="measure faults alone")
+    parser.add_argument("--rounds", type=int, default=11, help="clips with each bad back end")
+    parser.add_argument("--steps", type=int, default=20, help="steps of a clip")
+    parser.add_argument("--width", type=int, default=480, help="pixels of a clip: decides how long a step takes")
+    parser.add_argument("--height", type=int, default=288)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    values = {}
     with tempfile.TemporaryDirectory() as folder:
-        costs = [
-            cost_of_a_step(name, make, Path(folder) / str(number), arguments.events)
-            for number, (name, make) in enumerate(SETS.items())
-        ]
-        print_table(costs)
-        print()
-        products = calibrate(arguments.step_ms / 1000.0)
-        slowdowns = [
-            slowdown(make, Path(folder) / make.name, arguments.rounds, products)
-            for make in (WellBehaved, Raising, Hanging, Flooding)
-        ]
-        print_table(slowdowns)
+        if not arguments.faults:
+            values["cost_of_a_step"] = [
+                cost_of_a_step(name, make, Path(folder) / str(number), arguments.events)
+                for number, (name, make) in enumerate(SETS.items())
+            ]
+            print_table(values["cost_of_a_step"])
+            print()
+        clip = Clip(num_steps=arguments.steps, height=arguments.height, width=arguments.width)
+        values["faults"] = faults(clip, Path(folder) / "faults", arguments.rounds)
+        print_table(values["faults"])
     if arguments.json:
-        values = {"cost_of_a_step": costs, "slowdown": slowdowns}
         write_json(arguments.json, values, torch.device("cpu"))
 
 
@@ -181,85 +197,133 @@ def cost_of_a_step(name: str, make: Callable[[Path], list[BackEnd]], root: Path,
     }
 
 
-def slowdown(make: type[WellBehaved], root: Path, num_rounds: int, products: int) -> dict[str, object]:
-    """Time rounds of steps with no observers at all and with a badly behaved one, in turn; compare within rounds."""
-    lost = 0
-    ratios, seconds, own_ratios, other_ratios = [], [], [], []
+def faults(clip: "Clip", root: Path, num_rounds: int) -> list[dict[str, object]]:
+    """Render a clip with the event file alone and with each bad back end, in turn; compare within rounds."""
+    clip.render(Counting(None))
+    kinds: list[type[WellBehaved] | None] = [None, Raising, Hanging, Flooding]
+    rounds: list[dict[type[WellBehaved] | None, Rendered]] = []
     for number in range(num_rounds):
-        folder = root / str(number)
-        bare = timed_steps(products, None)
-        back_end = make()
-        observers = back_end.observers = start(folder, [back_end])
-        time.sleep(0.3)
-        observed = timed_steps(products, observers)
-        lost += 2 + STEPS_PER_ROUND - count_own(folder)
-        observers.close(0.0)
-        ratios.append(observed.wall / bare.wall)
-        own_ratios.append(observed.processor / bare.processor)
-        other_ratios.append(observed.others)
-        seconds.append(bare.wall)
-    return {
-        "back end": make.name,
-        "step ms": round(statistics.median(seconds) * 1000, 2),
-        "slowdown %": round(100 * (statistics.median(ratios) - 1), 2),
-        "quartiles %": " to ".join(f"{100 * (q - 1):.2f}" for q in statistics.quantiles(ratios, n=4)[::2]),
-        "own processor time %": round(100 * (statistics.median(own_ratios) - 1), 2),
-        "back end's processor time %": round(100 * statistics.median(other_ratios), 2),
-        "events lost": lost,
-    }
+        order = kinds if number % 2 == 0 else kinds[::-1]
+        rounds.append({kind: observed_clip(clip, kind, root / f"{number} {kind and kind.name}") for kind in order})
+    rows = []
+    for kind in kinds:
+        wall = [one[kind].wall / one[None].wall for one in rounds]
+        own = [one[kind].processor / one[None].processor for one in rounds]
+        quartiles = statistics.quantiles(wall, n=4)[::2] if len(wall) > 1 else wall
+        rows.append(
+            {
+                "back end": kind.name if kind is not None else "none beside the event file",
+                "clip s": round(statistics.median(one[kind].wall for one in rounds), 2),
+                "step ms": round(1000 * statistics.median(one[kind].step for one in rounds), 1),
+                "slowdown %": round(100 * (statistics.median(wall) - 1), 2),
+                "quartiles %": " to ".join(f"{100 * (q - 1):.2f}" for q in quartiles),
+                "own processor time %": round(100 * (statistics.median(own) - 1), 2),
+                "other threads' processor time %": round(
+                    100 * statistics.median(one[kind].others for one in rounds), 2
+                ),
+                "events": rounds[0][kind].num_events,
+                "events lost": sum(one[kind].num_lost for one in rounds),
+            }
+        )
+    return rows
 
 
 @dataclass(frozen=True, kw_only=True)
-class Steps:
-    """A round of steps: median seconds of one by the clock, and of this thread's processor time.
+class Rendered:
+    """One clip: seconds by the clock, of one step, and of this thread's processor time; events sent and missing.
 
-    ``others``: processor time of all other threads of this process, as a share of the round's time.
+    ``others``: processor time of all other threads of this process, as a share of the clip's time.
     """
 
     wall: float
+    step: float
     processor: float
     others: float
+    num_events: int
+    num_lost: int
 
 
-def timed_steps(products: int, observers: Observers | None) -> Steps:
-    """Do a round of steps, with an event after each if there are observers."""
-    wall, processor = [], []
-    work(products)
-    all_began, own_began = time.process_time(), time.thread_time()
-    for _ in range(STEPS_PER_ROUND):
-        began, busy_began = time.perf_counter(), time.thread_time()
-        work(products)
-        if observers is not None:
-            observers.notify(STEP)
-        wall.append(time.perf_counter() - began)
-        processor.append(time.thread_time() - busy_began)
-    others = (time.process_time() - all_began) - (time.thread_time() - own_began)
-    return Steps(
-        wall=statistics.median(wall), processor=statistics.median(processor), others=max(0.0, others) / sum(wall)
+def observed_clip(clip: "Clip", kind: type[WellBehaved] | None, folder: Path) -> Rendered:
+    """Render a clip that is watched by the event file and, unless None, by a back end of ``kind``."""
+    back_ends = [] if kind is None else [kind()]
+    observers = start(folder, list(back_ends))
+    for back_end in back_ends:
+        back_end.observers = observers
+    time.sleep(0.3)
+    counting = Counting(observers)
+    all_began, own_began, began = time.process_time(), time.thread_time(), time.perf_counter()
+    steps = clip.render(counting)
+    wall, processor = time.perf_counter() - began, time.thread_time() - own_began
+    others = time.process_time() - all_began - processor
+    lost = 2 + counting.num_events - count_own(folder)
+    observers.close(0.0)
+    return Rendered(
+        wall=wall,
+        step=statistics.median(steps),
+        processor=processor,
+        others=max(0.0, others) / wall,
+        num_events=counting.num_events,
+        num_lost=lost,
     )
+
+
+class Counting:
+    """Counts the events that it passes on."""
+
+    def __init__(self, observers: Observers | None) -> None:
+        self._observers = observers
+        self.num_events = 0
+
+    def notify(self, event: Event) -> None:
+        """Pass the event on."""
+        self.num_events += 1
+        if self._observers is not None:
+            self._observers.notify(event)
+
+
+class Clip:
+    """A clip of the tiny model that can be rendered again and again."""
+
+    def __init__(self, *, num_steps: int, height: int, width: int) -> None:
+        model = with_generated_weights(
+            ModelSettings(generate="tiny", dtype="float32", text_encoder_dtype="float32", text_encoder_device="cpu")
+        )
+        sampler = SamplerSettings(num_frames=5, height=height, width=width, num_inference_steps=num_steps)
+        weights = open_weights(model, ["t2v"], sampler.continuation)
+        engine = Engine.start(model, weights, ParallelSettings(device="cpu"), sampler)
+        texts = engine.encode_texts(["A red fox crosses a frozen lake.", sampler.negative_prompt])
+        prompt, negative = texts.values()
+        self._clips: ClipSampler = engine.clips
+        self._request = ClipRequest(
+            mode="t2v", prompt=PromptEmbeds(prompt_LE=prompt, negative_LE=negative), seed=0, sampler=sampler
+        )
+
+    def render(self, observer: Counting) -> list[float]:
+        """Render it, with the events of a shot; returns the seconds of each step."""
+        seconds = []
+
+        def on_step(info: StepInfo) -> None:
+            seconds.append(info.elapsed_seconds)
+            observer.notify(
+                StepFinished(
+                    story_id="ocean",
+                    shot_id="shot_01",
+                    step=info.step,
+                    num_steps=info.num_steps,
+                    expert=info.expert,
+                    elapsed_seconds=info.elapsed_seconds,
+                    timestep=info.timestep,
+                )
+            )
+
+        stage = partial(timed_stage, observer, story_id="ocean", shot_id="shot_01")
+        self._clips.sample(self._request, stage=stage, on_step=on_step)
+        return seconds
 
 
 def count_own(root: Path) -> int:
     """Events of the render in the event file, the warnings of the fan-out left out."""
-    return sum(type(stamped.event).__name__ != "WarningIssued" for stamped in read_journal(root / "events"))
-
-
-MATRIX = torch.randn(256, 256)
-
-
-def work(products: int) -> None:
-    """Keep one core busy as a render keeps its device: in torch, outside the interpreter's lock."""
-    matrix = MATRIX
-    for _ in range(products):
-        matrix = torch.mm(matrix, MATRIX).tanh_()
-
-
-def calibrate(seconds: float) -> int:
-    """How many products take about ``seconds`` of processor time."""
-    work(20)
-    began = time.thread_time()
-    work(50)
-    return max(1, round(50 * seconds / (time.thread_time() - began)))
+    return sum(not isinstance(stamped.event, WarningIssued) for stamped in read_journal(root / "events"))
 
 
 if __name__ == "__main__":
