@@ -4,6 +4,8 @@ Every rank samples its system; each replica leader writes events and its own con
 shows the whole batch, feeds Weights & Biases and writes the report. Knows places in a job, not how they came about.
 """
 
+import os
+import socket
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -13,7 +15,7 @@ from typing import TextIO
 from rich.console import Console
 
 from storymem_dist.observe.console import LiveConsole, PlainConsole
-from storymem_dist.observe.events import NullObserver, Observer, WarningIssued
+from storymem_dist.observe.events import JobStarted, NullObserver, Observer, WarningIssued
 from storymem_dist.observe.feeder import WandbProcess, choose_mode
 from storymem_dist.observe.journal import JournalTail, JournalWriter, new_writer_id
 from storymem_dist.observe.observers import BackEnd, Observers
@@ -146,7 +148,10 @@ def make_console(
 
 
 def wait_for_replicas_of(run_folder: Path, place: Place, *, silence_seconds: float = SILENCE_SECONDS) -> None:
-    """Wait until every other replica of this job says that it is finished, or shows no sign of life any more."""
+    """Wait until every other replica of this job says that it is finished, or shows no sign of life any more.
+
+    Whose process is gone from this host is not waited for: after a crash the others are in a hurry to start again.
+    """
     tail = JournalTail(run_folder / "events")
     state = RunState()
     began = time.time()
@@ -156,8 +161,21 @@ def wait_for_replicas_of(run_folder: Path, place: Place, *, silence_seconds: flo
             for stamped in events:
                 state.apply(stamped)
         starts = [state.newest_start(place.job, number) for number in others]
-        waiting = [start for start in starts if start is None or not start.outcome]
+        waiting = [start for start in starts if start is None or not (start.outcome or _has_died(start.job))]
         last_signs = [max(began, start.last_seen if start is not None else 0.0) for start in waiting]
         if all(time.time() - last > silence_seconds for last in last_signs):
             return
         time.sleep(1.0)
+
+
+def _has_died(started: JobStarted) -> bool:
+    """Whether the process that started is known to be gone. On another host nothing is known."""
+    if started.host != socket.gethostname() or not started.process_id:
+        return False
+    try:
+        os.kill(started.process_id, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        pass
+    return False

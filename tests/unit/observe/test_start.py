@@ -1,4 +1,7 @@
 import io
+import os
+import socket
+import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -101,10 +104,10 @@ def test_the_sweep_becomes_the_wandb_group_unless_one_is_set(tmp_path: Path, mon
     assert groups == ["cfg-sweep", "mine"], "only the first leader feeds"
 
 
-def announce(root: Path, replica: int, *, job: str, over: bool) -> None:
+def announce(root: Path, replica: int, *, job: str, over: bool, host: str = "", process_id: int = 0) -> None:
     writer = f"writer{replica}"
     with Observers(journal=JournalWriter(root / "events", writer), writer=writer, replica=replica) as observers:
-        observers.notify(ev.JobStarted(job=job, num_replicas=3))
+        observers.notify(ev.JobStarted(job=job, num_replicas=3, host=host, process_id=process_id))
         if over:
             observers.notify(ev.JobFinished(outcome="finished"))
 
@@ -129,6 +132,27 @@ def test_a_replica_that_fell_silent_is_not_waited_for(tmp_path: Path) -> None:
     began = time.monotonic()
     wait_for_replicas_of(root, Place(job="j", num_replicas=3), silence_seconds=0.5)
     assert 0.5 <= time.monotonic() - began < 10.0
+
+
+@pytest.mark.parametrize(("host", "is_waited_for"), [(socket.gethostname(), False), ("another-host", True)])
+def test_a_replica_whose_process_is_gone_from_this_host_is_not_waited_for(
+    tmp_path: Path, host: str, is_waited_for: bool
+) -> None:
+    root = run_folder(tmp_path)
+    with subprocess.Popen(["true"]) as ended:
+        pass
+    announce(root, 1, job="j", over=False, host=host, process_id=ended.pid)
+    began = time.monotonic()
+    wait_for_replicas_of(root, Place(job="j", num_replicas=2), silence_seconds=2.5)
+    assert (time.monotonic() - began >= 2.5) == is_waited_for
+
+
+def test_a_replica_whose_process_lives_on_this_host_is_waited_for(tmp_path: Path) -> None:
+    root = run_folder(tmp_path)
+    announce(root, 1, job="j", over=False, host=socket.gethostname(), process_id=os.getpid())
+    began = time.monotonic()
+    wait_for_replicas_of(root, Place(job="j", num_replicas=2), silence_seconds=1.5)
+    assert time.monotonic() - began >= 1.5
 
 
 def test_leaving_on_an_error_waits_for_nobody(tmp_path: Path) -> None:
