@@ -37,6 +37,7 @@ from storymem_dist.artifacts.files import (
     read_json,
     write_bytes,
 )
+from storymem_dist.artifacts.records import ShotRecord
 from storymem_dist.artifacts.shot_folder import ShotFolder
 from storymem_dist.errors import RunFolderError
 from storymem_dist.story.schema import Story
@@ -131,6 +132,15 @@ class RunFolder:
                 path.unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # not empty: other fingerprints have checkpoints there
                 folder.rmdir()
+
+    def finish_commit(self, record: ShotRecord) -> None:
+        """Do what follows the publishing of a record: its views, and nothing left of the way there.
+
+        May be repeated, by anyone. Raises ``OSError``.
+        """
+        self.shot(record.story_id, record.shot_id).repair_views(record)
+        self.remove_checkpoints(record.story_id, record.shot_id, record.fingerprint)
+        self.remove_failure(record.story_id, record.shot_id, record.fingerprint)
 
     # -- the folder itself ---------------------------------------------------------------------------------------------
 

@@ -1,8 +1,8 @@
 """From a rendered shot to a committed one, beside whatever the replica does next.
 
 ``BackgroundSave`` has a thread of its own: it encodes and writes the files, publishes the record, puts the views in
-their place, tells the observers and, after a story's last shot, joins the story. Queue and graph belong to the thread
-that renders, which takes note of the outcome (``Saved``) when it gets to it.
+their place, gives the lease back, tells the observers and, after a story's last shot, joins the story. Queue and graph
+belong to the thread that renders, which takes note of the outcome (``Saved``) when it gets to it.
 
 Only files are written here. Decoding and choosing keyframes come before, in the thread that renders: they need the
 device that renders.
@@ -18,7 +18,6 @@ from enum import Enum
 from typing import Any
 
 from storymem_dist.artifacts.records import ShotRecord
-from storymem_dist.artifacts.shot_folder import ShotFolder
 from storymem_dist.dispatch import announcing
 from storymem_dist.dispatch.graph import Chain
 from storymem_dist.dispatch.jobs import RenderedShot
@@ -88,14 +87,18 @@ class BackgroundSave:
         joiner: StoryJoiner,
         host: Mapping[str, Any],
         may_publish: Callable[[], bool],
+        release: Callable[[], None],
     ) -> None:
-        """``host`` goes into the part of the record that may differ between equal runs."""
+        """``host`` goes into the part of the record that may differ between equal runs. ``release`` gives the lease
+        back, when the shot is committed.
+        """
         self.held = held
         self._part = part
         self._chain = chain
         self._joiner = joiner
         self._host = host
         self._may_publish = may_publish
+        self._release = release
         self._abandoned = threading.Event()
         self._outcome: Future[Saved] = Future()
         story_id, shot_id = held.shot.story.story_id, held.shot.shot.shot_id
@@ -157,7 +160,8 @@ class BackgroundSave:
         observers.notify(
             StageFinished(stage="save", elapsed_seconds=now - began, story_id=record.story_id, shot_id=record.shot_id)
         )
-        self._tidy(folder, record)
+        self._finish(record)
+        self._release()
         observers.notify(announcing.shot_finished(record, part, elapsed, seconds))
         damaged = self._join() if shot is self._chain.shots[-1] else ()
         return Saved(end=SaveEnd.COMMITTED, elapsed_seconds=elapsed, stage_seconds=seconds, damaged=damaged)
@@ -166,15 +170,12 @@ class BackgroundSave:
         if self._abandoned.is_set():
             raise _Abandoned
 
-    def _tidy(self, folder: ShotFolder, record: ShotRecord) -> None:
-        """Put the views in their place and remove what a committed shot does not need."""
-        run, story_id, shot_id = self._part.run, record.story_id, record.shot_id
+    def _finish(self, record: ShotRecord) -> None:
         try:
-            folder.repair_views(record)
-            run.remove_checkpoints(story_id, shot_id, record.fingerprint)
-            run.remove_failure(story_id, shot_id, record.fingerprint)
+            self._part.run.finish_commit(record)
         except OSError as error:
-            self._warn(f"{story_id}:{shot_id} is committed, but not everything is in its place: {error}", "save")
+            where = f"{record.story_id}:{record.shot_id}"
+            self._warn(f"{where} is committed, but not everything is in its place: {error}", "save")
 
     def _join(self) -> Sequence[PlannedShot]:
         """Join the story; return the shots that turned out to be damaged."""

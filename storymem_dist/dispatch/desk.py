@@ -260,6 +260,7 @@ class Desk:
             joiner=self._joiner,
             host={"replica": self._replica.index, "job_id": self._owner.job_id, "resumed_at_step": held.resumed_at},
             may_publish=partial(self._queue.still_held, held.claim),
+            release=partial(self._queue.release_lease, held.claim),
         )
         if not self._settings.overlap_saving:
             self._collect_saved(wait=True)

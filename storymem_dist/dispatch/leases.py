@@ -101,7 +101,10 @@ class _Seen:
 
 @dataclass(kw_only=True)
 class LeaseFolder:
-    """Leases in one folder, for one owner. Between ``start`` and ``close`` a daemon thread shows signs of life."""
+    """Leases in one folder, for one owner. Between ``start`` and ``close`` a daemon thread shows signs of life.
+
+    Different keys may be claimed, looked at and released by different threads at once.
+    """
 
     folder: Path
     owner: Owner

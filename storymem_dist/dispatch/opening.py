@@ -78,7 +78,7 @@ def open_batch(
         if settings.resume == "strict":
             _refuse_differences(parts, graph)
         for number, part in enumerate(parts):
-            _sweep(part.run, leases[number], [chain for chain in graph.chains if chain.part == number])
+            _sweep(part.run, leases[number], [chain for chain in graph.chains if chain.part == number], queue)
         share = list(_share(graph, replica))
         num_skipped = sum(_check_chain(parts[chain.part], chain, queue, check_contents) for chain in share)
         queue.scan(force=True)
@@ -184,8 +184,9 @@ def _refuse_differences(parts: Sequence[BatchPart], graph: ShotGraph) -> None:
         )
 
 
-def _sweep(run: RunFolder, leases: LeaseFolder, chains: Sequence[Chain]) -> None:
-    """Remove what processes that died left behind: half-made files, and leases on shots that are committed.
+def _sweep(run: RunFolder, leases: LeaseFolder, chains: Sequence[Chain], queue: ShotQueue) -> None:
+    """Remove what processes that died left behind: half-made files, and leases on shots that are committed; those who
+    held these may have died before the end of their commit.
 
     Everything is listed first and removed if this process turns out to be alone after that. So nothing of a living
     process can be on the list: each shows a sign of life before it makes any file here. (Attempts have rules of their
@@ -196,17 +197,19 @@ def _sweep(run: RunFolder, leases: LeaseFolder, chains: Sequence[Chain]) -> None
         folders += [run.story_folder(chain.story_id), run.story_folder(chain.story_id) / "keyframes"]
     left = temporaries_in(run.root, "stop.json")  # not the marker's: it is made before the first sign of life
     left += [path for folder in folders for path in temporaries_in(folder)]
-    wanted = {
-        lease_key(shot)
+    shots = {
+        lease_key(shot): (shot, state)
         for chain in chains
         for shot, state in zip(chain.shots, chain.states, strict=True)
-        if state is not ShotState.COMMITTED
     }
-    left += leases.lease_files(except_keys=wanted)
+    wanted = {key for key, (_, state) in shots.items() if state is not ShotState.COMMITTED}
+    left_leases = leases.lease_files(except_keys=wanted)
     leases.remove_dead_owners()
     leases.scan()
     if leases.num_alive == 1:
-        for path in left:
+        for key in {path.name.rsplit(".", 2)[0] for path in left_leases} & shots.keys():
+            queue.finish_commit(shots[key][0])
+        for path in [*left, *left_leases]:
             path.unlink(missing_ok=True)
 
 
@@ -225,8 +228,7 @@ def _check_chain(part: BatchPart, chain: Chain, queue: ShotQueue, check_contents
         try:
             record = folder.require_record(shot.fingerprint, check_contents=check_contents)
             folder.discard_orphans(shot.fingerprint)
-            folder.repair_views(record)
-            part.run.remove_checkpoints(chain.story_id, shot.shot.shot_id, shot.fingerprint)
+            part.run.finish_commit(record)
         except DamagedRecord as damage:
             part.observers.notify(WarningIssued(message=f"{damage}; the shot is rendered again", source="resume"))
             queue.graph.set_state(shot, ShotState.WAITING)

@@ -6,11 +6,13 @@ shares with the other replicas of its job and with other jobs; each folder is sc
 every claim make it true. Knows nothing of pixels, ranks or models.
 """
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from storymem_dist.artifacts.files import names_in
+from storymem_dist.artifacts.records import DamagedRecord
 from storymem_dist.artifacts.run_folder import Failure, RunFolder
 from storymem_dist.dispatch.graph import ShotGraph, ShotKey, ShotState, choose_shot, shot_key
 from storymem_dist.dispatch.jobs import ShotJob
@@ -128,6 +130,8 @@ class ShotQueue:
                 self._leased_since.setdefault(key, self._clock())
                 self.graph.set_state(shot, ShotState.LEASED)
                 continue
+            if lease.generation:
+                self.finish_commit(shot)
             if self._find_committed(shot) or self._has_failed(shot) or self._has_killed_too_many(shot, lease):
                 leases.release(lease)
                 continue
@@ -145,6 +149,10 @@ class ShotQueue:
         """Note that a claimed shot is rendered: as soon as it is saved, the one after it will be ready."""
         self._saving = claim.shot
 
+    def release_lease(self, claim: Claim) -> None:
+        """Give the lease of a committed shot back at once, so that others may go on; from any thread."""
+        self._leases[claim.shot.part].release(claim.lease)
+
     def release(self, claim: Claim, state: ShotState) -> None:
         """Give a claim back and note what became of the shot."""
         key = shot_key(claim.shot)
@@ -153,8 +161,17 @@ class ShotQueue:
             self._saving = None
         self._generations.pop(key, None)
         self._leased_since.pop(key, None)
-        self._leases[claim.shot.part].release(claim.lease)
+        self.release_lease(claim)
         self.graph.set_state(claim.shot, state)
+
+    def finish_commit(self, shot: PlannedShot) -> None:
+        """If the holder of ``shot`` died right after publishing a record, do what it could not. Raises ``OSError``."""
+        run = self._runs[shot.part]
+        folder = run.shot(shot.story.story_id, shot.shot.shot_id)
+        with contextlib.suppress(DamagedRecord):  # it was set aside, so the shot counts as not rendered
+            if (record := folder.read_record(shot.fingerprint)) is not None:
+                folder.discard_orphans(shot.fingerprint)
+                run.finish_commit(record)
 
     def mark_failed(self, failure: Failure, shot: PlannedShot) -> None:
         """Note that ``shot`` failed, here and in the folder for all to see. Raises ``OSError`` when it cannot."""

@@ -4,17 +4,19 @@ Forked, so that they start in milliseconds with everything imported.
 """
 
 import contextlib
+import json
 import os
 import signal
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 
+from storymem_dist.artifacts.records import ShotRecord
 from storymem_dist.dispatch.settings import DispatchSettings
 from storymem_dist.dispatch.summary import Replica
 from storymem_dist.render_batch import render_batch
@@ -97,11 +99,21 @@ def begun(log: Path) -> list[str]:
     return [line.split()[0] for line in log.read_text().splitlines()] if log.exists() else []
 
 
-def in_flight(root: Path, log: Path, pid: int) -> set[str]:
-    """The shots that a worker began and that are not committed: two at most, one rendered and one being saved."""
+def begun_by(log: Path, pid: int) -> list[str]:
+    """The shots that one worker began."""
     lines = [line.split() for line in log.read_text().splitlines()] if log.exists() else []
-    shots = {name for name, of in lines if of == str(pid)}
-    return {name for name in shots if not list((root / "stories" / name.replace(":", "/") / "records").glob("*.json"))}
+    return [name for name, of in lines if of == str(pid)]
+
+
+def in_flight(root: Path, shots: Iterable[str], pid: int) -> set[str]:
+    """Of the ``shots`` that a process began, which has ended, those that it did not commit itself."""
+    lost = set()
+    for name in shots:
+        records = (root / "stories" / name.replace(":", "/") / "records").glob("*.json")
+        attempts = [ShotRecord.from_json(json.loads(path.read_text())).attempt_id for path in records]
+        if str(pid) not in [attempt.rsplit("-", 3)[1] for attempt in attempts]:
+            lost.add(name)
+    return lost
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """Independent processes that share one run folder: joined, killed, paused, told to stop."""
 
 import json
+import os
 import random
 import signal
 import time
@@ -22,7 +23,17 @@ from storymem_dist.render_batch import render_batch
 from storymem_dist.story.schema import Story
 from tests.helpers.batches import render
 from tests.helpers.fake_renderer import FakeRenderer, finished_files, make_part, make_story
-from tests.helpers.workers import begun, exit_code, fork_worker, in_flight, kill, quick_folder, start_worker, wait_until
+from tests.helpers.workers import (
+    begun,
+    begun_by,
+    exit_code,
+    fork_worker,
+    in_flight,
+    kill,
+    quick_folder,
+    start_worker,
+    wait_until,
+)
 
 STORIES = [make_story(f"story_{number}", length) for number, length in enumerate((5, 3, 4, 2))]
 # Long enough that a busy machine does not make a living process look dead, short enough to wait for.
@@ -140,6 +151,50 @@ def _is_stopped(pid: int) -> bool:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
 
 
+@pytest.mark.parametrize("found_by", ["a later job", "a job beside it"])
+def test_what_a_job_that_died_right_after_publishing_left_undone_is_done_by_who_finds_it(
+    root: Path, found_by: str
+) -> None:
+    """Also where the story is not one of those that the finder checks at its start."""
+    stories, log = [make_story(f"story_{number}", 2) for number in range(4)], root.parent / "log"
+    render(root.parent / "whole", stories)
+    first, beside = Replica(index=0, count=2, job_id="job"), found_by == "a job beside it"
+    dying = start_worker(
+        root,
+        stories,
+        log=log,
+        step_seconds=0.2,
+        replica=first,
+        settings=IMPATIENT,
+        before=lambda: _die_before_views(log, beside),
+    )
+    wait_until(lambda: "story_1:shot_01" in begun(log))
+    finders = [start_worker(root, stories, log=log, replica=first, settings=IMPATIENT) for _ in range(beside)]
+    assert exit_code(dying) == 9
+    assert [exit_code(worker) for worker in finders] == [0] * beside
+    if not beside:
+        assert render(root, stories, replica=first).state == "done"
+    assert finished_files(root) == finished_files(root.parent / "whole")
+    assert not list((root / "leases").glob("*.lease"))
+
+
+def _die_before_views(log: Path, beside: bool) -> None:
+    publish, repair_views = shot_folder.publish_exclusively, shot_folder.ShotFolder.repair_views
+
+    def wait_and_publish(source: Path, path: Path) -> bool:
+        if "story_1" in str(path) and beside:
+            wait_until(lambda: len({line.split()[1] for line in log.read_text().splitlines()}) == 2)
+        return publish(source, path)
+
+    def die_or_repair(folder: shot_folder.ShotFolder, record: ShotRecord) -> None:
+        if record.story_id == "story_1":
+            os._exit(9)
+        repair_views(folder, record)
+
+    shot_folder.publish_exclusively = wait_and_publish
+    shot_folder.ShotFolder.repair_views = die_or_repair  # type: ignore[method-assign]
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_stops_a_job_between_two_steps_and_the_next_one_goes_on_there(
     root: Path, whole: dict[str, bytes], number: signal.Signals
@@ -223,11 +278,11 @@ def test_replicas_killed_at_random_moments_end_with_the_undisturbed_result(root:
     time.sleep(rng.uniform(0.0, 0.1))
     kill(workers[victim])
     exit_code(workers[victim])
-    lost = in_flight(root, log, workers[victim])
+    lost = in_flight(root, begun_by(log, workers[victim]), workers[victim])
     workers[victim] = start(victim)
     assert [exit_code(worker) for worker in workers] == [0, 0, 0, 0]
     assert finished_files(root) == finished_files(whole)
     committed_by(root, stories)
-    assert len(lost) <= 2
+    assert len(lost) <= 2, "one that it rendered and one that it saved"
     twice = {name for name, times in Counter(begun(log)).items() if times > 1}
     assert twice <= lost, "nothing is rendered twice but the shots in flight"
