@@ -90,15 +90,15 @@ def count_all(args: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def count(what: str, num_ranks: int, height: int, width: int) -> Counter[str]:
+def count(what: str, num_ranks: int, height: int, width: int, num_frames: int = NUM_FRAMES) -> Counter[str]:
     """FLOPs, messages and sent bytes of rank 1 (it has two neighbours) for one clip."""
     counts: Counter[str] = Counter()
     with pretended_ranks(num_ranks, rank=min(1, num_ranks - 1)) as mesh, FakeTensorMode(allow_non_fake_inputs=True):
         vae = WanVae(AutoencoderKLWan())
         if mesh.shard.group is not None:
             parallelize_vae(vae, mesh.shard.group)
-        run = runner(vae, what, NUM_FRAMES, height, width)
-        with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as flops, _MessageCounter(counts):
+        run = runner(vae, what, num_frames, height, width)
+        with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as flops, _MessageCounter(counts):
             run()
     by_operator = flops.get_flop_counts()["Global"]
     counts["flops"] = flops.get_total_flops()
@@ -120,7 +120,7 @@ def _attention_flops(q: Any, k: Any, v: Any, *_args: Any, out_shape: Any = None,
     return sdpa_flop_count(q, k, v)
 
 
-_CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
 
 
 class _MessageCounter(TorchDispatchMode):
