@@ -27,7 +27,7 @@ from collections.abc import Callable, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from storymem_dist.artifacts.files import canonical_json, create_exclusively, names_in
+from storymem_dist.artifacts.files import canonical_json, create_exclusively, names_in, temporaries_in
 
 WORKING = "working"
 WAITING = "waiting"
@@ -136,7 +136,7 @@ class LeaseFolder:
         self._beat()
 
     def close(self, *, release: bool = True) -> None:
-        """Release everything that is held and take the sign of life away. Never raises.
+        """Release everything that is held and take the sign of life away; the last to go clears up. Never raises.
 
         With ``release=False`` (after a crash) leases stay behind: whoever takes one over knows that its holder died.
         """
@@ -149,6 +149,15 @@ class LeaseFolder:
                 self.release(lease)
         with contextlib.suppress(OSError):
             self._alive_path(self.owner.owner_id).unlink(missing_ok=True)
+            self._clear_up_as_last()
+
+    def _clear_up_as_last(self) -> None:
+        """Remove half-made leases, unless somebody may be alive: who is shows it before making any."""
+        left = temporaries_in(self.folder)
+        signs = [_read_alive(self.folder / name)[0] for name in names_in(self.folder) if name.endswith(_ALIVE_SUFFIX)]
+        if all(owner is not None and owner.is_known_dead() for owner in signs):
+            for path in left:
+                path.unlink(missing_ok=True)
 
     # -- holding keys --------------------------------------------------------------------------------------------------
 

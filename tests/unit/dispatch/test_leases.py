@@ -272,6 +272,29 @@ def test_after_a_crash_the_lease_stays_for_the_next_one_to_count(tmp_path: Path)
     assert [path.name for path in tmp_path.iterdir()] == ["key.0.lease"]
 
 
+@pytest.mark.parametrize(("other", "is_last"), [(None, True), ("dead", True), ("far", False)])
+def test_the_last_to_go_clears_up_after_those_who_died_in_a_claim(
+    tmp_path: Path, other: str | None, is_last: bool
+) -> None:
+    half_made = tmp_path / ".tmp-1234-key.0.lease"
+    half_made.write_bytes(b"{")
+    far = folder_of(tmp_path, far_owner(1), Clock())
+    if other == "far":
+        far.start()
+    elif other == "dead":
+        child = os.fork()
+        if child == 0:
+            LeaseFolder(folder=tmp_path, owner=Owner.this_process("job"), lease_seconds=60.0).start()
+            os._exit(0)
+        os.waitpid(child, 0)
+    leases = LeaseFolder(folder=tmp_path, owner=Owner.this_process("job"), lease_seconds=60.0)
+    leases.start()
+    assert half_made.exists()
+    leases.close()
+    assert half_made.exists() != is_last
+    far.close()
+
+
 def test_damaged_files_of_others_do_not_stop_anybody(tmp_path: Path) -> None:
     clock = Clock()
     (tmp_path / "key.0.lease").write_text("{")
