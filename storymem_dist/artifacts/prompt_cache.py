@@ -8,12 +8,13 @@ Knows nothing about how embeddings are made, by whom, or for which shots.
 """
 
 import hashlib
+import json
 import logging
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
 from storymem_dist.artifacts.files import write_bytes
@@ -62,17 +63,17 @@ class PromptCache:
         """
         path = self.path(prompt)
         try:
-            with safe_open(path, framework="pt") as entry:
-                checksum = (entry.metadata() or {}).get("sha256")
-                embeds: Tensor = entry.get_tensor(_TENSOR).clone()  # not a view of the file, which may be replaced
+            data = path.read_bytes()  # at once: safe_open would open it twice, and it may be replaced in between
         except FileNotFoundError:
-            return None
-        except SafetensorError as error:
-            _report_damaged(path, str(error))
             return None
         except OSError as error:
             raise RunFolderError(f"{path}: the prompt cache cannot be read ({error})") from error
-        if checksum != _checksum(embeds):
+        try:
+            embeds = load(data)[_TENSOR]
+        except (SafetensorError, KeyError) as error:
+            _report_damaged(path, str(error))
+            return None
+        if _metadata(data).get("sha256") != _checksum(embeds):
             _report_damaged(path, "its checksum does not match")
             return None
         return embeds
@@ -90,6 +91,13 @@ class PromptCache:
             write_bytes(path, save({_TENSOR: embeds}, metadata))
         except OSError as error:
             raise RunFolderError(f"{path}: the prompt cache cannot be written ({error})") from error
+
+
+def _metadata(data: bytes) -> dict[str, str]:
+    """The metadata of a valid safetensors file: in the JSON header, whose length comes first."""
+    length = int.from_bytes(data[:8], "little")
+    metadata: dict[str, str] = json.loads(data[8 : 8 + length]).get("__metadata__", {})
+    return metadata
 
 
 def _checksum(embeds: Tensor) -> str:
