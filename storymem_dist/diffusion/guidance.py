@@ -8,8 +8,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from storymem_dist.diffusion.branch import COND, UNCOND
 from storymem_dist.diffusion.experts import Expert
-from storymem_dist.diffusion.step_cache import COND, UNCOND
 from storymem_dist.errors import ConfigError
 
 

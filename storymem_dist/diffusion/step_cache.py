@@ -12,17 +12,14 @@ waits for the device, and only while a threshold is set. Knows nothing about ran
 Legend: B batch, L tokens (of this rank), D width, P rotary pairs.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from storymem_dist.diffusion.branch import COND, ByBranch
 from storymem_dist.models.wan.dit import BlockStack, WanDiT
-
-COND = "cond"
-UNCOND = "uncond"
 
 AddOverRanks = Callable[[Tensor], Tensor]
 """Sums a small tensor over all ranks that run the same step together; every rank gets the sum."""
@@ -36,15 +33,15 @@ class _Entry:
     rest_BLD: Tensor
 
 
-class StepCache:
+class StepCache(ByBranch):
     """What one expert remembers of the last step that it computed in full, and when to use it."""
 
     def __init__(self, *, dtype: torch.dtype, add_over_ranks: AddOverRanks = lambda sums: sums) -> None:
+        super().__init__()
         self._dtype = dtype
         self._add_over_ranks = add_over_ranks
         self._threshold = 0.0
         self._entries: dict[str, _Entry] = {}
-        self._branch: str | None = None
         self._decision: bool | None = None
 
     @property
@@ -76,27 +73,18 @@ class StepCache:
         self._entries.clear()
         self._decision = None
 
-    @contextmanager
-    def during(self, branch: str) -> Iterator[None]:
-        """The forward inside belongs to ``branch`` ("cond" or "uncond")."""
-        self._branch = branch
-        try:
-            yield
-        finally:
-            self._branch = None
-
     def recall(self, first_BLD: Tensor) -> Tensor | None:
         """The other blocks' remembered sum if this step reuses it, else None.
 
         ``first_BLD`` is what the first block added in this pass. The step's first pass decides; where another branch's
         pass runs on other ranks at the same time, those ranks take part in the sum without adding to it.
         """
-        entry = self._entries.get(self._current_branch())
+        entry = self._entries.get(self.branch)
         if entry is None:
             self._decision = False
         elif self._decision is None:
             sums = torch.zeros(2, device=first_BLD.device)
-            if self._branch == COND:
+            if self.branch == COND:
                 change = (first_BLD - entry.first_BLD).abs().sum()
                 sums = torch.stack([change, entry.first_BLD.abs().sum(dtype=torch.float32)])
             change_sum, norm = self._add_over_ranks(sums).tolist()
@@ -105,14 +93,7 @@ class StepCache:
 
     def remember(self, first_BLD: Tensor, rest_BLD: Tensor) -> None:
         """Keep what a pass of a full step added, in the expert's matmul dtype."""
-        self._entries[self._current_branch()] = _Entry(
-            first_BLD=first_BLD.to(self._dtype), rest_BLD=rest_BLD.to(self._dtype)
-        )
-
-    def _current_branch(self) -> str:
-        if self._branch is None:
-            raise RuntimeError("a forward with a step cache must say which guidance branch it is (Expert.run does)")
-        return self._branch
+        self._entries[self.branch] = _Entry(first_BLD=first_BLD.to(self._dtype), rest_BLD=rest_BLD.to(self._dtype))
 
 
 class CachedBlockStack(BlockStack):

@@ -5,20 +5,18 @@ They depend on the prompt and the weights alone, so all steps of a shot share th
 guidance branch in bf16. Each expert has its own. Knows nothing about ranks or what a prompt is.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 from torch import Tensor, nn
 
+from storymem_dist.diffusion.branch import ByBranch
 from storymem_dist.models.wan.dit import TextKeys, WanDiT
 
 
-class TextCache:
+class TextCache(ByBranch):
     """What one expert's blocks made of the texts of the running shot, by guidance branch."""
 
     def __init__(self) -> None:
+        super().__init__()
         self._kept: dict[tuple[str, nn.Module], TextKeys] = {}
-        self._branch: str | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -29,21 +27,10 @@ class TextCache:
         """Free what is kept: the next shot has other texts."""
         self._kept.clear()
 
-    @contextmanager
-    def during(self, branch: str) -> Iterator[None]:
-        """The forward inside belongs to ``branch`` ("cond" or "uncond")."""
-        self._branch = branch
-        try:
-            yield
-        finally:
-            self._branch = None
-
     def run_block(self, block: nn.Module, tokens_BLD: Tensor, *shared: Tensor) -> Tensor:
         """As ``dit.run_block``, with the kept keys and values in the place of the text from the second call on."""
-        if self._branch is None:
-            raise RuntimeError("a forward with a text cache must say which guidance branch it is (Expert.run does)")
         *tables, context_BSD = shared
-        place = (self._branch, block)
+        place = (self.branch, block)
         if place in self._kept:
             tokens: Tensor = block(tokens_BLD, *tables, self._kept[place])
         else:

@@ -8,9 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from storymem_dist.diffusion.branch import COND, UNCOND
 from storymem_dist.diffusion.experts import Expert
 from storymem_dist.diffusion.guidance import Guidance, LocalGuidance, guide, require_uncond
-from storymem_dist.diffusion.step_cache import COND, UNCOND
 from storymem_dist.errors import LayoutError
 from storymem_dist.parallel.clock import timed
 from storymem_dist.parallel.mesh import Axis, ReplicaMesh

@@ -5,12 +5,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from storymem_dist.diffusion.branch import COND, UNCOND
 from storymem_dist.diffusion.denoise import PromptEmbeds, StepInfo, denoise
 from storymem_dist.diffusion.experts import ExpertPair
 from storymem_dist.diffusion.guidance import LocalGuidance
 from storymem_dist.diffusion.latent_grid import LatentGrid
 from storymem_dist.diffusion.solver import Solver
-from storymem_dist.diffusion.step_cache import COND, UNCOND, attach_step_cache, step_cache_of
+from storymem_dist.diffusion.step_cache import attach_step_cache, step_cache_of
 from storymem_dist.errors import ConfigError
 from storymem_dist.models.wan.dit import WanDiT
 from tests.helpers.fake_experts import fake_experts
