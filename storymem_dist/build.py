@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -239,16 +240,7 @@ class Engine:
             parallel, guidance_scale_high=sampler.guidance_scale_high, guidance_scale_low=sampler.guidance_scale_low
         )
         session = session or start_session(parallel, num_heads=weights.any_checkpoint.dit_config.num_heads)
-        started = session
-        started.all_or_none(
-            lambda: start_backend(
-                model.attention,
-                device=started.device,
-                dtype=getattr(torch, model.dtype),
-                head_dim=weights.any_checkpoint.dit_config.head_dim,
-            )
-        )
-        started.all_or_none(lambda: check_linears(model.linears, started.device))
+        session.all_or_none(partial(_try_kernels, model, weights, session.device))
         set_fp32_precision(convolutions=model.vae_precision)
         vae = load_vae(weights.any_checkpoint.vae_path, session.device)
         if session.mesh.shard.size > 1:
@@ -289,3 +281,10 @@ class Engine:
         self.clips.release()
         self._text_encoder = None
         self.session.close()
+
+
+def _try_kernels(model: ModelSettings, weights: Weights, device: torch.device) -> None:
+    """Raise ``ConfigError`` unless the kernels that the settings name work on ``device``."""
+    head_dim = weights.any_checkpoint.dit_config.head_dim
+    start_backend(model.attention, device=device, dtype=getattr(torch, model.dtype), head_dim=head_dim)
+    check_linears(model.linears, device)
