@@ -47,7 +47,7 @@ class Shot:
             boundary_ratio=float(self._timesteps[3:5].float().mean()) / 1000,
             guidance_scale_high=3.5,
             guidance_scale_low=3.0,
-            **options,  # type: ignore[arg-type]
+            **options,
         )
 
     def render(self, *, resume: DenoiseState | None = None, stop_at: int = NUM_STEPS) -> Tensor:
@@ -104,7 +104,7 @@ def _in_every_layout(folder: Path, layouts: Sequence[str]) -> dict[str, dict[str
     dist.init_process_group("gloo")
     results = {}
     for name in layouts:
-        settings = ParallelSettings(**LAYOUTS[name])  # type: ignore[arg-type]
+        settings = ParallelSettings(**LAYOUTS[name])
         with start_session(settings, num_heads=M2V.num_heads) as session:
             experts = {
                 expert: parallelize(make_dit(M2V, seed=seed), session.mesh, settings)

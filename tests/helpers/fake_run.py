@@ -307,6 +307,19 @@ class FakeRun:
         return record
 
 
+def restarted_run(root: Path) -> tuple[FakeRun, FakeReplica]:
+    """Two shots by a replica that was killed inside the second one, and what took its place 500 s later."""
+    run = FakeRun(root, num_stories=1, num_shots=2)
+    with run.replica(0) as first:
+        run.shot(first, 0, 0)
+        run.shot(first, 0, 1, stop_after_step=2)
+    with run.replica(0, at=START_TIME + 500) as second:
+        run.skip(second, 0, 0)
+        run.shot(second, 0, 1, resume_at=2)
+        run.finish(second)
+    return run, second
+
+
 def whole_run(
     root: Path,
     *,

@@ -192,7 +192,7 @@ def _die_before_views(log: Path, beside: bool) -> None:
         repair_views(folder, record)
 
     shot_folder.publish_exclusively = wait_and_publish
-    shot_folder.ShotFolder.repair_views = die_or_repair  # type: ignore[method-assign]
+    shot_folder.ShotFolder.repair_views = die_or_repair
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -12,7 +12,7 @@ from storymem_dist.observe.console import LiveConsole, PlainConsole
 from storymem_dist.observe.journal import JournalTail, read_journal
 from storymem_dist.observe.settings import ConsoleSettings
 from storymem_dist.observe.start import make_console
-from tests.helpers.fake_run import START_TIME, FakeRun, whole_run
+from tests.helpers.fake_run import FakeRun, restarted_run, whole_run
 
 
 @pytest.fixture(scope="module")
@@ -89,18 +89,11 @@ def test_a_log_of_the_first_replica_counts_the_shots_of_all_and_ends_with_the_su
 def test_a_restarted_replica_is_no_second_job_in_the_summary(
     tmp_path: Path, kind: type[PlainConsole] | type[LiveConsole]
 ) -> None:
-    run = FakeRun(tmp_path / "run", num_stories=1, num_shots=2)
-    with run.replica(0) as first:
-        run.shot(first, 0, 0)
-        run.shot(first, 0, 1, stop_after_step=2)
-    with run.replica(0, at=START_TIME + 500) as second:
-        run.skip(second, 0, 0)
-        run.shot(second, 0, 1, resume_at=2)
-        run.finish(second)
+    run, second = restarted_run(tmp_path / "run")
     stream = io.StringIO()
     tail = JournalTail(run.root / "events", skip=(second.writer,))
     target = stream if kind is PlainConsole else Console(file=stream, force_terminal=True, width=120)
-    console = kind(target, tail=tail)  # type: ignore[arg-type]
+    console = kind(target, tail=tail)
     for stamped in read_journal(run.root / "events"):
         if stamped.writer == second.writer:
             console.handle(stamped)

@@ -6,7 +6,7 @@ from storymem_dist.observe import events as ev
 from storymem_dist.observe.journal import read_journal
 from storymem_dist.observe.run_state import RunState
 from storymem_dist.observe.summary import load_run_state
-from tests.helpers.fake_run import START_TIME, FakeReplica, FakeRun, whole_run
+from tests.helpers.fake_run import START_TIME, FakeReplica, FakeRun, restarted_run, whole_run
 
 
 def fold(root: Path) -> RunState:
@@ -68,14 +68,7 @@ def test_recalled_keyframes_get_the_scores_with_which_they_were_kept(complete: P
 
 
 def test_a_killed_replica_leaves_an_interrupted_attempt_and_its_restart_goes_on_in_the_same_row(tmp_path: Path) -> None:
-    run = FakeRun(tmp_path / "run", num_stories=1, num_shots=2)
-    with run.replica(0) as first:
-        run.shot(first, 0, 0)
-        run.shot(first, 0, 1, stop_after_step=2)
-    with run.replica(0, at=START_TIME + 500) as second:
-        run.skip(second, 0, 0)
-        run.shot(second, 0, 1, resume_at=2)
-        run.finish(second)
+    run, _ = restarted_run(tmp_path / "run")
     state = fold(run.root)
     assert list(state.rows) == [("", 0)]
     interrupted, resumed = state.stories["story_0"].shots["shot_02"].attempts

@@ -8,7 +8,7 @@ from storymem_dist.parallel.hangs import Sighting, judge
 def rank(number_of_rank: int, number: int, **fields: object) -> Sighting:
     values = {"waits": True, "here_seconds": 61.0, "silent_seconds": 0.0, "line": "sequence.py:80 in all_to_all"}
     where = f"step {number}"
-    return Sighting(rank=number_of_rank, host="a", number=number, where=where, **{**values, **fields})  # type: ignore[arg-type]
+    return Sighting(rank=number_of_rank, host="a", number=number, where=where, **{**values, **fields})
 
 
 HUNG = {"waits": False, "silent_seconds": 61.0, "line": "denoise.py:7 in denoise"}
