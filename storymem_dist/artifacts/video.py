@@ -67,8 +67,7 @@ def write_clip(
     """Encode uint8 RGB frames ``[F, 3, H, W]`` to an MP4 at ``fps`` frames per second, beside and then renamed.
 
     H and W must be multiples of 16 (no padding or cropping happens). ``check`` is called before every frame; what it
-    raises ends the writing. Raises ``ConfigError`` for other input and
-    ``OSError`` when the file cannot be written.
+    raises ends the writing. Raises ``ConfigError`` for other input and ``OSError`` when the file cannot be written.
     """
     _check_frames(frames_FCHW)
     try:

@@ -223,7 +223,8 @@ def load_dit_weights(
     shapes = {name: parameter.shape for name, parameter in parameters.items() if name not in scales}
     check_keys(shapes, source)
     check_deltas(shapes, deltas)
-    parts = {key: local_part(key, parameters[key]) for key in source.keys()}  # noqa: SIM118
+    keys = source.keys()
+    parts = {key: local_part(key, parameters[key]) for key in keys}
     for key, part in parts.items():
         assert part.tensor.shape == (part.num_rows, *shapes[key][1:]), f"local part of {key} has the wrong shape"
     scale_parts = {key: local_part(name, parameters[name]) for name, key in scales.items()}

@@ -2,7 +2,8 @@
 
 ``RunState.apply`` takes stamped events, of any number of writers, roughly in order of time, and keeps what is needed to
 say who does what, what is done, what failed and how fast it went. Rates follow from events only; nothing is measured
-here. Knows the events and nothing of files, terminals or services.
+here. One class in one module, since nearly every event touches rows, attempts and shots at once; their values are in
+``run_values.py``. Knows the events and nothing of files, terminals or services.
 """
 
 from dataclasses import replace

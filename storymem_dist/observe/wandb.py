@@ -7,7 +7,8 @@ Series and their axes: ``step/*`` over ``step/done`` (finished denoising steps o
 ``shot/done``, ``replica_N/*`` over ``replica_N/steps_done``, and ``run/*``, ``system/*``, ``weights/*`` and
 ``throughput/*`` over ``run/elapsed_seconds``. Tables: ``memory_frames``, ``failures``, ``story/ID``.
 
-Knows W&B and the events; ``feeder.py`` decides when and where it runs.
+Knows W&B and the events; ``feeder.py`` decides when and where it runs. Everything that W&B is told is here, so that no
+other module depends on its interface.
 """
 
 import contextlib
