@@ -123,8 +123,7 @@ class Desk:
             self._collect_saved(wait=True)
         except Exception as error:  # something else has gone wrong already, and that is what is to be told
             self._warn(self._parts[0], f"a shot could not be saved: {type(error).__name__}: {error}", "save")
-        for leases in self._batch.leases:
-            leases.close(release=not crashed)
+        self._batch.leave(crashed=crashed)
         self._batch = None
 
     # -- the next shot -------------------------------------------------------------------------------------------------
@@ -389,7 +388,7 @@ class Desk:
         return summarize(
             end.state,
             end.reason,
-            chains=[chain for chain in self._queue.graph.chains if part in (None, chain.part)],
+            chains=self._queue.graph.chains if part is None else self._queue.graph.chains_of(part),
             rejected=[failure for of, failure in self._batch.rejected if part in (None, of)],
             failures=[failure for key, failure in self._queue.failures.items() if part in (None, key[0])],
             tally=self._tally,

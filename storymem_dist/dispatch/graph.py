@@ -108,6 +108,10 @@ class ShotGraph:
         """Return chain and index of a shot by its key, or None when it is not (or no longer) part of this job."""
         return self._places.get(key)
 
+    def chains_of(self, part: int) -> list[Chain]:
+        """Return the chains of one batch part."""
+        return [chain for chain in self.chains if chain.part == part]
+
     def chain_of(self, shot: PlannedShot) -> Chain:
         """Return the chain of a planned shot."""
         return self._places[shot_key(shot)][0]

@@ -1,6 +1,7 @@
 """Who is alive and who renders what: lease files in a shared folder, safe on network file systems.
 
     leases/<owner>.alive                     rewritten in place a few times per lease time: a counter that goes up
+    leases/<owner>.dead                      what becomes of it when others find that its owner died, until they swept
     leases/<key>.<generation>.lease          made by an exclusive hard link; names its owner
 
 The only operations relied on are ones that file servers do atomically: an exclusive ``link`` and ``unlink``. No locks,
@@ -23,11 +24,11 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable, Set
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from storymem_dist.artifacts.files import canonical_json, create_exclusively, names_in, temporaries_in
+from storymem_dist.artifacts.files import canonical_json, create_exclusively, names_in
 
 WORKING = "working"
 WAITING = "waiting"
@@ -35,6 +36,7 @@ HEARTBEATS_PER_LEASE = 6
 
 _LEASE_NAME = re.compile(r"(?P<key>.+)\.(?P<generation>\d+)\.lease")
 _ALIVE_SUFFIX = ".alive"
+_DEAD_SUFFIX = ".dead"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -136,7 +138,7 @@ class LeaseFolder:
         self._beat()
 
     def close(self, *, release: bool = True) -> None:
-        """Release everything that is held and take the sign of life away; the last to go clears up. Never raises.
+        """Release everything that is held and take the sign of life away. Never raises.
 
         With ``release=False`` (after a crash) leases stay behind: whoever takes one over knows that its holder died.
         """
@@ -149,15 +151,6 @@ class LeaseFolder:
                 self.release(lease)
         with contextlib.suppress(OSError):
             self._alive_path(self.owner.owner_id).unlink(missing_ok=True)
-            self._clear_up_as_last()
-
-    def _clear_up_as_last(self) -> None:
-        """Remove half-made leases, unless somebody may be alive: who is shows it before making any."""
-        left = temporaries_in(self.folder)
-        signs = [_read_alive(self.folder / name)[0] for name in names_in(self.folder) if name.endswith(_ALIVE_SUFFIX)]
-        if all(owner is not None and owner.is_known_dead() for owner in signs):
-            for path in left:
-                path.unlink(missing_ok=True)
 
     # -- holding keys --------------------------------------------------------------------------------------------------
 
@@ -254,22 +247,36 @@ class LeaseFolder:
                 return owner
         return None
 
-    def remove_dead_owners(self) -> None:
-        """Remove the signs of life of owners that are surely gone or silent. Their leases expire as ever.
+    def bury_dead_owners(self) -> None:
+        """Note which owners are surely gone, or silent and perhaps gone: their signs of life become ``<owner>.dead``.
 
-        One that cannot be read goes, too: should its owner be alive after all, it makes it again.
+        Their leases expire as ever. A sign that cannot be read is one that is being made, or damaged: it goes when it
+        stays so. Should an owner be alive after all, it makes its sign again.
         """
         for name in names_in(self.folder):
             if name.endswith(_ALIVE_SUFFIX):
                 owner, _ = _read_alive(self.folder / name)
-                if owner is None or owner.is_known_dead() or self.is_silent(owner):
+                if owner is None:
+                    is_dead = self._stands_still(name, "")
+                else:
+                    is_dead = owner.is_known_dead() or (self.is_silent(owner) and not owner.is_known_alive())
+                if is_dead:
                     with contextlib.suppress(OSError):
-                        (self.folder / name).unlink(missing_ok=True)
+                        (self.folder / name).rename(self.folder / (name.removesuffix(_ALIVE_SUFFIX) + _DEAD_SUFFIX))
 
-    def lease_files(self, *, except_keys: Set[str]) -> list[Path]:
-        """Return the files of all leases on other keys than ``except_keys``, whoever holds them."""
+    def dead_owners(self) -> list[Path]:
+        """Return the files that say who died. For who has removed what these left behind: remove them, too."""
+        return [self.folder / name for name in names_in(self.folder) if name.endswith(_DEAD_SUFFIX)]
+
+    def is_alone(self) -> bool:
+        """Whether nobody else shows a sign of life, or has not been missed yet."""
+        own = self._alive_path(self.owner.owner_id).name
+        return not any(name.endswith(_ALIVE_SUFFIX) and name != own for name in names_in(self.folder))
+
+    def lease_files(self) -> dict[Path, str]:
+        """Return the files of all leases with their keys, whoever holds them."""
         matches = [(name, _LEASE_NAME.fullmatch(name)) for name in names_in(self.folder)]
-        return [self.folder / name for name, match in matches if match and match["key"] not in except_keys]
+        return {self.folder / name: match["key"] for name, match in matches if match}
 
     # -- inside --------------------------------------------------------------------------------------------------------
 

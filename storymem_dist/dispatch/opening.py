@@ -4,23 +4,24 @@ Resuming is nothing but this: the same shots are planned, and those whose record
 leaders only; several of them, of one or several jobs, may do it at once. Knows nothing of ranks or models.
 """
 
+import contextlib
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from storymem_dist.artifacts.files import temporaries_in
 from storymem_dist.artifacts.fingerprint import differences
 from storymem_dist.artifacts.records import DamagedRecord
-from storymem_dist.artifacts.run_folder import SMALL_FOLDERS, Failure, RunFolder, shot_ids
+from storymem_dist.artifacts.run_folder import Failure, RunFolder, shot_ids
 from storymem_dist.dispatch.announcing import chain_blocked
 from storymem_dist.dispatch.graph import Chain, ShotGraph, ShotState, shot_key
 from storymem_dist.dispatch.joining import is_joined, say_finished
 from storymem_dist.dispatch.leases import WAITING, WORKING, LeaseFolder, Owner
 from storymem_dist.dispatch.plan import BatchPart, PlannedShot, plan_part
-from storymem_dist.dispatch.queue import ShotQueue, lease_key
+from storymem_dist.dispatch.queue import ShotQueue
 from storymem_dist.dispatch.settings import DispatchSettings
 from storymem_dist.dispatch.summary import Replica
+from storymem_dist.dispatch.sweeping import sweep
 from storymem_dist.errors import RunFolderError, StoryboardError
 from storymem_dist.observe.events import ShotSkipped, StoryFinished, StoryStarted, WarningIssued
 
@@ -29,12 +30,24 @@ _MAX_SHOWN = 10
 
 @dataclass(frozen=True, kw_only=True)
 class OpenBatch:
-    """A batch that this replica takes part in. ``rejected``: part and reason of stories that could not be planned."""
+    """A batch that this replica takes part in. ``rejected``: part and reason of stories that could not be planned.
+
+    ``runs`` are the folders that it works in: none when it was asked to stop before its turn came.
+    """
 
     queue: ShotQueue
+    runs: Sequence[RunFolder]
     leases: Sequence[LeaseFolder]
     rejected: Sequence[tuple[int, Failure]]
     num_skipped: int
+
+    def leave(self, *, crashed: bool) -> None:
+        """Release what is held (after a crash only its signs of life); the last to leave sweeps. Never raises."""
+        for leases in self.leases:
+            leases.close(release=not crashed)
+        with contextlib.suppress(OSError):  # who opens the folder next sweeps as well
+            for part, run in enumerate(self.runs):
+                sweep(run, self.leases[part], self.queue.graph.chains_of(part), self.queue, only_after_deaths=True)
 
 
 def open_batch(
@@ -78,7 +91,7 @@ def open_batch(
         if settings.resume == "strict":
             _refuse_differences(parts, graph)
         for number, part in enumerate(parts):
-            _sweep(part.run, leases[number], [chain for chain in graph.chains if chain.part == number], queue)
+            sweep(part.run, leases[number], graph.chains_of(number), queue)
         share = list(_share(graph, replica))
         num_skipped = sum(_check_chain(parts[chain.part], chain, queue, check_contents) for chain in share)
         queue.scan(force=True)
@@ -90,7 +103,7 @@ def open_batch(
         if isinstance(error, OSError):
             raise RunFolderError(f"output={parts[0].run.root} cannot be used: {error}") from error
         raise
-    return OpenBatch(queue=queue, leases=leases, rejected=rejected, num_skipped=num_skipped)
+    return OpenBatch(queue=queue, runs=runs, leases=leases, rejected=rejected, num_skipped=num_skipped)
 
 
 def why_again(part: BatchPart, shot: PlannedShot) -> str:
@@ -182,35 +195,6 @@ def _refuse_differences(parts: Sequence[BatchPart], graph: ShotGraph) -> None:
             + "\n  ".join(found[:_MAX_SHOWN])
             + more
         )
-
-
-def _sweep(run: RunFolder, leases: LeaseFolder, chains: Sequence[Chain], queue: ShotQueue) -> None:
-    """Remove what processes that died left behind: half-made files, and leases on shots that are committed; those who
-    held these may have died before the end of their commit.
-
-    Everything is listed first and removed if this process turns out to be alone after that. So nothing of a living
-    process can be on the list: each shows a sign of life before it makes any file here. (Attempts have rules of their
-    own, and leases on shots that are still to be rendered stay, because they count the deaths.)
-    """
-    folders = [run.leases_folder, run.failures_folder, *(run.root / name for name in SMALL_FOLDERS)]
-    for chain in chains:
-        folders += [run.story_folder(chain.story_id), run.story_folder(chain.story_id) / "keyframes"]
-    left = temporaries_in(run.root, "stop.json")  # not the marker's: it is made before the first sign of life
-    left += [path for folder in folders for path in temporaries_in(folder)]
-    shots = {
-        lease_key(shot): (shot, state)
-        for chain in chains
-        for shot, state in zip(chain.shots, chain.states, strict=True)
-    }
-    wanted = {key for key, (_, state) in shots.items() if state is not ShotState.COMMITTED}
-    left_leases = leases.lease_files(except_keys=wanted)
-    leases.remove_dead_owners()
-    leases.scan()
-    if leases.num_alive == 1:
-        for key in {path.name.rsplit(".", 2)[0] for path in left_leases} & shots.keys():
-            queue.finish_commit(shots[key][0])
-        for path in [*left, *left_leases]:
-            path.unlink(missing_ok=True)
 
 
 def _share(graph: ShotGraph, replica: Replica) -> Iterator[Chain]:

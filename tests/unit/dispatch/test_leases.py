@@ -272,29 +272,6 @@ def test_after_a_crash_the_lease_stays_for_the_next_one_to_count(tmp_path: Path)
     assert [path.name for path in tmp_path.iterdir()] == ["key.0.lease"]
 
 
-@pytest.mark.parametrize(("other", "is_last"), [(None, True), ("dead", True), ("far", False)])
-def test_the_last_to_go_clears_up_after_those_who_died_in_a_claim(
-    tmp_path: Path, other: str | None, is_last: bool
-) -> None:
-    half_made = tmp_path / ".tmp-1234-key.0.lease"
-    half_made.write_bytes(b"{")
-    far = folder_of(tmp_path, far_owner(1), Clock())
-    if other == "far":
-        far.start()
-    elif other == "dead":
-        child = os.fork()
-        if child == 0:
-            LeaseFolder(folder=tmp_path, owner=Owner.this_process("job"), lease_seconds=60.0).start()
-            os._exit(0)
-        os.waitpid(child, 0)
-    leases = LeaseFolder(folder=tmp_path, owner=Owner.this_process("job"), lease_seconds=60.0)
-    leases.start()
-    assert half_made.exists()
-    leases.close()
-    assert half_made.exists() != is_last
-    far.close()
-
-
 def test_damaged_files_of_others_do_not_stop_anybody(tmp_path: Path) -> None:
     clock = Clock()
     (tmp_path / "key.0.lease").write_text("{")
@@ -303,14 +280,16 @@ def test_damaged_files_of_others_do_not_stop_anybody(tmp_path: Path) -> None:
     leases = folder_of(tmp_path, far_owner(0), clock)
     assert leases.scan() == {"key": 0}
     assert leases.others_working() == []
-    leases.remove_dead_owners()
-    assert not (tmp_path / "someone.alive").exists() and (tmp_path / "notes.txt").exists()
+    leases.bury_dead_owners()
+    assert not leases.is_alone(), "somebody may just be writing the first sign of life"
     assert leases.try_claim("key", 0) is None
     clock.now += 61.0
+    leases.bury_dead_owners()
+    assert leases.is_alone() and (tmp_path / "notes.txt").exists()
     assert leases.try_claim("key", 0) is not None
 
 
-def test_working_owners_of_other_jobs_are_found_and_the_dead_are_swept_away(tmp_path: Path) -> None:
+def test_working_owners_of_other_jobs_are_found_and_the_dead_are_buried(tmp_path: Path) -> None:
     clock = Clock()
     mine = folder_of(tmp_path, far_owner(0, "mine"), clock)
     folder_of(tmp_path, far_owner(1, "mine"), clock).set_state(WORKING)
@@ -326,5 +305,18 @@ def test_working_owners_of_other_jobs_are_found_and_the_dead_are_swept_away(tmp_
     mine.is_silent(far_owner(1))
     mine.is_silent(far_owner(2))
     clock.now += 61.0
-    mine.remove_dead_owners()
+    mine.bury_dead_owners()
     assert not list(tmp_path.glob("*.alive"))
+    assert [path.name for path in mine.dead_owners()] == ["far-1.dead", "far-2.dead", "far-3.dead"]
+
+
+def test_an_owner_that_is_paused_on_this_machine_is_not_buried_however_long(tmp_path: Path) -> None:
+    clock = Clock()
+    mine = folder_of(tmp_path, far_owner(0), clock)
+    paused = folder_of(tmp_path, Owner.this_process("job"), clock)
+    paused.set_state(WORKING)
+    assert not mine.is_silent(paused.owner)
+    clock.now += 61.0
+    assert mine.is_silent(paused.owner)
+    mine.bury_dead_owners()
+    assert not mine.is_alone() and not mine.dead_owners()
