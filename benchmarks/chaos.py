@@ -109,7 +109,9 @@ def trial(
     once = attempts == records == [1] * arguments.stories * arguments.shots
     twice = Counter(disturbed.begun) - Counter(set(disturbed.begun))
     needless = (twice - Counter(disturbed.in_flight)).total()
-    left = [path for path in root.rglob("*") if path.name.startswith(".tmp-") or path.suffix == ".lease"]
+    left = {*root.rglob(".tmp-*"), *(root / "leases").iterdir()}
+    for path in sorted(left):
+        print(f"left behind: {path.relative_to(root)}", file=sys.stderr)
     passed = not different and once and not needless and not any(disturbed.codes) and not left
     return {
         "seed": seed,
