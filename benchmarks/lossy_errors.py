@@ -28,8 +28,9 @@ from torch import Tensor, nn
 
 from storymem_dist.diffusion.conditioning import ConditionBuilder
 from storymem_dist.diffusion.denoise import PromptEmbeds, StepInfo, denoise
-from storymem_dist.diffusion.experts import EXPERTS, ExpertPair, HostSwap
+from storymem_dist.diffusion.experts import EXPERTS, ExpertPair
 from storymem_dist.diffusion.guidance import LocalGuidance
+from storymem_dist.diffusion.host_swap import HostMemory, HostSwap, HostWeights
 from storymem_dist.diffusion.latent_grid import LatentGrid
 from storymem_dist.diffusion.seeds import initial_noise
 from storymem_dist.diffusion.settings import SamplerSettings
@@ -157,6 +158,8 @@ def load_experts(variant: Variant, args: argparse.Namespace, checkpoint: WanChec
     """Both experts with StoryMem's LoRA and a step cache; one at a time on the device."""
     loras = storymem_lora(args.lora, "mi2v") if args.lora else {}
     dits: dict[str, WanDiT] = {}
+    device = torch.device(args.device)
+    memory = HostMemory(device)
     for name in EXPERTS:
         with torch.device("meta"):
             dit = WanDiT(checkpoint.dit_config, dtype=variant.dtype).eval().requires_grad_(False)
@@ -169,7 +172,7 @@ def load_experts(variant: Variant, args: argparse.Namespace, checkpoint: WanChec
         boundary_ratio=SamplerSettings().boundary_ratio_m2v,
         guidance_scale_high=args.guidance,
         guidance_scale_low=args.guidance,
-        residency=HostSwap(dits, args.device),
+        residency=HostSwap({name: HostWeights(dit, memory, device) for name, dit in dits.items()}),
     )
 
 

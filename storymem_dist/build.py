@@ -14,14 +14,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from storymem_dist.diffusion.experts import EXPERTS, ExpertPair
+from storymem_dist.diffusion.experts import EXPERTS, HIGH_NOISE, LOW_NOISE, ExpertPair
 from storymem_dist.diffusion.settings import SamplerSettings
 from storymem_dist.errors import ConfigError, WeightsNotFound
 from storymem_dist.models.attention import start_backend
+from storymem_dist.models.loading import LoadReport
 from storymem_dist.models.precision import set_fp32_precision
 from storymem_dist.models.quantized_linear import check_linears
 from storymem_dist.models.settings import ModelSettings
 from storymem_dist.models.wan.checkpoints import WanCheckpoint, download_command, open_checkpoint
+from storymem_dist.models.wan.dit import WanDiT
 from storymem_dist.models.wan.lora import STORYMEM_REPO, ScaledLora, open_loras, storymem_lora
 from storymem_dist.models.wan.text_encoder import TextEncoder, load_text_encoder
 from storymem_dist.models.wan.tiny_checkpoint import generate_tiny_checkpoint
@@ -154,37 +156,46 @@ class ExpertLoader:
 
     def __call__(self, kind: str) -> ExpertPair:
         """The experts of ``kind`` ("t2v" or "m2v"), ready to run. Collective over the replica."""
-        checkpoint = self._weights.checkpoints[kind]
-        modules, num_bytes = {}, 0
-        for name in EXPERTS:
-            modules[name], report = build_expert(
-                checkpoint.dit_config,
-                checkpoint.expert(name),
-                self._weights.loras[kind][name],
-                session=self._session,
-                settings=self._parallel,
-                dtype=getattr(torch, self._model.dtype),
-                attention=self._model.attention,
-                linears=self._model.linears,
-                cache_text_keys=self._model.cache_text_keys,
-                share_reads=None if self._reads_together else False,
-                progress=self._named_progress(f"{kind} {name}"),
-            )
-            num_bytes += report.bytes_read
+        num_bytes = 0
+
+        def build() -> Iterator[tuple[str, WanDiT]]:
+            nonlocal num_bytes
+            for name in EXPERTS:
+                expert, report = self._build(kind, name)
+                num_bytes += report.bytes_read
+                yield name, expert
+
+        modules, residency = place_experts(
+            build(),
+            device=self._session.device,
+            weights=self._parallel.weights,
+            swap=self._model.experts == "swap",
+        )
         self._tell_read(num_bytes)
         self.num_loads[kind] = self.num_loads.get(kind, 0) + 1
         return ExpertPair(
-            high_noise=modules["high_noise"],
-            low_noise=modules["low_noise"],
+            high_noise=modules[HIGH_NOISE],
+            low_noise=modules[LOW_NOISE],
             boundary_ratio=self._sampler.boundary_ratio(kind),
             guidance_scale_high=self._sampler.guidance_scale_high,
             guidance_scale_low=self._sampler.guidance_scale_low,
-            residency=place_experts(
-                modules,
-                device=self._session.device,
-                weights=self._parallel.weights,
-                swap=self._model.experts == "swap",
-            ),
+            residency=residency,
+        )
+
+    def _build(self, kind: str, name: str) -> tuple[WanDiT, LoadReport]:
+        checkpoint = self._weights.checkpoints[kind]
+        return build_expert(
+            checkpoint.dit_config,
+            checkpoint.expert(name),
+            self._weights.loras[kind][name],
+            session=self._session,
+            settings=self._parallel,
+            dtype=getattr(torch, self._model.dtype),
+            attention=self._model.attention,
+            linears=self._model.linears,
+            cache_text_keys=self._model.cache_text_keys,
+            share_reads=None if self._reads_together else False,
+            progress=self._named_progress(f"{kind} {name}"),
         )
 
     @contextmanager

@@ -1,15 +1,13 @@
 """The two experts of Wan2.2, which of them works at a timestep, and where their weights are while they do not.
 
-An ``ExpertPair`` chooses; a ``Residency`` makes the chosen expert ready. Everything placed on one device has
-``AllResident``; ``HostSwap`` keeps one expert on the device and both in host memory. Sharded or lazily loaded experts
-bring a residency of their own. Knows nothing of prompts, latents or ranks.
+An ``ExpertPair`` chooses; a ``Residency`` makes the chosen expert ready: ``AllResident``, where all are on the device,
+or ``host_swap.HostSwap``. Knows nothing of prompts, latents or ranks.
 """
 
 import gc
-from collections.abc import Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import chain
 from typing import Protocol
 
 import torch
@@ -77,32 +75,31 @@ class Residency(Protocol):
 
 
 class AllResident:
-    """Both experts already are where they run, and stay there, unless they are asked to idle.
+    """All experts already are where they run, and stay there, unless they are asked to idle.
 
-    With plain (unsharded) ``experts`` and their ``device``, ``idle`` moves both into host memory, and from then on only
-    the one that computes is on the device. Without, ``idle`` does nothing.
+    ``make_swap`` sends all of them away and returns a residency that has one at a time on the device: ``idle`` goes
+    over to it for good. Without, ``idle`` does nothing.
     """
 
-    def __init__(self, experts: Mapping[str, nn.Module] | None = None, device: torch.device | str = "cpu") -> None:
-        self._experts = experts
-        self._device = device
-        self._swap: HostSwap | None = None
+    def __init__(self, make_swap: Callable[[], Residency] | None = None) -> None:
+        self._make_swap = make_swap
+        self._swap: Residency | None = None
 
     def activate(self, name: str) -> None:
-        """Nothing to do, or as ``HostSwap`` after the first ``idle``."""
+        """Nothing to do, or as the swap does after the first ``idle``."""
         if self._swap is not None:
             self._swap.activate(name)
 
     def idle(self) -> None:
         """See the class."""
-        if self._experts is not None and self._swap is None:
-            self._swap = HostSwap(self._experts, self._device)
         if self._swap is not None:
             self._swap.idle()
+        elif self._make_swap is not None:
+            self._swap = self._make_swap()
 
     def release(self) -> None:
         """Let go of the experts."""
-        self._experts = None
+        self._make_swap = None
         if self._swap is not None:
             self._swap.release()
 
@@ -209,91 +206,3 @@ class ExpertPair:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-
-
-class HostSwap:
-    """One expert on ``device`` at a time; both stay in host memory, page-locked when the device is a CUDA one.
-
-    Weights never change, so an expert that leaves the device is not copied back: its parameters point at the host copy
-    again. Copies in are queued on the current stream and need no synchronisation. Not for sharded parameters.
-    """
-
-    def __init__(self, experts: Mapping[str, nn.Module], device: torch.device | str) -> None:
-        self._device = torch.device(device)
-        self._active: str | None = None
-        memory = _HostMemory(pinned=self._device.type == "cuda")
-        self._weights = {name: _HostWeights(module, memory) for name, module in experts.items()}
-
-    def activate(self, name: str) -> None:
-        """Bring ``name`` onto the device, after sending the other one away."""
-        if name == self._active:
-            return
-        if self._active is not None:
-            self._weights[self._active].leave_device()
-        self._weights[name].enter_device(self._device)
-        self._active = name
-
-    def idle(self) -> None:
-        """Send the active expert away; the device then holds neither."""
-        if self._active is not None:
-            self._weights[self._active].leave_device()
-        self._active = None
-
-    def release(self) -> None:
-        """Free the device and host copies; the modules are left without storage."""
-        for weights in self._weights.values():
-            weights.drop()
-        self._weights.clear()
-        self._active = None
-
-
-class _HostWeights:
-    """The host copies of one module's parameters and buffers, and the switch between host and device."""
-
-    def __init__(self, module: nn.Module, memory: "_HostMemory") -> None:
-        self._host: list[tuple[Tensor, Tensor]] = []
-        for tensor in chain(module.parameters(), module.buffers()):
-            host = memory.keep(tensor.detach())
-            tensor.data = host  # at once, so that never more than one tensor exists twice
-            self._host.append((tensor, host))
-
-    def enter_device(self, device: torch.device) -> None:
-        for tensor, host in self._host:
-            tensor.data = torch.empty_like(host, device=device).copy_(host, non_blocking=True)
-
-    def leave_device(self) -> None:
-        for tensor, host in self._host:
-            tensor.data = host
-
-    def drop(self) -> None:
-        for tensor, host in self._host:
-            tensor.data = torch.empty(0, dtype=host.dtype)
-        self._host.clear()
-
-
-class _HostMemory:
-    """Hands out host tensors cut from large slabs.
-
-    CUDA's page-locked allocator rounds every allocation up to a power of two, which nearly doubles matrices of 135 MiB;
-    slabs of a power of two waste only their last part.
-    """
-
-    _SLAB_BYTES = 2**30
-    _ALIGNMENT = 256
-
-    def __init__(self, *, pinned: bool) -> None:
-        self._pinned = pinned
-        self._slab = torch.empty(0, dtype=torch.uint8)
-        self._used = 0
-
-    def keep(self, tensor: Tensor) -> Tensor:
-        """A host copy of ``tensor``, contiguous."""
-        num_bytes = tensor.numel() * tensor.element_size()
-        if not self._pinned:
-            return tensor.contiguous().to("cpu", copy=True)
-        if self._used + num_bytes > self._slab.numel():
-            size = max(self._SLAB_BYTES, num_bytes)
-            self._slab, self._used = torch.empty(size, dtype=torch.uint8, pin_memory=True), 0
-        part = self._slab[self._used : self._used + num_bytes].view(tensor.dtype).view(tensor.shape)
-        self._used += -(-num_bytes // self._ALIGNMENT) * self._ALIGNMENT
-        return part.copy_(tensor)

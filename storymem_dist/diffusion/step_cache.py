@@ -110,14 +110,13 @@ class CachedBlockStack(BlockStack):
         shared = (rope_cos_LP, rope_sin_LP, modulation_B6D, context_BSD)
         if not self.cache.enabled:
             return super().forward(tokens_BLD, *shared)
-        after_first_BLD = self.run_block(self[0], tokens_BLD, *shared)
+        first_block, *other_blocks = self
+        after_first_BLD = self.run([first_block], tokens_BLD, *shared)
         first_BLD = after_first_BLD - tokens_BLD
         rest_BLD = self.cache.recall(first_BLD)
         if rest_BLD is not None:
             return after_first_BLD + rest_BLD
-        out_BLD = after_first_BLD
-        for index in range(1, len(self)):
-            out_BLD = self.run_block(self[index], out_BLD, *shared)
+        out_BLD = self.run(other_blocks, after_first_BLD, *shared)
         self.cache.remember(first_BLD, out_BLD - after_first_BLD)
         return out_BLD
 

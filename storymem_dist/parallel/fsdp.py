@@ -6,11 +6,11 @@ time embedding are fp32 inside bf16 blocks), nothing is cast: results are bit-eq
 neither how weights are read nor what runs on them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -20,7 +20,9 @@ from torch.distributed.fsdp import (
     fully_shard,
     share_comm_ctx,
 )
+from torch.distributed.tensor import DTensor
 
+from storymem_dist.diffusion.host_swap import HostMemory
 from storymem_dist.models.wan.dit import WanDiT
 
 
@@ -54,40 +56,37 @@ def share_streams(experts: Mapping[str, nn.Module]) -> None:
         share_comm_ctx(sharded)
 
 
-class ShardResidency:
-    """Where the shards of sharded experts are: on the device, or in host memory where they cost no device memory.
+class HostShards:
+    """``diffusion.host_swap.WeightsOnHost`` of this rank's shards of one expert: moves them into host memory at once.
 
-    With ``swap`` only the expert that computes has its shards on the device; without, all do until they are asked to
-    idle. Every rank moves its own shards; no collective is involved. See ``storymem_dist.diffusion.experts.Residency``.
+    Every rank moves its own; no collective is involved. All copies are queued before the forward: FSDP gathers blocks
+    ahead of their turn, on streams of its own that wait only for what was queued before the forward.
     """
 
-    def __init__(self, experts: Mapping[str, nn.Module], device: torch.device, *, swap: bool) -> None:
-        """The shards are on ``device``."""
-        self._experts = dict(experts)
+    def __init__(self, module: nn.Module, memory: HostMemory, device: torch.device) -> None:
+        self._module = module
         self._device = device
-        self._swap = swap
-        self._on_device = set(experts)
-        if swap:
-            self.idle()
+        self._host: dict[DTensor, Tensor] = {}
+        self._place(lambda shard: self._host.setdefault(shard, memory.keep(shard.to_local().detach())))
 
-    def activate(self, name: str) -> None:
-        """Bring the shards of ``name`` onto the device, where others must leave it after sending those away."""
-        if self._swap:
-            self._move_away(self._on_device - {name})
-        if name not in self._on_device:
-            self._experts[name].to(self._device)
-            self._on_device.add(name)
+    def enter_device(self) -> None:
+        """Queue the copies on the current stream."""
+        self._place(lambda shard: self._host[shard].to(self._device, non_blocking=True, copy=True))
 
-    def idle(self) -> None:
-        """Send all shards to host memory until the next ``activate``."""
-        self._move_away(set(self._on_device))
+    def leave_device(self) -> None:
+        """Point every shard at its host copy."""
+        self._place(lambda shard: self._host[shard])
 
-    def release(self) -> None:
-        """Forget the experts; their memory is freed with the last reference to them."""
-        self._experts.clear()
-        self._on_device.clear()
+    def drop(self) -> None:
+        """Forget the expert: what it holds is freed with the last reference to it."""
+        self._host.clear()
+        self._module = nn.Module()
 
-    def _move_away(self, names: set[str]) -> None:
-        for name in names:
-            self._experts[name].to("cpu")
-        self._on_device -= names
+    def _place(self, memory_of: Callable[[DTensor], Tensor]) -> None:
+        """Give every shard other memory the way ``nn.Module.to`` does, of which FSDP takes note."""
+
+        def moved(shard: DTensor) -> DTensor:
+            local, mesh = memory_of(shard), shard.device_mesh
+            return DTensor.from_local(local, mesh, shard.placements, shape=shard.shape, stride=shard.stride())
+
+        self._module._apply(moved)

@@ -4,7 +4,7 @@ Wraps ``storymem_dist.models.loading`` with what it does not know: which rows of
 ranks of one node which need the same part may let one of them read it. Knows nothing about checkpoints' formats.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -13,7 +13,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from storymem_dist.diffusion.experts import AllResident, HostSwap, Residency
+from storymem_dist.diffusion.experts import AllResident, Residency
+from storymem_dist.diffusion.host_swap import HostMemory, HostSwap, HostWeights, WeightsOnHost
 from storymem_dist.diffusion.step_cache import attach_step_cache
 from storymem_dist.diffusion.text_cache import attach_text_cache
 from storymem_dist.models.attention import Attend
@@ -27,7 +28,7 @@ from storymem_dist.models.loading import (
 )
 from storymem_dist.models.quantized_linear import quantize_linears
 from storymem_dist.models.wan.dit import CrossAttention, DiTConfig, SelfAttention, WanDiT
-from storymem_dist.parallel.fsdp import ShardResidency, share_streams
+from storymem_dist.parallel.fsdp import HostShards, share_streams
 from storymem_dist.parallel.parallelize import parallelize
 from storymem_dist.parallel.session import Session
 from storymem_dist.parallel.settings import ParallelSettings
@@ -91,19 +92,30 @@ def build_expert(
     return dit, report
 
 
-def place_experts(experts: Mapping[str, nn.Module], *, device: torch.device, weights: str, swap: bool) -> Residency:
-    """Decide where the experts of ``build_expert`` wait while they are idle. To be called before the first forward.
+def place_experts(
+    experts: Iterable[tuple[str, nn.Module]], *, device: torch.device, weights: str, swap: bool
+) -> tuple[dict[str, nn.Module], Residency]:
+    """Decide where the experts of ``build_expert`` (by name) wait while they are idle. Before the first forward only.
 
-    ``swap``: the idle one costs no device memory. Offloaded weights (``fsdp_offload``, ``zero3``) never do.
+    ``swap``: the idle one costs no device memory. Each expert is sent away before ``experts`` makes the next one, so
+    that one at most is ever on the device. Offloaded weights (``fsdp_offload``, ``zero3``) never wait there.
     """
-    share_streams(experts)
-    if weights in OFFLOADED:
-        return AllResident()
-    if weights == "fsdp":
-        return ShardResidency(experts, device, swap=swap)
-    if swap:
-        return HostSwap(experts, device)
-    return AllResident(experts, device) if device.type == "cuda" else AllResident()
+    memory = HostMemory(device)
+    on_host: Callable[..., WeightsOnHost] = HostShards if weights == "fsdp" else HostWeights
+    modules: dict[str, nn.Module] = {}
+    waiting: dict[str, WeightsOnHost] = {}
+    for name, module in experts:
+        modules[name] = module
+        if swap and weights not in OFFLOADED:
+            waiting[name] = on_host(module, memory, device)
+    share_streams(modules)
+    if waiting:
+        return modules, HostSwap(waiting)
+    if weights in OFFLOADED or device.type == "cpu":
+        return modules, AllResident()
+    return modules, AllResident(
+        lambda: HostSwap({name: on_host(module, memory, device) for name, module in modules.items()})
+    )
 
 
 def local_part(name: str, parameter: nn.Parameter) -> LocalPart:

@@ -100,7 +100,7 @@ def _denoise_on_layouts(cases: list[Case]) -> list[Tensor]:
                 name: parallelize(make_dit(M2V, seed=seed), session.mesh, settings)
                 for seed, name in enumerate(("high_noise", "low_noise"))
             }
-            residency = place_experts(experts, device=session.device, weights=case.weights, swap=case.swap)
+            _, residency = place_experts(experts.items(), device=session.device, weights=case.weights, swap=case.swap)
             guidance = make_guidance(session.mesh)
             results.append(run_denoise(*experts.values(), guidance, residency=residency))
     return results

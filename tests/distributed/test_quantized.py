@@ -122,9 +122,9 @@ def _swapped(tiny: TinyCheckpoint, linears: str, weights: str) -> list[bool]:
     settings = ParallelSettings(cfg=1 if weights == "replicated" else 2, weights=weights)
     names = ("high_noise", "low_noise")
     with start_session(settings) as session:
-        experts = {name: _build(tiny, linears, session, settings, name)[0] for name in names}
+        built = ((name, _build(tiny, linears, session, settings, name)[0]) for name in names)
+        experts, residency = place_experts(built, device=session.device, weights=weights, swap=True)
         whole = {name: load_whole(tiny, linears, name) for name in names}
-        residency = place_experts(experts, device=session.device, weights=weights, swap=True)
         inputs = make_inputs(whole["high_noise"].config)
         equal = []
         for name in (*names, *names):

@@ -110,7 +110,7 @@ def _in_every_layout(folder: Path, layouts: Sequence[str]) -> dict[str, dict[str
                 expert: parallelize(make_dit(M2V, seed=seed), session.mesh, settings)
                 for seed, expert in enumerate(("high_noise", "low_noise"))
             }
-            residency = place_experts(experts, device=session.device, weights=settings.weights, swap=False)
+            _, residency = place_experts(experts.items(), device=session.device, weights=settings.weights, swap=False)
             shot = Shot(*experts.values(), make_guidance(session.mesh), residency=residency)
             for step in STEPS:
                 shot.leave(step, folder / f"{name}-{step}.safetensors" if session.is_leader else None)

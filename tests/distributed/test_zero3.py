@@ -36,7 +36,7 @@ def _run_zero3() -> dict[str, object]:
             experts[name], _ = build_expert(
                 WIDE, source, session=session, settings=settings, dtype=torch.bfloat16, cache_text_keys=True
             )
-        residency = place_experts(experts, device=session.device, weights="zero3", swap=True)
+        _, residency = place_experts(experts.items(), device=session.device, weights="zero3", swap=True)
         equal = []
         for step in range(6):
             name = ("high_noise", "low_noise")[step % 2]

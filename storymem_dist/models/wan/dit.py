@@ -277,20 +277,28 @@ def run_block(block: nn.Module, tokens_BLD: Tensor, *shared: Tensor) -> Tensor:
 class BlockStack(nn.ModuleList):
     """All blocks as one call: a seam whose first three arguments parallel code may have split along L.
 
-    ``run_block`` calls one of them, and may be replaced by what gives it the text's keys instead of the text. Parameter
-    names stay ``blocks.N.*``.
+    ``run_block`` calls one of them, and may be replaced by what gives it the text's keys instead of the text.
+    ``before_block`` is told of each block just before: weights may still be on their way. Parameter names stay
+    ``blocks.N.*``.
     """
 
     def __init__(self, blocks: Iterable[nn.Module]) -> None:
         super().__init__(blocks)
         self.run_block: Callable[..., Tensor] = run_block
+        self.before_block: Callable[[nn.Module], None] | None = None
 
     def forward(
         self, tokens_BLD: Tensor, rope_cos_LP: Tensor, rope_sin_LP: Tensor, modulation_B6D: Tensor, context_BSD: Tensor
     ) -> Tensor:
         """``tokens_BLD`` fp32 residual stream, tables fp32 ``[L, P]``; returns the stream after the last block."""
-        for block in self:
-            tokens_BLD = self.run_block(block, tokens_BLD, rope_cos_LP, rope_sin_LP, modulation_B6D, context_BSD)
+        return self.run(self, tokens_BLD, rope_cos_LP, rope_sin_LP, modulation_B6D, context_BSD)
+
+    def run(self, blocks: Iterable[nn.Module], tokens_BLD: Tensor, *shared: Tensor) -> Tensor:
+        """The tokens after some of the blocks, in order."""
+        for block in blocks:
+            if self.before_block is not None:
+                self.before_block(block)
+            tokens_BLD = self.run_block(block, tokens_BLD, *shared)
         return tokens_BLD
 
 
