@@ -37,6 +37,7 @@ from storymem_dist.parallel.session import Session, start_session
 from storymem_dist.parallel.settings import ParallelSettings
 from storymem_dist.parallel.vae import parallelize_vae
 from storymem_dist.render_clip import ClipSampler
+from storymem_dist.weight_memory import check_weight_memory
 
 LoadProgress = Callable[[str, int, int], None]
 """Called while weights load: what, bytes done, bytes in all."""
@@ -245,13 +246,13 @@ class Engine:
         """Start the ranks (unless ``session`` is given) and load the VAE. Collective over all started ranks.
 
         Raises, before weights are read, ``LayoutError`` when layout, ranks and guidance do not go together, and
-        ``ConfigError`` when the attention kernel or the linear layers cannot be used.
+        ``ConfigError`` when the experts do not fit, or the attention kernel or the linear layers cannot be used.
         """
         check_guidance(
             parallel, guidance_scale_high=sampler.guidance_scale_high, guidance_scale_low=sampler.guidance_scale_low
         )
         session = session or start_session(parallel, num_heads=weights.any_checkpoint.dit_config.num_heads)
-        session.all_or_none(partial(_try_kernels, model, weights, session.device))
+        session.all_or_none(partial(_check_start, model, weights, parallel, session))
         set_fp32_precision(convolutions=model.vae_precision)
         vae = load_vae(weights.any_checkpoint.vae_path, session.device)
         if session.mesh.shard.size > 1:
@@ -294,8 +295,9 @@ class Engine:
         self.session.close()
 
 
-def _try_kernels(model: ModelSettings, weights: Weights, device: torch.device) -> None:
-    """Raise ``ConfigError`` unless the kernels that the settings name work on ``device``."""
-    head_dim = weights.any_checkpoint.dit_config.head_dim
-    start_backend(model.attention, device=device, dtype=getattr(torch, model.dtype), head_dim=head_dim)
+def _check_start(model: ModelSettings, weights: Weights, parallel: ParallelSettings, session: Session) -> None:
+    """Raise ``ConfigError`` unless the experts fit this rank, and the kernels that the settings name work on it."""
+    config, device = weights.any_checkpoint.dit_config, session.device
+    check_weight_memory(model, parallel, config, device=device, ranks_per_node=session.layout.ranks_per_node)
+    start_backend(model.attention, device=device, dtype=getattr(torch, model.dtype), head_dim=config.head_dim)
     check_linears(model.linears, device)

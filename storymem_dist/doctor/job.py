@@ -17,12 +17,11 @@ import torch
 from storymem_dist.build import open_weights, with_generated_weights
 from storymem_dist.config import RenderConfig
 from storymem_dist.doctor.finding import Finding, ok, problem, warning
-from storymem_dist.doctor.machine import GIB
 from storymem_dist.errors import StoryMemError, WeightsNotFound
-from storymem_dist.models.quantized_linear import check_linears, quantize_linears
-from storymem_dist.models.settings import ModelSettings
+from storymem_dist.models.quantized_linear import check_linears
 from storymem_dist.models.wan.checkpoints import WanCheckpoint
-from storymem_dist.models.wan.dit import DiTConfig, WanDiT
+from storymem_dist.observe.system import GIB
+from storymem_dist.weight_memory import check_weight_memory, weight_memory
 
 KINDS = ("t2v", "m2v")
 _READ_BYTES = 512 * 2**20
@@ -69,7 +68,7 @@ def check_weights(settings: RenderConfig) -> Iterator[Finding]:
             + (f", {max(loras.values())} LoRAs" if any(loras.values()) else ""),
         )
         yield from _check_read_speed(kind, checkpoint)
-        yield from _check_gpu_memory(settings, kind, checkpoint)
+        yield from _check_memory(settings, kind, checkpoint)
 
 
 def _check_read_speed(kind: str, checkpoint: WanCheckpoint) -> Iterator[Finding]:
@@ -103,28 +102,24 @@ def _timed_read(path: Path) -> tuple[int, float]:
         return num_bytes, max(time.perf_counter() - start, 1e-9)
 
 
-def _check_gpu_memory(settings: RenderConfig, kind: str, checkpoint: WanCheckpoint) -> Iterator[Finding]:
-    """Whether the experts fit, activations not counted; for unsharded weights only (else it depends on the ranks)."""
-    if not torch.cuda.is_available() or settings.parallel.weights != "replicated":
-        return
-    resident = 2 if settings.model.experts == "resident" else 1
-    needed = expert_bytes(settings.model, checkpoint.dit_config) * resident
-    total = torch.cuda.get_device_properties(0).total_memory
-    value = f"{needed / GIB:.0f} GiB of weights on a GPU of {total / GIB:.0f} GiB"
-    if needed > total:
-        yield problem(
-            "weights", f"{kind} fit", value, "use model.experts=swap, or parallel.weights=fsdp or fsdp_offload"
+def _check_memory(settings: RenderConfig, kind: str, checkpoint: WanCheckpoint) -> Iterator[Finding]:
+    """Whether the experts fit, with one rank on each of this machine's devices."""
+    on_gpu = settings.parallel.device != "cpu" and torch.cuda.is_available()
+    num_ranks = torch.cuda.device_count() if on_gpu else 1
+    needed = weight_memory(settings.model, settings.parallel, checkpoint.dit_config)
+    value = f"{needed.on_device / GIB:.1f} GiB on each device, {needed.on_host * num_ranks / GIB:.1f} GiB on the host"
+    try:
+        check_weight_memory(
+            settings.model,
+            settings.parallel,
+            checkpoint.dit_config,
+            device=torch.device("cuda" if on_gpu else "cpu"),
+            ranks_per_node=num_ranks,
         )
+    except StoryMemError as error:
+        yield problem("weights", f"{kind} fit", value, str(error))
     else:
         yield ok("weights", f"{kind} fit", value)
-
-
-def expert_bytes(model: ModelSettings, config: DiTConfig) -> int:
-    """Bytes of one expert's weights as they are held."""
-    with torch.device("meta"):
-        dit = WanDiT(config, dtype=getattr(torch, model.dtype))
-    quantize_linears(dit.blocks, model.linears)
-    return sum(parameter.nbytes for parameter in dit.parameters())
 
 
 def check_output(settings: RenderConfig) -> Iterator[Finding]:

@@ -21,8 +21,8 @@ from packaging.requirements import Requirement
 
 from storymem_dist.artifacts.video import CODECS
 from storymem_dist.doctor.finding import Finding, ok, problem, warning
+from storymem_dist.observe.system import GIB, host_memory_bytes
 
-GIB = 2**30
 DISTRIBUTION = "storymem_dist"
 _COMMAND_SECONDS = 5
 _MIN_OPEN_FILES = 4096
@@ -143,9 +143,9 @@ def check_attention() -> Iterator[Finding]:
 def check_host() -> Iterator[Finding]:
     """Cores, memory and limits of this process."""
     yield ok("host", "cores", len(os.sched_getaffinity(0)))
-    total = _host_memory_bytes()
+    total = host_memory_bytes()
     if total < _MIN_HOST_BYTES:
-        fix = "A14B wants 64 GiB: text encoder 11 GiB, and 27 GiB for an expert that waits in host memory"
+        fix = "with model.experts=swap both A14B experts of every replica wait in host memory: 54 GiB"
         yield warning("host", "memory", f"{total / GIB:.0f} GiB", fix)
     else:
         yield ok("host", "memory", f"{total / GIB:.0f} GiB")
@@ -214,17 +214,6 @@ def check_restarts() -> Iterator[Finding]:
             "restarts after a dead GPU may hang",
             "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun",
         )
-
-
-def _host_memory_bytes() -> int:
-    """Physical memory, or the container's limit where that is less."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            total = min(total, int(Path(path).read_text()))
-        except (OSError, ValueError):
-            continue
-    return total
 
 
 def _output(*command: str) -> str | None:

@@ -9,7 +9,9 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from storymem_dist.observe.events import Observer, SystemSampled
@@ -64,6 +66,39 @@ def device_memory(device: int | None) -> DeviceMemory:
         held_gib=None if held is None else held / GIB,
         peak_gib=None if peak is None else peak / GIB,
     )
+
+
+def device_memory_bytes(device: Any) -> int | None:
+    """All memory of a ``torch.device``, free or not; None for a CPU, which has the host's."""
+    if device.type == "cpu":
+        return None
+    total: int = sys.modules["torch"].get_device_module(device).get_device_properties(device).total_memory
+    return total
+
+
+def host_memory_bytes(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Physical memory, or the limit of this process's control group (a container's, a SLURM job's) where it is less."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for folder, file in _memory_groups(proc, cgroups):
+        for level in (folder, *folder.parents):
+            with contextlib.suppress(OSError, ValueError):  # "max" is no number
+                total = min(total, int((level / file).read_text()))
+            if level == cgroups:
+                break
+    return total
+
+
+def _memory_groups(proc: Path, cgroups: Path) -> Iterator[tuple[Path, str]]:
+    """Folders of the groups that this process is in, inside ``cgroups``, and the name of the file with the limit."""
+    yield cgroups, "memory.max"  # what a container sees of its own
+    yield cgroups / "memory", "memory.limit_in_bytes"
+    with contextlib.suppress(OSError):
+        for line in (proc / "self" / "cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if not controllers:
+                yield cgroups / path.lstrip("/"), "memory.max"
+            elif "memory" in controllers.split(","):
+                yield cgroups / "memory" / path.lstrip("/"), "memory.limit_in_bytes"
 
 
 class SystemSampler:

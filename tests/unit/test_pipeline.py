@@ -11,6 +11,7 @@ from storymem_dist import (
     comfyui_to_storymem,
     is_storymem_available,
     storymem_to_comfyui,
+    weight_memory,
 )
 from storymem_dist.errors import ConfigError
 from storymem_dist.models.wan.tiny_checkpoint import TinyCheckpoint, generate_tiny_checkpoint
@@ -75,6 +76,18 @@ def test_layers_that_the_device_cannot_multiply_are_refused_before_weights_are_r
     with (
         StoryMemPipeline(str(tiny.t2v_dir), None, device="cpu", linears="float8") as pipeline,
         pytest.raises(ConfigError, match=r"model.linears=float8: .*\(not on this card\); use model.linears=int8"),
+    ):
+        pipeline.generate_t2v("a fox", **SMALL)
+
+
+def test_experts_that_fit_no_memory_are_refused_before_weights_are_read(
+    tiny: TinyCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weight_memory, "host_memory_bytes", lambda: 2**20)
+    monkeypatch.setattr(build, "load_vae", lambda *_: pytest.fail("weights were read"))
+    with (
+        StoryMemPipeline(str(tiny.t2v_dir), None, device="cpu") as pipeline,
+        pytest.raises(ConfigError, match="of host memory for the weights of 1 rank on this node"),
     ):
         pipeline.generate_t2v("a fox", **SMALL)
 

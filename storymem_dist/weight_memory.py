@@ -1,0 +1,79 @@
+"""Whether the experts fit this machine: known from their sizes alone, before anything is read or allocated.
+
+Counts weights and nothing else (activations, text encoder and caches come on top), so what is refused here can never
+run. Computes no layout and moves nothing.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from storymem_dist.diffusion.experts import EXPERTS
+from storymem_dist.errors import ConfigError
+from storymem_dist.models.quantized_linear import quantize_linears
+from storymem_dist.models.settings import ModelSettings
+from storymem_dist.models.wan.dit import DiTConfig, WanDiT
+from storymem_dist.observe.system import GIB, device_memory_bytes, host_memory_bytes
+from storymem_dist.parallel.loading import OFFLOADED
+from storymem_dist.parallel.settings import ParallelSettings
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WeightMemory:
+    """Bytes that one rank needs for the weights of both experts, on its device and in host memory."""
+
+    on_device: int
+    on_host: int
+
+
+def expert_bytes(model: ModelSettings, config: DiTConfig) -> int:
+    """Bytes of one expert's weights as they are held."""
+    with torch.device("meta"):
+        dit = WanDiT(config, dtype=getattr(torch, model.dtype))
+    quantize_linears(dit.blocks, model.linears)
+    return sum(parameter.nbytes for parameter in dit.parameters())
+
+
+def weight_memory(model: ModelSettings, parallel: ParallelSettings, config: DiTConfig) -> WeightMemory:
+    """What ``parallel.loading.place_experts`` makes of the settings; uneven shards are counted as if they were even."""
+    one = expert_bytes(model, config) // (1 if parallel.weights == "replicated" else parallel.ranks_per_replica)
+    if parallel.weights in OFFLOADED:
+        on_disk = parallel.weights == "zero3" and parallel.zero3_offload == "nvme"
+        return WeightMemory(on_device=0, on_host=0 if on_disk else len(EXPERTS) * one)
+    if model.experts == "swap":
+        return WeightMemory(on_device=one, on_host=len(EXPERTS) * one)
+    return WeightMemory(on_device=len(EXPERTS) * one, on_host=0)
+
+
+def check_weight_memory(
+    model: ModelSettings,
+    parallel: ParallelSettings,
+    config: DiTConfig,
+    *,
+    device: torch.device,
+    ranks_per_node: int,
+) -> None:
+    """Raise ``ConfigError`` if this rank's device, or the memory that its node's ranks share, is too small."""
+    needed = weight_memory(model, parallel, config)
+    asked = f"model.experts={model.experts} with parallel.weights={parallel.weights}"
+    on_device, total = needed.on_device, device_memory_bytes(device)
+    on_host = needed.on_host * ranks_per_node
+    if total is None:
+        on_host += on_device * ranks_per_node
+    elif on_device > total:
+        raise ConfigError(
+            f"{asked} needs {_gib(on_device)} GiB for weights on each device; {device} has {_gib(total)} GiB. Use "
+            "model.experts=swap, a layout whose ranks share the weights (parallel=fsdp2, fsdp8, ...), or "
+            "parallel=fsdp_offload"
+        )
+    if on_host > (host := host_memory_bytes()):
+        raise ConfigError(
+            f"{asked} needs {_gib(on_host)} GiB of host memory for the weights of {ranks_per_node} "
+            f"rank{'s' if ranks_per_node > 1 else ''} on this node, which has {_gib(host)} GiB (or its job may use no "
+            "more). Use model.experts=resident where the devices hold both experts, fewer ranks "
+            "(launch.processes_per_node=N), or a layout whose ranks share the weights (parallel=fsdp2, fsdp8, ...)"
+        )
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / GIB:.1f}"
