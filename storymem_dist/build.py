@@ -37,7 +37,7 @@ from storymem_dist.parallel.session import Session, start_session
 from storymem_dist.parallel.settings import ParallelSettings
 from storymem_dist.parallel.vae import parallelize_vae
 from storymem_dist.render_clip import ClipSampler
-from storymem_dist.weight_memory import check_weight_memory
+from storymem_dist.weight_memory import check_weight_memory, decide_experts
 
 LoadProgress = Callable[[str, int, int], None]
 """Called while weights load: what, bytes done, bytes in all."""
@@ -252,6 +252,7 @@ class Engine:
             parallel, guidance_scale_high=sampler.guidance_scale_high, guidance_scale_low=sampler.guidance_scale_low
         )
         session = session or start_session(parallel, num_heads=weights.any_checkpoint.dit_config.num_heads)
+        model = decide_experts(model, parallel, weights.any_checkpoint.dit_config, session.device)
         session.all_or_none(partial(_check_start, model, weights, parallel, session))
         set_fp32_precision(convolutions=model.vae_precision)
         vae = load_vae(weights.any_checkpoint.vae_path, session.device)

@@ -1,10 +1,11 @@
 """Whether the experts fit this machine: known from their sizes alone, before anything is read or allocated.
 
 Counts weights and nothing else (activations, text encoder and caches come on top), so what is refused here can never
-run. Computes no layout and moves nothing.
+run. Decides ``model.experts=auto``. Computes no layout and moves nothing.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 
@@ -17,6 +18,10 @@ from storymem_dist.observe.system import GIB, device_memory_bytes, host_memory_b
 from storymem_dist.parallel.loading import OFFLOADED
 from storymem_dist.parallel.settings import ParallelSettings
 
+_LEFT_FREE = 20 * GIB
+"""What a forward (14 GiB) or a decode (18) takes beside weights at 1280x720 with ten keyframes on one rank, and some
+more (``benchmarks/memory.py``)."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WeightMemory:
@@ -26,23 +31,40 @@ class WeightMemory:
     on_host: int
 
 
-def expert_bytes(model: ModelSettings, config: DiTConfig) -> int:
+@cache
+def expert_bytes(config: DiTConfig, dtype: torch.dtype, linears: str) -> int:
     """Bytes of one expert's weights as they are held."""
     with torch.device("meta"):
-        dit = WanDiT(config, dtype=getattr(torch, model.dtype))
-    quantize_linears(dit.blocks, model.linears)
+        dit = WanDiT(config, dtype=dtype)
+    quantize_linears(dit.blocks, linears)
     return sum(parameter.nbytes for parameter in dit.parameters())
 
 
 def weight_memory(model: ModelSettings, parallel: ParallelSettings, config: DiTConfig) -> WeightMemory:
-    """What ``parallel.loading.place_experts`` makes of the settings; uneven shards are counted as if they were even."""
-    one = expert_bytes(model, config) // (1 if parallel.weights == "replicated" else parallel.ranks_per_replica)
+    """What ``parallel.loading.place_experts`` makes of the settings (``model.experts`` decided).
+
+    Uneven shards are counted as if they were even.
+    """
+    whole = expert_bytes(config, getattr(torch, model.dtype), model.linears)
+    one = whole if parallel.weights == "replicated" else whole // parallel.ranks_per_replica
     if parallel.weights in OFFLOADED:
         on_disk = parallel.weights == "zero3" and parallel.zero3_offload == "nvme"
         return WeightMemory(on_device=0, on_host=0 if on_disk else len(EXPERTS) * one)
     if model.experts == "swap":
         return WeightMemory(on_device=one, on_host=len(EXPERTS) * one)
     return WeightMemory(on_device=len(EXPERTS) * one, on_host=0)
+
+
+def decide_experts(
+    model: ModelSettings, parallel: ParallelSettings, config: DiTConfig, device: torch.device
+) -> ModelSettings:
+    """The settings with ``experts=auto`` decided: resident where that leaves room to work on ``device``."""
+    if model.experts != "auto":
+        return model
+    resident, total = replace(model, experts="resident"), device_memory_bytes(device)
+    if total is None or weight_memory(resident, parallel, config).on_device + _LEFT_FREE <= total:
+        return resident
+    return replace(model, experts="swap")
 
 
 def check_weight_memory(
@@ -53,7 +75,10 @@ def check_weight_memory(
     device: torch.device,
     ranks_per_node: int,
 ) -> None:
-    """Raise ``ConfigError`` if this rank's device, or the memory that its node's ranks share, is too small."""
+    """Raise ``ConfigError`` if this rank's device, or the memory that its node's ranks share, is too small.
+
+    ``model.experts`` is decided.
+    """
     needed = weight_memory(model, parallel, config)
     asked = f"model.experts={model.experts} with parallel.weights={parallel.weights}"
     on_device, total = needed.on_device, device_memory_bytes(device)

@@ -21,7 +21,7 @@ from storymem_dist.errors import StoryMemError, WeightsNotFound
 from storymem_dist.models.quantized_linear import check_linears
 from storymem_dist.models.wan.checkpoints import WanCheckpoint
 from storymem_dist.observe.system import GIB
-from storymem_dist.weight_memory import check_weight_memory, weight_memory
+from storymem_dist.weight_memory import check_weight_memory, decide_experts, weight_memory
 
 KINDS = ("t2v", "m2v")
 _READ_BYTES = 512 * 2**20
@@ -106,16 +106,15 @@ def _check_memory(settings: RenderConfig, kind: str, checkpoint: WanCheckpoint) 
     """Whether the experts fit, with one rank on each of this machine's devices."""
     on_gpu = settings.parallel.device != "cpu" and torch.cuda.is_available()
     num_ranks = torch.cuda.device_count() if on_gpu else 1
-    needed = weight_memory(settings.model, settings.parallel, checkpoint.dit_config)
-    value = f"{needed.on_device / GIB:.1f} GiB on each device, {needed.on_host * num_ranks / GIB:.1f} GiB on the host"
+    device, config, parallel = torch.device("cuda" if on_gpu else "cpu"), checkpoint.dit_config, settings.parallel
+    model = decide_experts(settings.model, parallel, config, device)
+    needed = weight_memory(model, parallel, config)
+    value = (
+        f"experts={model.experts}: {needed.on_device / GIB:.1f} GiB on each device, "
+        f"{needed.on_host * num_ranks / GIB:.1f} GiB on the host"
+    )
     try:
-        check_weight_memory(
-            settings.model,
-            settings.parallel,
-            checkpoint.dit_config,
-            device=torch.device("cuda" if on_gpu else "cpu"),
-            ranks_per_node=num_ranks,
-        )
+        check_weight_memory(model, parallel, config, device=device, ranks_per_node=num_ranks)
     except StoryMemError as error:
         yield problem("weights", f"{kind} fit", value, str(error))
     else:

@@ -9,7 +9,7 @@ from storymem_dist.models.quantized_linear import LINEARS
 from storymem_dist.models.wan.lora import LoraSettings
 
 COMPUTE_DTYPES = ("bfloat16", "float32")
-EXPERT_RESIDENCIES = ("resident", "swap")
+EXPERT_RESIDENCIES = ("auto", "resident", "swap")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -17,8 +17,9 @@ class ModelSettings:
     """The ``model`` group.
 
     ``generate`` names a preset whose seeded checkpoint is written to the user's cache on first use; the three paths are
-    then filled from it. ``loras`` are merged after the StoryMem LoRA, in order. ``attention`` is one of
-    ``models.attention.BACKENDS``. ``linears`` is what the matrix products of the blocks compute with, one of
+    then filled from it. ``loras`` are merged after the StoryMem LoRA, in order. ``experts``: both on the device
+    (``resident``), or one, and both in host memory (``swap``); ``auto`` decides by the device's memory. ``attention``
+    is one of ``models.attention.BACKENDS``. ``linears`` is what the matrix products of the blocks compute with, one of
     ``models.quantized_linear.LINEARS``: ``float8`` and ``int8`` are lossy. ``cache_text_keys`` keeps the keys and
     values of a shot's texts on the device (A14B: 0.84 GB) instead of computing them at every step; pixels are the same.
     ``vae_precision`` is that of the VAE's convolutions on CUDA: ``tf32`` as torch does by itself (and so the original
@@ -32,7 +33,7 @@ class ModelSettings:
     generate: str | None = None
     generate_seed: int = 0
     dtype: str = "bfloat16"
-    experts: str = "resident"
+    experts: str = "auto"
     text_encoder_device: str = "auto"
     text_encoder_dtype: str = "bfloat16"
     attention: str = "auto"

@@ -9,7 +9,7 @@ from storymem_dist.models.settings import ModelSettings
 from storymem_dist.models.wan.presets import WAN22_A14B
 from storymem_dist.observe.system import GIB, host_memory_bytes
 from storymem_dist.parallel.settings import ParallelSettings
-from storymem_dist.weight_memory import check_weight_memory, expert_bytes, weight_memory
+from storymem_dist.weight_memory import check_weight_memory, decide_experts, expert_bytes, weight_memory
 
 A14B = WAN22_A14B.t2v
 EXPERT_GIB = 26.96
@@ -17,7 +17,7 @@ EXPERT_GIB = 26.96
 
 @pytest.mark.parametrize(("linears", "expected_gib"), [("exact", EXPERT_GIB), ("float8", 13.89), ("int8", 13.89)])
 def test_an_expert_is_counted_as_it_is_held(linears: str, expected_gib: float) -> None:
-    held = expert_bytes(ModelSettings(linears=linears), A14B)
+    held = expert_bytes(A14B, torch.bfloat16, linears)
     assert held / GIB == pytest.approx(expected_gib, abs=0.01)
 
 
@@ -40,6 +40,27 @@ def test_what_a_rank_holds_follows_from_the_settings(
     needed = weight_memory(ModelSettings(experts=experts), parallel, A14B)
     assert needed.on_device / GIB == pytest.approx(on_device * EXPERT_GIB, abs=0.01)
     assert needed.on_host / GIB == pytest.approx(on_host * EXPERT_GIB, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("device_gib", "parallel", "expected"),
+    [
+        (79.1, ParallelSettings(), "resident"),
+        (47.4, ParallelSettings(), "swap"),
+        (39.4, ParallelSettings(ulysses=8, weights="fsdp"), "resident"),
+        (23.6, ParallelSettings(ulysses=8, weights="fsdp"), "swap"),
+        (None, ParallelSettings(), "resident"),
+    ],
+)
+def test_both_experts_stay_on_a_device_that_keeps_room_to_work(
+    monkeypatch: pytest.MonkeyPatch, device_gib: float | None, parallel: ParallelSettings, expected: str
+) -> None:
+    total = None if device_gib is None else int(device_gib * GIB)
+    monkeypatch.setattr(module, "device_memory_bytes", lambda device: total)
+    model = ModelSettings()
+    assert decide_experts(model, parallel, A14B, torch.device("cpu")).experts == expected
+    assert decide_experts(ModelSettings(experts="swap"), parallel, A14B, torch.device("cpu")).experts == "swap"
+    assert model.experts == "auto"
 
 
 def check(experts: str, *, device: str = "cuda", ranks: int = 8, **parallel: object) -> None:
