@@ -29,8 +29,10 @@ class WanVae:
     def __init__(self, autoencoder: AutoencoderKLWan):
         self.autoencoder = autoencoder.eval().requires_grad_(False)
         config: Any = autoencoder.config
-        self._mean_C111 = torch.tensor(config.latents_mean, dtype=torch.float32)[:, None, None, None]
-        self._std_C111 = torch.tensor(config.latents_std, dtype=torch.float32)[:, None, None, None]
+        self._mean_C111, self._std_C111 = (
+            torch.tensor(values, dtype=torch.float32, device=self.device)[:, None, None, None]
+            for values in (config.latents_mean, config.latents_std)
+        )
 
     @property
     def device(self) -> torch.device:
@@ -46,6 +48,7 @@ class WanVae:
         """Move the weights; returns itself."""
         module: nn.Module = self.autoencoder  # ModelMixin.to hides its signature from type checkers
         module.to(device)
+        self._mean_C111, self._std_C111 = self._mean_C111.to(device), self._std_C111.to(device)
         return self
 
     @torch.no_grad()
@@ -59,7 +62,7 @@ class WanVae:
             raise ValueError(f"clip {tuple(pixels_CFHW.shape)} cannot be encoded; expected [3, 4n+1, 8h, 8w]")
         posterior = self.autoencoder.encode(pixels_CFHW[None].to(self.device, self.dtype)).latent_dist
         raw_CTHW = posterior.mean[0].float()
-        return (raw_CTHW - self._mean_C111.to(raw_CTHW.device)) / self._std_C111.to(raw_CTHW.device)
+        return (raw_CTHW - self._mean_C111) / self._std_C111
 
     def encode_image(self, pixels_CHW: Tensor) -> Tensor:
         """Normalized latents ``[16, 1, h, w]`` of one image in [-1, 1], encoded alone as a one-frame clip."""
@@ -69,7 +72,7 @@ class WanVae:
     def decode(self, latents_CTHW: Tensor) -> Tensor:
         """Pixels ``[3, 4T-3, 8h, 8w]`` (fp32) of normalized latents, clamped to [-1, 1]."""
         latents_CTHW = latents_CTHW.to(self.device, torch.float32)
-        raw_CTHW = latents_CTHW * self._std_C111.to(self.device) + self._mean_C111.to(self.device)
+        raw_CTHW = latents_CTHW * self._std_C111 + self._mean_C111
         pixels_CFHW = self.autoencoder.decode(raw_CTHW[None].to(self.dtype), return_dict=False)[0][0]
         return pixels_CFHW.float()
 
