@@ -83,10 +83,12 @@ class HostShards:
         self._module = nn.Module()
 
     def _place(self, memory_of: Callable[[DTensor], Tensor]) -> None:
-        """Give every shard other memory the way ``nn.Module.to`` does, of which FSDP takes note."""
+        """Give every shard other memory the way ``nn.Module.to`` does, of which FSDP takes note.
+
+        ``DTensor.from_local`` would copy host memory back to the mesh's device.
+        """
 
         def moved(shard: DTensor) -> DTensor:
-            local, mesh = memory_of(shard), shard.device_mesh
-            return DTensor.from_local(local, mesh, shard.placements, shape=shard.shape, stride=shard.stride())
+            return DTensor(memory_of(shard), shard._spec, requires_grad=False)
 
         self._module._apply(moved)

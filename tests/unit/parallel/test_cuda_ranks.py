@@ -1,0 +1,107 @@
+"""Parallel code on fake CUDA tensors and a process group that sends nothing: all that is sent is on the device."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+import torch.distributed as dist
+from diffusers import AutoencoderKLWan
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from storymem_dist.diffusion.experts import Expert
+from storymem_dist.diffusion.host_swap import HostMemory
+from storymem_dist.models.wan.dit import WanDiT
+from storymem_dist.models.wan.vae import WanVae
+from storymem_dist.parallel.fsdp import HostShards
+from storymem_dist.parallel.guidance import make_guidance
+from storymem_dist.parallel.layout import Layout
+from storymem_dist.parallel.mesh import ReplicaMesh, build_mesh
+from storymem_dist.parallel.parallelize import parallelize
+from storymem_dist.parallel.settings import ParallelSettings
+from storymem_dist.parallel.vae import parallelize_vae
+from tests.helpers.fake_cuda import CUDA, TO_DEVICE, TO_HOST, fake_cuda
+from tests.helpers.tiny_dit import CONFIG, make_inputs
+
+CPU = torch.device("cpu")
+LAYOUTS = {
+    "ulysses": ParallelSettings(ulysses=4),
+    "ring": ParallelSettings(ring=4),
+    "both": ParallelSettings(ring=2, ulysses=2),
+    "guidance": ParallelSettings(cfg=2, ulysses=2),
+    "fsdp": ParallelSettings(cfg=2, ring=2, weights="fsdp"),
+    "fsdp_offload": ParallelSettings(ulysses=4, weights="fsdp_offload"),
+}
+
+
+@contextmanager
+def last_of_four(settings: ParallelSettings) -> Iterator[ReplicaMesh]:
+    """This process as the last rank of a replica, which has the fewest tokens and rows."""
+    dist.init_process_group("fake", store=FakeStore(), rank=3, world_size=4)
+    try:
+        layout = Layout(cfg=settings.cfg, ring=settings.ring, ulysses=settings.ulysses, ranks_per_node=4)
+        yield build_mesh(layout, CUDA)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.fixture
+def no_streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FSDP2 works with streams, of which this torch has none for CUDA."""
+    for name in ("Stream", "Event", "current_stream", "stream"):
+        monkeypatch.setattr(torch.cuda, name, getattr(torch.cpu, name))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: CUDA.index)
+
+
+def make_expert(mesh: ReplicaMesh, settings: ParallelSettings, dtype: torch.dtype = torch.bfloat16) -> WanDiT:
+    with torch.device("meta"):
+        dit = WanDiT(CONFIG, dtype=dtype)
+    parallelize(dit, mesh, settings)
+    return dit.to_empty(device=CPU if settings.weights == "fsdp_offload" else CUDA)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.usefixtures("no_streams")
+def test_velocity(name: str, dtype: torch.dtype) -> None:
+    settings = LAYOUTS[name]
+    with last_of_four(settings) as mesh, fake_cuda() as crossings, torch.no_grad():
+        expert = Expert(name="low_noise", module=make_expert(mesh, settings, dtype), guidance_scale=3.5)
+        x, timestep, text, positions = (tensor.to(CUDA) for tensor in make_inputs())
+        crossings.take()
+        velocity = make_guidance(mesh).velocity(expert, x, timestep, text, text, positions)
+        assert (velocity.device, velocity.shape) == (CUDA, x.shape)
+        assert set(crossings.take()) == ({TO_DEVICE} if name == "fsdp_offload" else set())
+
+
+def test_vae() -> None:
+    settings = ParallelSettings(ulysses=4)
+    with last_of_four(settings) as mesh, fake_cuda() as crossings:
+        vae = WanVae(AutoencoderKLWan(base_dim=4, z_dim=16, num_res_blocks=1)).to(CUDA)
+        assert mesh.shard.group is not None
+        parallelize_vae(vae, mesh.shard.group)
+        clip = torch.zeros(3, 5, 32, 80, device=CUDA)
+        crossings.take()
+        pixels = vae.decode(vae.encode(clip))
+        assert (pixels.device, pixels.shape) == (CUDA, clip.shape)
+        assert crossings.take() == []
+
+
+@pytest.mark.usefixtures("no_streams")
+def test_shards_that_wait_on_the_host_leave_the_device() -> None:
+    settings = ParallelSettings(ulysses=4, weights="fsdp")
+    with last_of_four(settings) as mesh, fake_cuda() as crossings, torch.no_grad():
+        expert = make_expert(mesh, settings)
+        waiting = HostShards(expert, HostMemory(CPU), CUDA)
+        assert places(expert) == {"cpu"}
+        crossings.take()
+        waiting.enter_device()
+        assert places(expert) == {"cuda"}
+        assert set(crossings.take()) == {TO_DEVICE}
+        waiting.leave_device()
+        assert places(expert) == {"cpu"}
+        assert TO_HOST not in crossings.take(), "weights never change, so none is copied back"
+
+
+def places(expert: WanDiT) -> set[str]:
+    return {parameter.to_local().device.type for parameter in expert.parameters()}
