@@ -18,6 +18,7 @@ from storymem_dist.models.loading import StateDictSource, load_dit_weights
 from storymem_dist.models.quantized_linear import quantize_linears
 from storymem_dist.models.wan.dit import WanDiT
 from storymem_dist.models.wan.presets import TINY
+from storymem_dist.parallel.loading import place_experts
 
 STORY = (1, 3, 6, 9, 10)  # memory frames of the shots of one story
 
@@ -97,6 +98,20 @@ def test_nothing_is_recompiled_in_a_story_nor_for_the_other_expert(
         for num_memory in STORY:
             run(expert, num_memory)
     assert counters["stats"]["unique_graphs"] == after_the_first_forward
+
+
+def test_experts_that_take_turns_on_the_device_are_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    names, cpu = ("high_noise", "low_noise"), torch.device("cpu")
+    eager = {name: make_dit(torch.bfloat16, seed) for seed, name in enumerate(names)}
+    experts = {name: make_dit(torch.bfloat16, seed) for seed, name in enumerate(names)}
+    for expert in experts.values():
+        compile_with("eager", expert, monkeypatch)
+    _, residency = place_experts(experts.items(), device=cpu, weights="replicated", swap=True)
+    for name in (*names, *names):
+        residency.activate(name)
+        assert torch.equal(run(experts[name], 3), run(eager[name], 3))
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
 
 
 @pytest.mark.parametrize("linears", ["float8", "int8"])
