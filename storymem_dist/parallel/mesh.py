@@ -6,11 +6,13 @@ models nor settings.
 """
 
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from storymem_dist.parallel.clock import CollectiveClock, timed
 from storymem_dist.parallel.layout import AXES, Layout
@@ -66,24 +68,29 @@ def lone_mesh() -> ReplicaMesh:
     )
 
 
-def build_mesh(layout: Layout, device: torch.device, clock: CollectiveClock | None = None) -> ReplicaMesh:
+def build_mesh(
+    layout: Layout, device: torch.device, clock: CollectiveClock | None = None, timeout: timedelta | None = None
+) -> ReplicaMesh:
     """Build the groups of every axis. Collective over the default process group, whose size is the layout's.
 
-    ``device`` decides whether the mesh is one of CPU or of CUDA ranks. ``clock`` is given to all axes.
+    ``device`` decides whether the mesh is one of CPU or of CUDA ranks. ``clock`` is given to all axes. ``timeout`` is
+    that of their collectives (None: torch's own, which a mesh gives its groups whatever the default group has).
     """
     mesh = init_device_mesh(device.type, layout.shape, mesh_dim_names=AXES)
     shard_mesh = mesh["cfg", "ring", "ulysses"]._flatten("shard")
+
+    def axis(name: str, mesh: DeviceMesh) -> Axis:
+        group = mesh.get_group() if mesh.size() > 1 else None
+        if group is not None and timeout is not None:
+            _set_pg_timeout(timeout, group)
+        return Axis(name=name, size=mesh.size(), rank=mesh.get_local_rank(), group=group, clock=clock)
+
     return ReplicaMesh(
-        cfg=_axis("cfg", mesh["cfg"], clock),
-        ring=_axis("ring", mesh["ring"], clock),
-        ulysses=_axis("ulysses", mesh["ulysses"], clock),
-        sequence=_axis("sequence", mesh["ring", "ulysses"]._flatten("sequence"), clock),
-        shard=_axis("shard", shard_mesh, clock),
+        cfg=axis("cfg", mesh["cfg"]),
+        ring=axis("ring", mesh["ring"]),
+        ulysses=axis("ulysses", mesh["ulysses"]),
+        sequence=axis("sequence", mesh["ring", "ulysses"]._flatten("sequence")),
+        shard=axis("shard", shard_mesh),
         shard_mesh=shard_mesh,
         clock=clock,
     )
-
-
-def _axis(name: str, mesh: DeviceMesh, clock: CollectiveClock | None) -> Axis:
-    group = mesh.get_group() if mesh.size() > 1 else None
-    return Axis(name=name, size=mesh.size(), rank=mesh.get_local_rank(), group=group, clock=clock)

@@ -152,11 +152,12 @@ def start_session(settings: ParallelSettings, *, num_heads: int | None = None) -
             owns_default_group=False,
         )
     owns_default_group = not dist.is_initialized()
+    collective_timeout = timedelta(seconds=settings.collective_timeout_seconds)
     if owns_default_group:
-        _start_default_group(place, backend, device, timedelta(seconds=settings.collective_timeout_seconds))
+        _start_default_group(place, backend, device, collective_timeout)
     replicas = [layout.ranks_of_replica(replica) for replica in range(layout.replica)]
     readers = layout.reading_teams(sharded=settings.weights != "replicated")
-    timeout = timedelta(seconds=settings.leader_timeout_seconds)
+    leader_timeout = timedelta(seconds=settings.leader_timeout_seconds)
     clock = CollectiveClock() if device.type == "cpu" and not settings.compile else None
     return Session(
         rank=dist.get_rank(),
@@ -164,10 +165,10 @@ def start_session(settings: ParallelSettings, *, num_heads: int | None = None) -
         layout=layout,
         device=device,
         backend=backend,
-        mesh=build_mesh(layout, device, clock),
-        team=_join_team(replicas, timeout),
-        readers=_join_team(readers, timeout),
-        readers_group=_join_group(readers),
+        mesh=build_mesh(layout, device, clock, collective_timeout),
+        team=_join_team(replicas, leader_timeout),
+        readers=_join_team(readers, leader_timeout),
+        readers_group=_join_group(readers, collective_timeout),
         owns_default_group=owns_default_group,
     )
 
@@ -266,7 +267,7 @@ def _start_default_group(place: _Place, backend: str, device: torch.device, time
 
 def _join_team(teams: list[list[int]], timeout: timedelta) -> Team:
     """This rank's team out of a partition of all ranks. Collective over all of them."""
-    control = _join_group(teams, timeout=timeout, backend="gloo")
+    control = _join_group(teams, timeout, backend="gloo")
     if control is None:
         return Team()
     keep_alive_seconds = timeout.total_seconds() / _SIGNS_OF_LIFE_PER_TIMEOUT
@@ -274,9 +275,7 @@ def _join_team(teams: list[list[int]], timeout: timedelta) -> Team:
     return Team(size=control.size(), rank=control.rank(), control=control, decide=decide)
 
 
-def _join_group(
-    teams: list[list[int]], *, timeout: timedelta | None = None, backend: str | None = None
-) -> dist.ProcessGroup | None:
+def _join_group(teams: list[list[int]], timeout: timedelta, *, backend: str | None = None) -> dist.ProcessGroup | None:
     """The process group of this rank's team, None for a team of one. Collective over all ranks."""
     if max(map(len, teams)) == 1:
         return None

@@ -1,6 +1,7 @@
 """Sessions of several gloo ranks, started as torchrun starts them."""
 
 import time
+from datetime import timedelta
 
 import pytest
 import torch
@@ -108,6 +109,31 @@ def _leader_hangs() -> str:
 def test_a_leader_that_never_comes_is_noticed_within_the_time_out() -> None:
     leader, peer = run_ranks(_leader_hangs, world_size=2)
     assert (leader, peer) == ("slept outside", "RuntimeError")
+
+
+def _peers_never_come() -> dict[str, str]:
+    errors: dict[str, str] = {}
+    with start_session(ParallelSettings(cfg=2, collective_timeout_seconds=1.0)) as session:
+        assert dist.group.WORLD is not None
+        store = dist.group.WORLD.get_group_store()
+        if session.rank:
+            store.wait(["rank 0 has given up"], timedelta(seconds=60))
+            return errors
+        groups = {"cfg": session.mesh.cfg.group, "shard": session.mesh.shard.group, "readers": session.readers_group}
+        for name, group in groups.items():
+            try:
+                dist.all_reduce(torch.ones(1), group=group)
+            except RuntimeError as error:
+                errors[name] = str(error)
+        store.set("rank 0 has given up", "")
+    return errors
+
+
+def test_collectives_of_one_replica_of_several_end_at_the_time_out() -> None:
+    """Groups smaller than the world have a time-out of their own, which is half an hour unless somebody sets it."""
+    errors = run_ranks(_peers_never_come, world_size=4)[0]
+    assert errors.keys() == {"cfg", "shard", "readers"}
+    assert all("Timed out waiting 1000ms" in error for error in errors.values()), errors
 
 
 def _impossible() -> str:
