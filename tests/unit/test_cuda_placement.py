@@ -16,7 +16,7 @@ from transformers import CLIPConfig, CLIPModel
 from storymem_dist import render_clip
 from storymem_dist.build import Engine
 from storymem_dist.diffusion.denoise import DenoiseState, DenoiseStopped, PromptEmbeds
-from storymem_dist.diffusion.experts import ExpertPair
+from storymem_dist.diffusion.experts import EXPERTS, ExpertPair
 from storymem_dist.diffusion.guidance import LocalGuidance
 from storymem_dist.diffusion.settings import SOLVERS, SamplerSettings
 from storymem_dist.diffusion.solver import Solver
@@ -32,13 +32,29 @@ from storymem_dist.models.wan.lora import LoraFile, LoraModule, ScaledLora
 from storymem_dist.models.wan.presets import TINY
 from storymem_dist.models.wan.text_encoder import TextEncoder, empty_text_encoder
 from storymem_dist.models.wan.vae import WanVae
-from storymem_dist.pipeline import StoryMemPipeline
+from storymem_dist.parallel.loading import place_experts
+from storymem_dist.pipeline import StoryMemPipeline, to_image_tensor
 from storymem_dist.render_clip import ClipRequest, ClipSampler, to_uint8
-from tests.helpers.fake_cuda import CUDA, HOST_READS, TO_DEVICE, TO_HOST, Crossings, fake_cuda, really
+from tests.helpers.fake_cuda import (
+    CUDA,
+    HOST_READS,
+    TO_DEVICE,
+    TO_HOST,
+    Crossings,
+    fake_cuda,
+    really,
+    without_cuda_streams,
+)
 
 NUM_STEPS = 10
+GUIDANCE: Any = {"boundary_ratio": 0.9, "guidance_scale_high": 4.0, "guidance_scale_low": 3.0}
 READ_AT = 8
 """The finite check of ``denoise``."""
+
+
+@pytest.fixture
+def no_streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_cuda_streams(monkeypatch)
 
 
 @pytest.fixture
@@ -59,8 +75,8 @@ def tiny_expert(kind: str, dtype: torch.dtype = torch.bfloat16, linears: str = "
 
 
 def tiny_experts(kind: str, **formats: Any) -> ExpertPair:
-    experts = {name: tiny_expert(kind, **formats) for name in ("high_noise", "low_noise")}
-    return ExpertPair(**experts, boundary_ratio=0.9, guidance_scale_high=4.0, guidance_scale_low=3.0)
+    experts = {name: tiny_expert(kind, **formats) for name in EXPERTS}
+    return ExpertPair(**experts, **GUIDANCE)
 
 
 def tiny_vae() -> WanVae:
@@ -150,6 +166,25 @@ def test_the_step_cache_makes_the_host_wait_once_a_step(
     assert rendering.of_steps == [[], *[[HOST_READS] * 2] * 3]
 
 
+@pytest.mark.usefixtures("no_streams")
+def test_an_expert_that_waits_on_the_host_comes_once_and_is_never_copied_back(
+    crossings: Crossings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experts = {name: tiny_expert("t2v") for name in EXPERTS}
+    num_tensors = len(list(experts["high_noise"].parameters()))
+    _, residency = place_experts(experts.items(), device=CUDA, weights="replicated", swap=True)
+    rendering = Rendering(crossings, monkeypatch)
+    rendering.sampler = ClipSampler(
+        load_experts=lambda kind: ExpertPair(**experts, **GUIDANCE, residency=residency),
+        guidance=LocalGuidance(),
+        vae=tiny_vae(),
+        device=CUDA,
+    )
+    rendering.run(request(num_inference_steps=4, boundary_ratio_t2v=0.9))
+    copied = [TO_DEVICE] * num_tensors
+    assert [step for step in rendering.of_steps if step] == [copied, copied]
+
+
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_a_step_checkpoint_is_continued_on_the_device(
     crossings: Crossings, monkeypatch: pytest.MonkeyPatch, solver: str
@@ -222,6 +257,8 @@ def test_clips_of_the_pipeline_are_on_the_device_and_can_be_remembered(
     first = pipeline.generate_t2v("a fox", **size)
     second = pipeline.generate_mi2v("its den", [first[0, :, 0]], first_frame=first[0, :, -1], **size)
     assert {(video.device, video.shape) for video in (first, second)} == {(CUDA, (1, 3, 9, 32, 48))}
+    kept = [*pipeline._embeds.values(), to_image_tensor(first[0, :, 0])]
+    assert {tensor.device.type for tensor in kept} == {"cpu"}, "what is kept between clips takes no device memory"
 
 
 def test_clip_describes_frames_of_either_device_for_the_host(crossings: Crossings) -> None:

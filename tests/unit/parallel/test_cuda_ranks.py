@@ -11,6 +11,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from storymem_dist.diffusion.experts import Expert
 from storymem_dist.diffusion.host_swap import HostMemory
+from storymem_dist.diffusion.step_cache import attach_step_cache
 from storymem_dist.models.wan.dit import WanDiT
 from storymem_dist.models.wan.vae import WanVae
 from storymem_dist.parallel.fsdp import HostShards
@@ -20,7 +21,7 @@ from storymem_dist.parallel.mesh import ReplicaMesh, build_mesh
 from storymem_dist.parallel.parallelize import parallelize
 from storymem_dist.parallel.settings import ParallelSettings
 from storymem_dist.parallel.vae import parallelize_vae
-from tests.helpers.fake_cuda import CUDA, TO_DEVICE, TO_HOST, fake_cuda
+from tests.helpers.fake_cuda import CUDA, HOST_READS, TO_DEVICE, TO_HOST, fake_cuda, without_cuda_streams
 from tests.helpers.tiny_dit import CONFIG, make_inputs
 
 CPU = torch.device("cpu")
@@ -47,10 +48,7 @@ def last_of_four(settings: ParallelSettings) -> Iterator[ReplicaMesh]:
 
 @pytest.fixture
 def no_streams(monkeypatch: pytest.MonkeyPatch) -> None:
-    """FSDP2 works with streams, of which this torch has none for CUDA."""
-    for name in ("Stream", "Event", "current_stream", "stream"):
-        monkeypatch.setattr(torch.cuda, name, getattr(torch.cpu, name))
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: CUDA.index)
+    without_cuda_streams(monkeypatch)
 
 
 def make_expert(mesh: ReplicaMesh, settings: ParallelSettings, dtype: torch.dtype = torch.bfloat16) -> WanDiT:
@@ -72,6 +70,25 @@ def test_velocity(name: str, dtype: torch.dtype) -> None:
         velocity = make_guidance(mesh).velocity(expert, x, timestep, text, text, positions)
         assert (velocity.device, velocity.shape) == (CUDA, x.shape)
         assert set(crossings.take()) == ({TO_DEVICE} if name == "fsdp_offload" else set())
+
+
+@pytest.mark.parametrize("name", ["both", "guidance"])
+def test_decision_of_the_step_cache(name: str) -> None:
+    """With guidance in parallel this rank adds nothing to the sums, but its zeros are on the device as well."""
+    settings = LAYOUTS[name]
+    with last_of_four(settings) as mesh, fake_cuda() as crossings, torch.no_grad():
+        with torch.device("meta"):
+            dit = WanDiT(CONFIG)
+        cache = attach_step_cache(dit, mesh.shard.sum)
+        cache.begin_shot(threshold=0.1)
+        parallelize(dit, mesh, settings).to_empty(device=CUDA)
+        expert = Expert(name="low_noise", module=dit, guidance_scale=3.5, step_cache=cache)
+        x, timestep, text, positions = (tensor.to(CUDA) for tensor in make_inputs())
+        crossings.take()
+        for noted in ([], [HOST_READS] * 2):  # both sums are read at once
+            cache.begin_step()
+            make_guidance(mesh).velocity(expert, x, timestep, text, text, positions)
+            assert crossings.take() == noted
 
 
 def test_vae() -> None:
