@@ -1,13 +1,22 @@
 """How well ready shots are shared out, and what a claim costs.
 
-    python benchmarks/dispatch.py                      # both tables, about a minute
+    python benchmarks/dispatch.py                      # both tables, a few minutes
     python benchmarks/dispatch.py --json dispatch.json
 
 **Makespan.** The planner's own choice (``choose_shot``) drives simulated replicas over the 30 stories of the benchmark
 (300 shots, 7 to 12 a story) and over 3,000 stories. A shot takes what the cost model says for its number of memory
-keyframes, at 326.9 s for a clip without memory (one H100). Efficiency is max(total work / replicas, longest chain) over
-the makespan; beside it, whole stories handed to the next free replica, longest first. With swaps: each replica loses
-``--swap-seconds`` whenever it loads other experts, its first ones included.
+keyframes, at 326.9 s for a clip without memory (one H100); saving it takes ``--save-ratio`` of such a clip's time. The
+default is for one GPU and 40 steps at 832x480: 2.8 s (``benchmarks/outside_denoise.py``); on eight GPUs it is 0.07.
+
+"apart": a replica saves a shot, then begins the next one (``dispatch.overlap_saving=false``). "beside": it renders
+another story's shot while it saves one; it waits where ``choose_shot`` says so, and with its second rendered shot until
+the first is saved. A shot can be followed by the next of its story only when it is saved, in both.
+
+Efficiency is the bound over the makespan, and the bound is what no order of shots can beat even with saves beside: the
+longest of all rendering shared by the replicas and one save after it, all saves shared by the replicas (one at a time
+in each), and the longest story with its saves. Beside them, whole stories handed to the next free replica, longest
+first, saves apart. With swaps: saves beside, and each replica loses ``--swap-seconds`` whenever it loads other experts,
+its first ones included.
 
 **Claims.** The real queue, with leases in memory: every claim, commit and scan of a job of 30,000 shots, in processor
 time of this thread, so that waiting for the file system does not count.
@@ -47,13 +56,17 @@ def main() -> None:
     parser.add_argument("--replicas", type=int, nargs="+", default=[4, 8, 12, 16, 20, 24, 28, 32, 256])
     parser.add_argument("--large-replicas", type=int, default=1024, help="replicas for 3,000 stories; 0 leaves it out")
     parser.add_argument("--swap-seconds", type=float, default=60.0)
+    parser.add_argument(
+        "--save-ratio", type=float, default=0.0086, help="time of a save over that of the shortest clip"
+    )
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
 
     cases = [(30, replicas) for replicas in arguments.replicas]
     if arguments.large_replicas:
         cases.append((3000, arguments.large_replicas))
-    rows = [_compare(num_stories, replicas, arguments.swap_seconds) for num_stories, replicas in cases]
+    save_seconds = arguments.save_ratio * H100_SECONDS_PER_CLIP
+    rows = [_compare(*case, arguments.swap_seconds, save_seconds) for case in cases]
     print_table(rows)
     claims = measure_claims(3000)
     print()
@@ -64,20 +77,31 @@ def main() -> None:
 # -- makespan ----------------------------------------------------------------------------------------------------------
 
 
-def _compare(num_stories: int, num_replicas: int, swap_seconds: float) -> dict[str, object]:
+def _compare(num_stories: int, num_replicas: int, swap_seconds: float, save_seconds: float) -> dict[str, object]:
     chains = make_chains(num_stories)
     seconds = H100_SECONDS_PER_CLIP / CostModel().shot_tflop(0)
-    lengths = [seconds * sum(shot.cost for shot in chain) for chain in chains]
-    bound = max(sum(lengths) / num_replicas, max(lengths))
-    free, _ = simulate(chains, num_replicas, seconds, swap_seconds=0.0)
-    swapped, loads = simulate(chains, num_replicas, seconds, swap_seconds=swap_seconds)
+    work = [seconds * sum(shot.cost for shot in chain) for chain in chains]
+    lengths = [length + save_seconds * len(chain) for length, chain in zip(work, chains, strict=True)]
+    all_saves = save_seconds * sum(map(len, chains))
+    bound = max(sum(work) / num_replicas + save_seconds, all_saves / num_replicas, max(lengths))
+
+    def run(*, swap_seconds: float, overlap: bool) -> tuple[float, int]:
+        return simulate(
+            chains, num_replicas, seconds, swap_seconds=swap_seconds, save_seconds=save_seconds, overlap=overlap
+        )
+
+    apart, _ = run(swap_seconds=0.0, overlap=False)
+    beside, _ = run(swap_seconds=0.0, overlap=True)
+    swapped, loads = run(swap_seconds=swap_seconds, overlap=True)
     whole = story_level(lengths, num_replicas)
     return {
         "stories": num_stories,
         "replicas": num_replicas,
         "bound h": round(bound / 3600, 3),
-        "shots h": round(free / 3600, 3),
-        "efficiency": round(bound / free, 3),
+        "apart h": round(apart / 3600, 3),
+        "apart efficiency": round(bound / apart, 3),
+        "beside h": round(beside / 3600, 3),
+        "beside efficiency": round(bound / beside, 3),
         "with swaps h": round(swapped / 3600, 3),
         "loads per replica": round(loads / num_replicas, 2),
         "stories h": round(whole / 3600, 3),
@@ -114,46 +138,66 @@ def make_story(number: int, num_shots: int) -> Story:
 
 
 def simulate(
-    chains: Sequence[Sequence[PlannedShot]], num_replicas: int, seconds_per_tflop: float, *, swap_seconds: float
+    chains: Sequence[Sequence[PlannedShot]],
+    num_replicas: int,
+    seconds_per_tflop: float,
+    *,
+    swap_seconds: float,
+    save_seconds: float,
+    overlap: bool,
 ) -> tuple[float, int]:
     """Return the makespan in seconds and how often experts were loaded."""
     graph = ShotGraph(chains)
     loaded: list[str | None] = [None] * num_replicas
+    saving: list[PlannedShot | None] = [None] * num_replicas
+    save_ends = [0.0] * num_replicas
     idle = list(range(num_replicas))
-    running: list[tuple[float, int, PlannedShot]] = []
+    events: list[tuple[float, int, bool, PlannedShot]] = []  # when, by whom, whether its save is still to come, what
     now, loads = 0.0, 0
 
     def expected_wait(kind: str) -> float:
-        ends = [
-            end - now
-            for end, _, shot in running
-            if any(later.kind == kind for later in graph.chain_of(shot).shots[shot.shot.index + 1 :][:1])
-        ]
-        return min(ends, default=float("inf"))
+        ends = [end + to_save * save_seconds for end, _, to_save, shot in events if graph.kind_after(shot) == kind]
+        return min(ends, default=float("inf")) - now
 
     while True:
-        waiting = []
+        waiting: list[int] = []
+        refused: set[str | None] = set()  # nothing gets ready while these replicas choose: one answer serves all alike
         for replica in idle:
+            is_saving = saving[replica] is not None
+            if not is_saving and loaded[replica] in refused:
+                waiting.append(replica)
+                continue
             shot = choose_shot(
                 graph,
                 loaded[replica],
                 num_replicas=num_replicas,
                 expected_wait=expected_wait,
                 swap_seconds=swap_seconds,
+                saving=saving[replica],
             )
             if shot is None:
                 waiting.append(replica)
+                refused |= set() if is_saving else {loaded[replica]}
                 continue
             graph.set_state(shot, ShotState.LEASED)
             swap = swap_seconds if loaded[replica] != shot.kind else 0.0
             loads += loaded[replica] != shot.kind
             loaded[replica] = shot.kind
-            heapq.heappush(running, (now + swap + shot.cost * seconds_per_tflop, replica, shot))
-        if not running:
+            end = now + swap + shot.cost * seconds_per_tflop
+            end = max(end, save_ends[replica]) if overlap else end + save_seconds
+            heapq.heappush(events, (end, replica, overlap, shot))
+        if not events:
             return now, loads
-        now, replica, shot = heapq.heappop(running)
-        graph.set_state(shot, ShotState.COMMITTED)
-        idle = [*waiting, replica]
+        now, replica, to_save, shot = heapq.heappop(events)
+        idle = waiting
+        if to_save:
+            saving[replica], save_ends[replica] = shot, now + save_seconds
+            heapq.heappush(events, (save_ends[replica], replica, False, shot))
+        else:
+            saving[replica] = None
+            graph.set_state(shot, ShotState.COMMITTED)
+        if to_save == overlap:  # it has done all it does before the next one
+            idle = [*waiting, replica]
 
 
 def story_level(lengths: Sequence[float], num_replicas: int) -> float:

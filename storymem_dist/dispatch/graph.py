@@ -222,18 +222,24 @@ def choose_shot(
     num_replicas: int,
     expected_wait: Callable[[str], float],
     swap_seconds: float,
+    saving: PlannedShot | None = None,
 ) -> PlannedShot | None:
     """Return the shot that a replica with the experts of kind ``loaded`` should render next; None: wait.
 
     A shot for the loaded experts comes first; with none loaded, T2V shots do (they open the chains). Experts are
     swapped when no shot for the loaded ones is ready, unless ``expected_wait(loaded)``, the seconds until there will be
-    one, is less than what swapping there and back costs.
+    one, is less than what swapping there and back costs. ``saving`` is the shot that the replica itself is saving: it
+    waits for the one after it when that cannot wait, and does not swap experts instead.
     """
     if loaded is None:
         return graph.best_ready(T2V, num_replicas) or graph.best_ready(M2V, num_replicas)
+    follows = saving if saving is not None and graph.kind_after(saving) == loaded else None
+    if follows is not None and graph.is_urgent_after(follows, num_replicas):
+        return None
     if (shot := graph.best_ready(loaded, num_replicas)) is not None:
         return shot
     other = graph.best_ready(M2V if loaded == T2V else T2V, num_replicas)
-    if other is not None and expected_wait(loaded) < 2 * swap_seconds:
+    if other is None:
         return None
-    return other
+    wait = 0.0 if follows is not None else expected_wait(loaded)  # saving takes no time, compared with swapping
+    return None if wait < 2 * swap_seconds else other

@@ -120,8 +120,6 @@ class ShotQueue:
         Raises ``OSError`` when the folder cannot be written.
         """
         self.scan()
-        if self._waits_for_own_save(loaded):
-            return None
         while (shot := self._choose(loaded)) is not None:
             key = shot_key(shot)
             leases = self._leases[shot.part]
@@ -208,20 +206,13 @@ class ShotQueue:
             num_replicas=self._num_sharing,
             expected_wait=self._expected_wait,
             swap_seconds=self._swap_seconds,
+            saving=self._saving,
         )
 
-    def _waits_for_own_save(self, loaded: str | None) -> bool:
-        shot = self._saving
-        if shot is None or self.graph.kind_after(shot) != loaded:
-            return False
-        return self.graph.is_urgent_after(shot, self._num_sharing)
-
     def _expected_wait(self, kind: str) -> float:
-        """Seconds until a running shot is expected to make one of ``kind`` ready; infinity when none will, or none can
-        be estimated yet. What this replica is saving does so at once, compared with loading experts.
+        """Seconds until a shot that others render is expected to make one of ``kind`` ready; infinity when none will,
+        or none can be estimated yet.
         """
-        if self._saving is not None and self.graph.kind_after(self._saving) == kind:
-            return 0.0
         if self._seconds_per_tflop is None:
             return float("inf")
         now, shortest = self._clock(), float("inf")

@@ -108,6 +108,22 @@ def test_a_swap_waits_for_a_shot_that_will_be_ready_sooner(wait: float, expected
     assert name(chosen) == expected
 
 
+def test_a_replica_waits_for_its_own_save_where_the_next_shot_of_that_story_cannot_wait() -> None:
+    graph = ShotGraph(chains_of(8, 3))
+    rules = {"num_replicas": 2, "expected_wait": never, "swap_seconds": 60.0}
+    for chain in graph.chains:
+        graph.set_state(chain.shots[0], COMMITTED)
+        graph.set_state(chain.shots[1], LEASED)
+    long, short = (chain.shots[1] for chain in graph.chains)
+    graph.set_state(short, COMMITTED)
+    assert choose_shot(graph, "m2v", **rules, saving=long) is None
+    assert name(choose_shot(graph, "m2v", **rules)) == "s1:2"
+    assert name(choose_shot(graph, "t2v", **rules, saving=long)) == "s1:2", "it waits for no shot of other experts"
+    graph.set_state(short, LEASED)
+    graph.set_state(long, COMMITTED)
+    assert name(choose_shot(graph, "m2v", **rules, saving=short)) == "s0:2"
+
+
 class SlowGraph:
     """The same rules, looked up from scratch every time."""
 
