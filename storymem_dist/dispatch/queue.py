@@ -62,6 +62,7 @@ class ShotQueue:
         self._next_scan = -float("inf")
         self._generations: dict[ShotKey, int] = {}  # leases of others, by shot, as last scanned
         self._failure_names: list[set[str]] = [set() for _ in runs]
+        self._to_try_again: list[set[str]] = [set() for _ in runs]  # names of failures that were there at the start
         self._leased_since: dict[ShotKey, float] = {}
         self._own: set[ShotKey] = set()
         self._saving: PlannedShot | None = None
@@ -74,7 +75,11 @@ class ShotQueue:
     # -- the state of the folders --------------------------------------------------------------------------------------
 
     def read_committed(self) -> None:
-        """Look for the record of every planned shot. Called once, at the start: later changes are followed by scans."""
+        """Look for the record of every planned shot, and for failures that are to be tried again. Called once, at the
+        start: later changes are followed by scans.
+        """
+        if self._settings.retry_failed:
+            self._to_try_again = [set(names_in(run.failures_folder)) for run in self._runs]
         for chain in self.graph.chains:
             run = self._runs[chain.part]
             if run.story_folder(chain.story_id).exists():
@@ -245,7 +250,10 @@ class ShotQueue:
         if failure is None:
             self.failures.pop(shot_key(shot), None)
             return False
-        if failure.is_final and self._settings.retry_failed and failure.job_id != self._job_id:
+        name = run.failure_name(shot.story.story_id, shot.shot.shot_id, shot.fingerprint)
+        again = self._to_try_again[shot.part]
+        if failure.is_final and name in again and failure.job_id != self._job_id:
+            again.remove(name)  # once: or jobs with this setting hand it to each other for ever
             run.remove_failure(shot.story.story_id, shot.shot.shot_id, shot.fingerprint)
             self.failures.pop(shot_key(shot), None)
             return False

@@ -154,6 +154,25 @@ def test_failures_of_earlier_jobs_are_tried_again_on_demand_once(
     assert (place.queue(1).claim(None) is not None) is claimed
 
 
+def test_jobs_that_try_failed_shots_again_do_not_hand_one_to_each_other_for_ever(tmp_path: Path) -> None:
+    place = Place(tmp_path, 1, retry_failed=True)
+    shot = place.chains[0][0]
+    place.run.write_failure(place.failure(shot, job_id="old"))
+    queues = {job: place.queue(number, job) for number, job in enumerate(("a", "b"), start=1)}
+    tried = []
+    for job in ["a", "b"] * 4:
+        place.clock.now += 10.0
+        if (claim := queues[job].claim(None)) is not None:
+            tried.append(job)
+            for queue in queues.values():
+                queue.scan(force=True)
+            queues[job].mark_failed(place.failure(shot, job_id=job), shot)
+            queues[job].release(claim, ShotState.FAILED)
+            queues[job].scan(force=True)
+    assert tried == ["a", "b"]
+    assert all(queue.graph.is_finished for queue in queues.values())
+
+
 def test_a_shot_that_ran_out_of_memory_is_claimed_with_the_wish_to_save_it(tmp_path: Path) -> None:
     place = Place(tmp_path, 1)
     place.run.write_failure(place.failure(place.chains[0][0], is_final=False, low_memory=True))
