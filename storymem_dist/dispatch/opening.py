@@ -129,11 +129,10 @@ def _enter(
         others = leases.others_working()
         if not others:
             leases.set_state(WORKING)
-            others = leases.others_working()  # two jobs may come at once; each then sees the other, and both step back
-            if not others:
+            if not leases.others_working():
                 return True
-            leases.set_state(WAITING)
-        if settings.on_busy == "refuse" and (busy := leases.surely_working(others)):
+            leases.set_state(WAITING)  # two jobs came at once; each saw the other, and both step back
+        elif settings.on_busy == "refuse" and (busy := leases.surely_working(others)):
             raise RunFolderError(
                 f"output={run.root} is in use by another job (process {busy.pid} on {busy.host}); "
                 "stop it, give another output, or set dispatch.on_busy=join or wait"

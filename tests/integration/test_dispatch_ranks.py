@@ -11,7 +11,7 @@ import pytest
 
 from storymem_dist.artifacts import run_folder, shot_folder
 from storymem_dist.dispatch.jobs import ShotJob
-from storymem_dist.dispatch.leases import WORKING, LeaseFolder, Owner
+from storymem_dist.dispatch.leases import WAITING, WORKING, LeaseFolder, Owner
 from storymem_dist.dispatch.settings import DispatchSettings
 from storymem_dist.dispatch.stop import StopSwitch
 from storymem_dist.dispatch.summary import BatchSummary, Replica
@@ -112,6 +112,21 @@ def test_a_folder_in_use_is_refused_on_demand(root: Path) -> None:
         render(root, on_busy="refuse")
     other.close()
     assert render(root, on_busy="refuse").state == "done"
+
+
+def test_of_two_jobs_that_come_at_once_not_both_are_refused(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other, others_working = other_job(root), LeaseFolder.others_working
+    looks: list[LeaseFolder] = []
+
+    def both_step_back(leases: LeaseFolder) -> list[Owner]:
+        looks.append(leases)
+        if len(looks) == 3:
+            other.set_state(WAITING)
+        return [] if len(looks) == 1 else others_working(leases)
+
+    monkeypatch.setattr(LeaseFolder, "others_working", both_step_back)
+    assert render(root, on_busy="refuse").state == "done"
+    other.close()
 
 
 def test_replicas_of_the_same_job_do_not_refuse_each_other(root: Path) -> None:
