@@ -188,6 +188,10 @@ def _render(
     watch: Watch,
 ) -> BatchSummary:
     settings, weights = points[0].settings, checked.weights
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    stop_files = [part.run.stop_file for part in parts]
+    stop_switch = StopSwitch(stop_files, own_files=own_stop_files(), restarted=restarted, on_ask=board.sign)
+    stop_switch.reason()  # the first look, before weights are read: a stop file that is made meanwhile counts
     engine = Engine.start(
         checked.model,
         weights,
@@ -222,9 +226,6 @@ def _render(
         retries_in_place=session.layout.ranks_per_replica == 1,
     )
     loaded = _load_together(parts, engine, session, share_reads=settings.parallel.share_reads)
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-    stop_files = [part.run.stop_file for part in parts]
-    stop_switch = StopSwitch(stop_files, own_files=own_stop_files(), restarted=restarted, on_ask=board.sign)
     with stop_switch.listening() as stop:
         return render_batch(
             parts=parts,

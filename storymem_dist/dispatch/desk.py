@@ -73,7 +73,7 @@ class Desk:
 
     def open(self) -> None:
         """Open the run folders and find out what is to do. Raises as ``open_batch``."""
-        self._stop.reason()  # a stop file that is there now belongs to an earlier job
+        self._stop.reason()  # a stop file that is there at the first look belongs to an earlier job
         self._batch = open_batch(
             self._parts,
             self._settings,

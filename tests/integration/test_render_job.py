@@ -3,12 +3,16 @@
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from storymem_dist import job
 from storymem_dist.artifacts.video import count_frames, read_clip, read_png
 from storymem_dist.diffusion.settings import NUM_GIVEN_FRAMES
+from storymem_dist.dispatch.stop import StopSwitch
 from storymem_dist.errors import ShotFailed, StoryboardError, StoryMemError
 from storymem_dist.observe.events import StageFinished
 from storymem_dist.observe.journal import read_journal
@@ -84,6 +88,20 @@ def test_the_same_command_in_the_same_folder_renders_nothing_again(rendered: Pat
     assert render_small(rendered / "in" / "fox.json", rendered / "run") == 0
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert len(list((rendered / "run" / "stories").glob("*/shot_*/attempts/*"))) == 3
+
+
+def test_a_stop_file_made_while_weights_are_loaded_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load_together = job._load_together
+
+    def stop_while_loading(*arguments: Any, **keywords: Any) -> str | None:
+        (tmp_path / "run" / "STOP").touch()
+        return load_together(*arguments, **keywords)
+
+    monkeypatch.setattr(job, "_load_together", stop_while_loading)
+    monkeypatch.setattr(job, "StopSwitch", partial(StopSwitch, file_seconds=0.0))
+    assert render_small(write_storyboard(tmp_path / "fox.json", CUTS), tmp_path / "run") == 0
+    stop = json.loads((tmp_path / "run" / "stop.json").read_text())
+    assert (stop["state"], stop["reason"], records(tmp_path / "run")) == ("stopped", "STOP file", {})
 
 
 def test_another_seed_gives_other_pictures(rendered: Path) -> None:
