@@ -69,15 +69,22 @@ def lone_mesh() -> ReplicaMesh:
 
 
 def build_mesh(
-    layout: Layout, device: torch.device, clock: CollectiveClock | None = None, timeout: timedelta | None = None
+    layout: Layout,
+    device: torch.device,
+    clock: CollectiveClock | None = None,
+    timeout: timedelta | None = None,
+    *,
+    sharded: bool = False,
 ) -> ReplicaMesh:
     """Build the groups of every axis. Collective over the default process group, whose size is the layout's.
 
     ``device`` decides whether the mesh is one of CPU or of CUDA ranks. ``clock`` is given to all axes. ``timeout`` is
     that of their collectives (None: torch's own, which a mesh gives its groups whatever the default group has).
+    ``sharded``: weights travel along ``shard`` while activations travel along the others. It then has a group of its
+    own even where another axis has the same ranks, since a group runs its collectives one after the other.
     """
     mesh = init_device_mesh(device.type, layout.shape, mesh_dim_names=AXES)
-    shard_mesh = mesh["cfg", "ring", "ulysses"]._flatten("shard")
+    shard_mesh = mesh["cfg", "ring", "ulysses"]._flatten("shard", dist.get_backend() if sharded else None)
 
     def axis(name: str, mesh: DeviceMesh) -> Axis:
         group = mesh.get_group() if mesh.size() > 1 else None

@@ -156,7 +156,8 @@ def start_session(settings: ParallelSettings, *, num_heads: int | None = None) -
     if owns_default_group:
         _start_default_group(place, backend, device, collective_timeout)
     replicas = [layout.ranks_of_replica(replica) for replica in range(layout.replica)]
-    readers = layout.reading_teams(sharded=settings.weights != "replicated")
+    sharded = settings.weights != "replicated"
+    readers = layout.reading_teams(sharded=sharded)
     leader_timeout = timedelta(seconds=settings.leader_timeout_seconds)
     clock = CollectiveClock() if device.type == "cpu" and not settings.compile else None
     return Session(
@@ -165,7 +166,7 @@ def start_session(settings: ParallelSettings, *, num_heads: int | None = None) -
         layout=layout,
         device=device,
         backend=backend,
-        mesh=build_mesh(layout, device, clock, collective_timeout),
+        mesh=build_mesh(layout, device, clock, collective_timeout, sharded=sharded),
         team=_join_team(replicas, leader_timeout),
         readers=_join_team(readers, leader_timeout),
         readers_group=_join_group(readers, collective_timeout),

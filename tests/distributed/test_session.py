@@ -111,6 +111,19 @@ def test_a_leader_that_never_comes_is_noticed_within_the_time_out() -> None:
     assert (leader, peer) == ("slept outside", "RuntimeError")
 
 
+def _groups_of_equal_ranks(weights: str) -> set[str]:
+    with start_session(ParallelSettings(ulysses=2, weights=weights)) as session:
+        groups = [axis.group for axis in (session.mesh.ulysses, session.mesh.sequence, session.mesh.shard)]
+        assert [group.size() for group in groups if group is not None] == [2, 2, 2]
+        return {group.group_name for group in groups if group is not None}
+
+
+def test_sharded_weights_do_not_queue_with_activations() -> None:
+    """A group runs its collectives one after the other: prefetched weights would hold up an all-to-all."""
+    assert [len(names) for names in run_ranks(_groups_of_equal_ranks, world_size=2, args=("replicated",))] == [1, 1]
+    assert [len(names) for names in run_ranks(_groups_of_equal_ranks, world_size=2, args=("fsdp",))] == [2, 2]
+
+
 def _peers_never_come() -> dict[str, str]:
     errors: dict[str, str] = {}
     with start_session(ParallelSettings(cfg=2, collective_timeout_seconds=1.0)) as session:
