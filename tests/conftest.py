@@ -10,13 +10,25 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
+from storymem_dist.errors import ConfigError
+from storymem_dist.models.quantized_linear import check_linears
+
 torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
-    skip = pytest.mark.skip(reason="needs a CUDA device")
+    has_gpu, has_float8 = torch.cuda.is_available(), _multiplies_float8()
     for item in items:
-        if "gpu" in item.keywords:
-            item.add_marker(skip)
+        if "gpu" in item.keywords and not has_gpu:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        params = getattr(getattr(item, "callspec", None), "params", {})
+        if not has_float8 and ("float8" in item.keywords or params.get("linears") == "float8"):
+            item.add_marker(pytest.mark.skip(reason=f"torch {torch.__version__} has no float8 products on a CPU"))
+
+
+def _multiplies_float8() -> bool:
+    try:
+        check_linears("float8", torch.device("cpu"))
+    except ConfigError:
+        return False
+    return True

@@ -11,6 +11,7 @@ import importlib.util
 
 import torch
 from torch import Tensor, nn
+from torch.nn import attention as registry
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -127,12 +128,10 @@ def _flash_attn_2(q_BLNH: Tensor, k_BSNH: Tensor, v_BSNH: Tensor) -> tuple[Tenso
 def _activate_flash_attn_3() -> None:
     """Let torch put the package's kernels in the place of its own flash kernel, for this process."""
     what, hint = "model.attention=flash_attn_3", "use auto"
+    if "FA3" not in registry.list_flash_attention_impls():
+        raise ConfigError(f"{what} needs torch 2.11 or newer, this is {torch.__version__}; {hint}")
     try:
-        from torch.nn.attention import activate_flash_attention_impl
-    except ImportError:
-        raise ConfigError(f"{what} needs torch 2.11 or newer, this is {torch.__version__}; {hint}") from None
-    try:
-        activate_flash_attention_impl("FA3")
+        registry.activate_flash_attention_impl("FA3")
     except ModuleNotFoundError as error:
         raise ConfigError(f"{what} needs the package {error.name}, which is not installed; {hint}") from None
     except (RuntimeError, ValueError) as error:

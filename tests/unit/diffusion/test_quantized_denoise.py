@@ -43,6 +43,7 @@ def latents(tiny: TinyCheckpoint, linears: str) -> Tensor:
     return denoise(experts, LocalGuidance(), solver, noise, None, embeds, grid, device="cpu")
 
 
+@pytest.mark.float8
 def test_errors_of_whole_denoises_are_bounded_and_fall_with_the_bits_kept(tiny: TinyCheckpoint) -> None:
     exact = latents(tiny, "exact")
     errors = {
