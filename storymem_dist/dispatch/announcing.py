@@ -91,6 +91,11 @@ def shot_failed(failure: Failure, attempt_id: str) -> ShotFailed:
     )
 
 
+def given_up(failure: Failure, chain: Chain) -> tuple[ShotFailed | ShotSkipped | StoryFinished, ...]:
+    """A shot is not tried again, although no attempt at it has come to its end here."""
+    return (shot_failed(failure, ""), *chain_blocked(chain, failure.reason))
+
+
 def shot_lost(shot: PlannedShot, attempt_id: str) -> ShotFailed:
     """An attempt was given up because another replica has taken the shot over."""
     return ShotFailed(

@@ -31,11 +31,7 @@ from storymem_dist.dispatch.settings import DispatchSettings
 from storymem_dist.dispatch.stop import StopSwitch
 from storymem_dist.dispatch.summary import DONE, FAILED, STOPPED, BatchSummary, Replica, Tally, summarize
 from storymem_dist.errors import RunFolderError
-from storymem_dist.observe.events import (
-    ReplicaWaited,
-    StopRequested,
-    WarningIssued,
-)
+from storymem_dist.observe.events import ReplicaWaited, StopRequested, WarningIssued
 
 _LONGEST_PAUSE = 4.0  # between two looks while there is nothing to do, in units of poll_seconds
 _LEASE_LOOK_SECONDS = 1.0  # between two looks at the own lease while a shot is rendered
@@ -139,6 +135,9 @@ class Desk:
                 break
             try:
                 claim = self._queue.claim(loaded)
+                for shot, failure in self._queue.take_given_up():
+                    for event in announcing.given_up(failure, self._queue.graph.chain_of(shot)):
+                        self._parts[shot.part].observers.notify(event)
                 if claim is not None:
                     if (assignment := self._assign(claim)) is None:
                         continue

@@ -65,6 +65,7 @@ class ShotQueue:
         self._to_try_again: list[set[str]] = [set() for _ in runs]  # names of failures that were there at the start
         self._leased_since: dict[ShotKey, float] = {}
         self._own: set[ShotKey] = set()
+        self._given_up: list[tuple[PlannedShot, Failure]] = []
         self._saving: PlannedShot | None = None
         self._turn = 0
         self._seconds_per_tflop: float | None = None
@@ -143,6 +144,11 @@ class ShotQueue:
             failure = self.failures.get(key)
             return Claim(shot=shot, lease=lease, low_memory=failure is not None and failure.low_memory)
         return None
+
+    def take_given_up(self) -> list[tuple[PlannedShot, Failure]]:
+        """Return the shots that this queue marked as failed while claiming, each once: nobody else tells of them."""
+        given_up, self._given_up = self._given_up, []
+        return given_up
 
     def still_held(self, claim: Claim) -> bool:
         """Whether the claim still stands: nobody has taken it over."""
@@ -268,6 +274,7 @@ class ShotQueue:
         reason = f"{lease.generation} processes died while rendering it (dispatch.max_attempts); their logs say why"
         failure = failure_at(shot, reason, "ProcessDied", self._job_id)
         self.mark_failed(failure, shot)
+        self._given_up.append((shot, failure))
         self.graph.set_state(shot, ShotState.FAILED)
         return True
 

@@ -12,6 +12,7 @@ from storymem_dist.dispatch.stop import StopSwitch
 from storymem_dist.dispatch.summary import Replica
 from storymem_dist.errors import RunFolderError
 from storymem_dist.observe.events import (
+    ShotFailed,
     ShotResumed,
     ShotSkipped,
     ShotStarted,
@@ -110,9 +111,17 @@ def test_a_shot_that_crashes_the_process_every_time_is_given_up_after_max_attemp
             finally:
                 os._exit(1)
         os.waitpid(child, 0)
-    summary = render(root, renderer=crashing, max_attempts=3)
+    events = Events()
+    summary = render(root, renderer=crashing, events=events, max_attempts=3)
     assert (summary.state, summary.num_failed, summary.num_blocked) == ("failed", 1, 2)
     assert "3 processes died" in summary.failures[0].reason
+    [told] = events.of(ShotFailed)
+    assert (told.shot_id, told.error_type, told.reason) == ("shot_02", "ProcessDied", summary.failures[0].reason)
+    assert [skipped.shot_id for skipped in events.of(ShotSkipped) if skipped.reason == "predecessor failed"] == [
+        "shot_03",
+        "shot_04",
+    ]
+    assert ("ocean", "failed") in [(ended.story_id, ended.outcome) for ended in events.of(StoryFinished)]
     assert render(root, retry_failed=True).state == "done"
 
 
