@@ -14,7 +14,7 @@ the first is saved. A shot can be followed by the next of its story only when it
 
 Efficiency is the bound over the makespan, and the bound is what no order of shots can beat even with saves beside: the
 longest of all rendering shared by the replicas and one save after it, all saves shared by the replicas (one at a time
-in each), and the longest story with its saves. Beside them, whole stories handed to the next free replica, longest
+in each), and the longest story with its saves. For comparison, whole stories handed to the next free replica, longest
 first, saves apart. With swaps: saves beside, and each replica loses ``--swap-seconds`` whenever it loads other experts,
 its first ones included.
 
