@@ -65,10 +65,14 @@ class Crossings(TorchDispatchMode):
 @contextmanager
 def fake_cuda() -> Iterator[Crossings]:
     """Inside, all new tensors are fake and ``CUDA`` can be used. Ordinary tensors become fake when they are used."""
-    with _guard_for_cuda(), FakeTensorMode(allow_non_fake_inputs=True) as mode, Crossings() as crossings:
+    with _guard_for_cuda(), _FakeMode(allow_non_fake_inputs=True) as mode, Crossings() as crossings:
         # ``Module.to`` swaps tensors, and torch swaps none that something refers to weakly, as this memo would do.
         mode.fake_tensor_converter.meta_converter.tensor_memo = {}
         yield crossings
+
+
+class _FakeMode(FakeTensorMode):
+    avoid_device_init = True  # where there is a GPU, too: tensors made of numbers begin on the host, which is noted
 
 
 @contextmanager
@@ -110,8 +114,9 @@ def really(make: Callable[..., T]) -> Callable[..., T]:
     return made
 
 
-def without_cuda_streams(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let code that works with CUDA's streams run in a torch that has none: they become the CPU's, which do nothing."""
+def without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let code that asks for CUDA's streams or its current device run without: streams become the CPU's (none)."""
     for name in ("Stream", "Event", "current_stream", "stream"):
         monkeypatch.setattr(torch.cuda, name, getattr(torch.cpu, name))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: CUDA.index)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed._tools.fake_collectives  # before 2.13, torch knows no others for fake tensors
 from diffusers import AutoencoderKLWan
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -21,7 +22,7 @@ from storymem_dist.parallel.mesh import ReplicaMesh, build_mesh
 from storymem_dist.parallel.parallelize import parallelize
 from storymem_dist.parallel.settings import ParallelSettings
 from storymem_dist.parallel.vae import parallelize_vae
-from tests.helpers.fake_cuda import CUDA, HOST_READS, TO_DEVICE, TO_HOST, fake_cuda, without_cuda_streams
+from tests.helpers.fake_cuda import CUDA, HOST_READS, TO_DEVICE, TO_HOST, fake_cuda, without_cuda
 from tests.helpers.tiny_dit import CONFIG, make_inputs
 
 CPU = torch.device("cpu")
@@ -46,9 +47,9 @@ def last_of_four(settings: ParallelSettings) -> Iterator[ReplicaMesh]:
         dist.destroy_process_group()
 
 
-@pytest.fixture
-def no_streams(monkeypatch: pytest.MonkeyPatch) -> None:
-    without_cuda_streams(monkeypatch)
+@pytest.fixture(autouse=True)
+def _no_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_cuda(monkeypatch)
 
 
 def make_expert(mesh: ReplicaMesh, settings: ParallelSettings, dtype: torch.dtype = torch.bfloat16) -> WanDiT:
@@ -60,7 +61,6 @@ def make_expert(mesh: ReplicaMesh, settings: ParallelSettings, dtype: torch.dtyp
 
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.usefixtures("no_streams")
 def test_velocity(name: str, dtype: torch.dtype) -> None:
     settings = LAYOUTS[name]
     with last_of_four(settings) as mesh, fake_cuda() as crossings, torch.no_grad():
@@ -104,7 +104,6 @@ def test_vae() -> None:
         assert crossings.take() == []
 
 
-@pytest.mark.usefixtures("no_streams")
 def test_shards_that_wait_on_the_host_leave_the_device() -> None:
     settings = ParallelSettings(ulysses=4, weights="fsdp")
     with last_of_four(settings) as mesh, fake_cuda() as crossings, torch.no_grad():
