@@ -159,29 +159,34 @@ def load_experts(variant: Variant, args: argparse.Namespace, checkpoint: WanChec
     loras = storymem_lora(args.lora, "mi2v") if args.lora else {}
     dits: dict[str, WanDiT] = {}
     device = torch.device(args.device)
-    memory = HostMemory(device)
+    memory, waiting = HostMemory(device), {}
     for name in EXPERTS:
         with torch.device("meta"):
             dit = WanDiT(checkpoint.dit_config, dtype=variant.dtype).eval().requires_grad_(False)
-        load(dit, dit.blocks, variant, checkpoint.expert(name), [loras[name]] if loras else [])
+        load(dit, dit.blocks, variant, checkpoint.expert(name), [loras[name]] if loras else [], device)
         attach_step_cache(dit)
-        dits[name] = dit
+        dits[name], waiting[name] = dit, HostWeights(dit, memory, device)
     return ExpertPair(
         high_noise=dits["high_noise"],
         low_noise=dits["low_noise"],
         boundary_ratio=SamplerSettings().boundary_ratio_m2v,
         guidance_scale_high=args.guidance,
         guidance_scale_low=args.guidance,
-        residency=HostSwap({name: HostWeights(dit, memory, device) for name, dit in dits.items()}),
+        residency=HostSwap(waiting),
     )
 
 
 def load(
-    model: nn.Module, blocks: nn.Module, variant: Variant, source: TensorSource, deltas: list[WeightDelta]
+    model: nn.Module,
+    blocks: nn.Module,
+    variant: Variant,
+    source: TensorSource,
+    deltas: list[WeightDelta],
+    device: torch.device,
 ) -> None:
     """Fill ``model`` (on the meta device), whose ``blocks`` may be quantized, as ``variant`` says."""
     quantize_linears(blocks, variant.quantizes)
-    model.to_empty(device="cpu")
+    model.to_empty(device=device)
     load_dit_weights(model, source, deltas)
     if variant.stored_float8:  # what preparing stores and loading reads: the numbers without the products
         for parent in list(blocks.modules()):
@@ -237,8 +242,7 @@ def block_update(variant: Variant, args: argparse.Namespace, outliers: bool) -> 
         block = WanBlock(config, variant.dtype, "auto").eval().requires_grad_(False)
     shapes = {name: parameter.shape for name, parameter in block.named_parameters()}
     weights = {name: random_weight(args.seed, "block", name, shape) for name, shape in shapes.items()}
-    load(block, block, variant, StateDictSource("random", weights), [])
-    block.to(device)
+    load(block, block, variant, StateDictSource("random", weights), [], device)
     generator = torch.Generator().manual_seed(args.seed)
     frames, height, width = args.tokens
     tokens = torch.randn(1, frames * height * width, config.dim, generator=generator)

@@ -169,6 +169,7 @@ class ClipSampler:
                 checkpoint_every_steps=checkpoint_every_steps,
                 on_checkpoint=on_checkpoint,
             )
+        experts.end_shot()
         if low_memory:
             experts.idle()
         with stage("decode"):

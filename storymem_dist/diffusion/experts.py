@@ -65,6 +65,10 @@ class Residency(Protocol):
         """Make expert ``name`` ready for forwards on the device; called before every step, so it must be cheap then."""
         ...
 
+    def end_shot(self) -> None:
+        """The experts are not needed before the next shot's first step."""
+        ...
+
     def idle(self) -> None:
         """Take the experts off the device until the next ``activate``, as far as this residency can."""
         ...
@@ -89,6 +93,11 @@ class AllResident:
         """Nothing to do, or as the swap does after the first ``idle``."""
         if self._swap is not None:
             self._swap.activate(name)
+
+    def end_shot(self) -> None:
+        """Nothing to do, or as the swap does after the first ``idle``."""
+        if self._swap is not None:
+            self._swap.end_shot()
 
     def idle(self) -> None:
         """See the class."""
@@ -190,6 +199,12 @@ class ExpertPair:
             elif expert.step_cache is not None:
                 expert.step_cache.begin_step()
         return self._experts[name]
+
+    def end_shot(self) -> None:
+        """The shot is denoised: let the device have what is not needed before the next one's first step."""
+        for expert in self._experts.values():
+            expert.forget()
+        self._residency.end_shot()
 
     def idle(self) -> None:
         """Make room on the device until the next ``select``, as far as the residency can."""

@@ -1,14 +1,14 @@
-"""Experts that take turns on the device: all wait in host memory, and the one that computes has a copy on the device.
+"""Experts that take turns on the device: both are kept in host memory, and the one that computes is copied in.
 
-Weights never change, so nothing is ever copied back. Memory on the host is page-locked when the device is a CUDA one.
-Copies run on a stream of their own, block after block, while the first step with the expert runs: a block waits for
-its own weights only. Works on any device that torch knows streams of (a CPU's do nothing). Knows nothing of prompts or
-ranks; what sharded parameters need is in ``parallel.fsdp``.
+Weights never change, so nothing is ever copied back: a parameter's memory on the device is taken before its expert
+computes and given back after. Memory on the host is page-locked when the device is a CUDA one. Copies run on a stream
+of their own, block after block, while the first step with the expert runs: a block waits for its own weights only.
+Works on any device that torch knows streams of (a CPU's do nothing). Knows nothing of prompts, ranks or sharding.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import chain
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,26 +16,10 @@ from torch import Tensor, nn
 from storymem_dist.models.wan.dit import BlockStack
 
 
-class WeightsOnHost(Protocol):
-    """One expert's weights, kept in host memory and copied onto the device for a while."""
-
-    def enter_device(self) -> None:
-        """Make the weights ready for forwards that are queued from now on."""
-        ...
-
-    def leave_device(self) -> None:
-        """Free the copies on the device."""
-        ...
-
-    def drop(self) -> None:
-        """Let go of the weights for good."""
-        ...
-
-
 class HostSwap:
-    """A ``Residency`` with at most one expert on the device."""
+    """A ``Residency`` with at most one expert on the device, and none between the denoise loops of two shots."""
 
-    def __init__(self, weights: Mapping[str, WeightsOnHost]) -> None:
+    def __init__(self, weights: Mapping[str, "HostWeights"]) -> None:
         self._weights = dict(weights)
         self._active: str | None = None
 
@@ -43,8 +27,12 @@ class HostSwap:
         """Bring ``name`` onto the device, after sending the other one away."""
         if name != self._active:
             self.idle()
+            self._active = name  # now: if memory runs out half-way, what has been taken is given back later
             self._weights[name].enter_device()
-            self._active = name
+
+    def end_shot(self) -> None:
+        """As ``idle``: shots begin with the other expert, and what comes between can use the memory."""
+        self.idle()
 
     def idle(self) -> None:
         """Send the active expert away; the device then holds none."""
@@ -54,67 +42,70 @@ class HostSwap:
 
     def release(self) -> None:
         """Free the copies on device and host; the modules cannot be used afterwards."""
-        for weights in self._weights.values():
-            weights.drop()
+        self.idle()
         self._weights.clear()
-        self._active = None
 
 
 class HostWeights:
-    """``WeightsOnHost`` of a module with plain parameters: moves them into host memory at once.
+    """The weights of one expert, kept in host memory from now on; its parameters are without memory until they enter.
 
-    A module whose ``blocks`` are a ``BlockStack`` may run before all of its weights have arrived.
+    Parameters stay the objects they are, on the ``device`` they are on. ``local_of`` gives the part of a parameter that
+    this process holds. With ``by_block``, a module whose ``blocks`` are a ``BlockStack`` may run before all of its
+    weights have arrived; without (where others read weights ahead, on streams of their own) they are all waited for.
     """
 
-    def __init__(self, module: nn.Module, memory: "HostMemory", device: torch.device) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        memory: "HostMemory",
+        device: torch.device,
+        *,
+        local_of: Callable[[Tensor], Tensor] = Tensor.detach,
+        by_block: bool = True,
+    ) -> None:
         self._device = device
         self._streams: Any = torch.get_device_module(device)
         self._copies: Any = self._streams.Stream()
         self._arrivals: dict[nn.Module, Any] = {}
+        self._by_block = by_block
         blocks = getattr(module, "blocks", None)
-        stack = blocks if isinstance(blocks, BlockStack) else None
+        stack = blocks if by_block and isinstance(blocks, BlockStack) else None
         if stack is not None:
             stack.before_block = self._wait_for
-        self._parts = [_Part(part, tensors, memory) for part, tensors in _in_order_of_use(module, stack)]
+        self._parts = {
+            part: [_Kept(local_of(tensor), memory) for tensor in tensors]
+            for part, tensors in _in_order_of_use(module, stack)
+        }
 
     def enter_device(self) -> None:
         """Queue all copies; what runs before the first block is waited for on the current stream, and no more."""
-        for part in self._parts:
-            part.allocate(self._device)
+        for kept in chain.from_iterable(self._parts.values()):
+            kept.allocate()
         # Memory was taken from what the current stream used until now, so the copies come after all of that.
         self._copies.wait_stream(self._streams.current_stream(self._device))
         with self._streams.stream(self._copies):
-            for part in self._parts:
-                part.fill()
-                self._arrivals[part.module] = self._streams.Event()
-                self._arrivals[part.module].record(self._copies)
-        self._wait_for(self._parts[0].module)
+            for part, tensors in self._parts.items():
+                for kept in tensors:
+                    kept.fill()
+                self._arrivals[part] = self._streams.Event()
+                self._arrivals[part].record(self._copies)
+        self._wait_for(next(iter(self._parts)))
 
     def leave_device(self) -> None:
-        """Point every parameter at its host copy."""
-        self._finish()
-        for part in self._parts:
-            part.leave()
+        """Give the memory on the device back. No copy, and nothing that reads a copy, may then be under way."""
+        if not self._by_block:
+            self._streams.synchronize(self._device)
+        self._streams.current_stream(self._device).wait_stream(self._copies)
+        for kept in chain.from_iterable(self._parts.values()):
+            kept.free()
 
-    def drop(self) -> None:
-        """Leave the module without storage."""
-        self._finish()
-        for part in self._parts:
-            part.drop()
-        self._parts.clear()
-
-    def _wait_for(self, module: nn.Module) -> None:
-        arrival = self._arrivals.pop(module, None)
+    def _wait_for(self, part: nn.Module) -> None:
+        arrival = self._arrivals.pop(part, None)
         if arrival is not None:
             arrival.wait(self._streams.current_stream(self._device))
 
-    def _finish(self) -> None:
-        """Let no copy be under way when the current stream gets its target's memory."""
-        self._streams.current_stream(self._device).wait_stream(self._copies)
-        self._arrivals.clear()
 
-
-def _in_order_of_use(module: nn.Module, stack: BlockStack | None) -> Iterable[tuple[nn.Module, list[Tensor]]]:
+def _in_order_of_use(module: nn.Module, stack: BlockStack | None) -> Iterator[tuple[nn.Module, list[Tensor]]]:
     """All parameters and buffers of ``module``: those outside its blocks first, then block by block."""
     inside = {id(tensor) for tensor in _tensors_of(stack)} if stack is not None else set()
     yield module, [tensor for tensor in _tensors_of(module) if id(tensor) not in inside]
@@ -126,33 +117,23 @@ def _tensors_of(module: nn.Module) -> list[Tensor]:
     return [*chain(module.parameters(), module.buffers())]
 
 
-class _Part:
-    """What arrives together: some tensors of an expert, each with its host copy, under the module they are for."""
+class _Kept:
+    """A tensor whose values are in host memory, and whose own memory comes and goes."""
 
-    def __init__(self, module: nn.Module, tensors: Iterable[Tensor], memory: "HostMemory") -> None:
-        self.module = module
-        self._host: list[tuple[Tensor, Tensor]] = []
-        for tensor in tensors:
-            host = memory.keep(tensor.detach())
-            tensor.data = host  # at once, so that never more than one tensor exists twice
-            self._host.append((tensor, host))
+    def __init__(self, tensor: Tensor, memory: "HostMemory") -> None:
+        self._tensor = tensor
+        self._num_bytes = tensor.untyped_storage().nbytes()
+        self._host = memory.keep(tensor)
+        self.free()  # at once, so that never more than one tensor exists twice
 
-    def allocate(self, device: torch.device) -> None:
-        for tensor, host in self._host:
-            tensor.data = torch.empty_like(host, device=device)
+    def allocate(self) -> None:
+        self._tensor.untyped_storage().resize_(self._num_bytes)
 
     def fill(self) -> None:
-        for tensor, host in self._host:
-            tensor.data.copy_(host, non_blocking=True)
+        self._tensor.copy_(self._host, non_blocking=True)
 
-    def leave(self) -> None:
-        for tensor, host in self._host:
-            tensor.data = host
-
-    def drop(self) -> None:
-        for tensor, host in self._host:
-            tensor.data = torch.empty(0, dtype=host.dtype)
-        self._host.clear()
+    def free(self) -> None:
+        self._tensor.untyped_storage().resize_(0)
 
 
 class HostMemory:

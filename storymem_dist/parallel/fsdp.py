@@ -6,11 +6,10 @@ time embedding are fp32 inside bf16 blocks), nothing is cast: results are bit-eq
 neither how weights are read nor what runs on them.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -20,9 +19,7 @@ from torch.distributed.fsdp import (
     fully_shard,
     share_comm_ctx,
 )
-from torch.distributed.tensor import DTensor
 
-from storymem_dist.diffusion.host_swap import HostMemory
 from storymem_dist.models.wan.dit import WanDiT
 
 
@@ -54,41 +51,3 @@ def share_streams(experts: Mapping[str, nn.Module]) -> None:
     sharded: list[FSDPModule] = [module for module in experts.values() if isinstance(module, FSDPModule)]
     if len(sharded) > 1:
         share_comm_ctx(sharded)
-
-
-class HostShards:
-    """``diffusion.host_swap.WeightsOnHost`` of this rank's shards of one expert: moves them into host memory at once.
-
-    Every rank moves its own; no collective is involved. All copies are queued before the forward: FSDP gathers blocks
-    ahead of their turn, on streams of its own that wait only for what was queued before the forward.
-    """
-
-    def __init__(self, module: nn.Module, memory: HostMemory, device: torch.device) -> None:
-        self._module = module
-        self._device = device
-        self._host: dict[DTensor, Tensor] = {}
-        self._place(lambda shard: self._host.setdefault(shard, memory.keep(shard.to_local().detach())))
-
-    def enter_device(self) -> None:
-        """Queue the copies on the current stream."""
-        self._place(lambda shard: self._host[shard].to(self._device, non_blocking=True, copy=True))
-
-    def leave_device(self) -> None:
-        """Point every shard at its host copy."""
-        self._place(lambda shard: self._host[shard])
-
-    def drop(self) -> None:
-        """Forget the expert: what it holds is freed with the last reference to it."""
-        self._host.clear()
-        self._module = nn.Module()
-
-    def _place(self, memory_of: Callable[[DTensor], Tensor]) -> None:
-        """Give every shard other memory the way ``nn.Module.to`` does, of which FSDP takes note.
-
-        ``DTensor.from_local`` would copy host memory back to the mesh's device.
-        """
-
-        def moved(shard: DTensor) -> DTensor:
-            return DTensor(memory_of(shard), shard._spec, requires_grad=False)
-
-        self._module._apply(moved)

@@ -9,12 +9,12 @@ from dataclasses import replace
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from storymem_dist.diffusion.experts import AllResident, Residency
-from storymem_dist.diffusion.host_swap import HostMemory, HostSwap, HostWeights, WeightsOnHost
+from storymem_dist.diffusion.host_swap import HostMemory, HostSwap, HostWeights
 from storymem_dist.diffusion.step_cache import attach_step_cache
 from storymem_dist.diffusion.text_cache import attach_text_cache
 from storymem_dist.models.attention import Attend
@@ -28,7 +28,7 @@ from storymem_dist.models.loading import (
 )
 from storymem_dist.models.quantized_linear import quantize_linears
 from storymem_dist.models.wan.dit import CrossAttention, DiTConfig, SelfAttention, WanDiT
-from storymem_dist.parallel.fsdp import HostShards, share_streams
+from storymem_dist.parallel.fsdp import share_streams
 from storymem_dist.parallel.parallelize import parallelize
 from storymem_dist.parallel.session import Session
 from storymem_dist.parallel.settings import ParallelSettings
@@ -101,21 +101,24 @@ def place_experts(
     that one at most is ever on the device. Offloaded weights (``fsdp_offload``, ``zero3``) never wait there.
     """
     memory = HostMemory(device)
-    on_host: Callable[..., WeightsOnHost] = HostShards if weights == "fsdp" else HostWeights
     modules: dict[str, nn.Module] = {}
-    waiting: dict[str, WeightsOnHost] = {}
+    waiting: dict[str, HostWeights] = {}
+
+    def send_away(module: nn.Module) -> HostWeights:
+        if weights == "fsdp":
+            return HostWeights(module, memory, device, local_of=_local_shard, by_block=False)
+        return HostWeights(module, memory, device)
+
     for name, module in experts:
         modules[name] = module
         if swap and weights not in OFFLOADED:
-            waiting[name] = on_host(module, memory, device)
+            waiting[name] = send_away(module)
     share_streams(modules)
     if waiting:
         return modules, HostSwap(waiting)
     if weights in OFFLOADED or device.type == "cpu":
         return modules, AllResident()
-    return modules, AllResident(
-        lambda: HostSwap({name: on_host(module, memory, device) for name, module in modules.items()})
-    )
+    return modules, AllResident(lambda: HostSwap({name: send_away(module) for name, module in modules.items()}))
 
 
 def local_part(name: str, parameter: nn.Parameter) -> LocalPart:
@@ -124,6 +127,11 @@ def local_part(name: str, parameter: nn.Parameter) -> LocalPart:
         return whole_parameter(name, parameter)
     shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
     return LocalPart(tensor=parameter.to_local(), row_offset=offset[0], num_rows=shape[0])
+
+
+def _local_shard(parameter: Tensor) -> Tensor:
+    assert isinstance(parameter, DTensor)
+    return parameter.to_local().detach()
 
 
 def _readers_agree(name: str, session: Session) -> bool:

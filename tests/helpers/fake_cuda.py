@@ -116,7 +116,7 @@ def really(make: Callable[..., T]) -> Callable[..., T]:
 
 def without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let code that asks for CUDA's streams or its current device run without: streams become the CPU's (none)."""
-    for name in ("Stream", "Event", "current_stream", "stream"):
+    for name in ("Stream", "Event", "current_stream", "stream", "synchronize"):
         monkeypatch.setattr(torch.cuda, name, getattr(torch.cpu, name))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: CUDA.index)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)

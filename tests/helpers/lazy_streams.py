@@ -1,27 +1,42 @@
 """Streams at their laziest, on a CPU: what is queued beside the current stream runs only when somebody waits for it.
 
-Stands for ``torch.get_device_module``. Memory is full of NaN until it is written, so whoever reads too early is found
-out; a copy that is queued without waiting for what the current stream did before is refused.
+Stands for ``torch.get_device_module``. Memory is full of NaN from when it is taken until it is written, so whoever
+reads too early is found out; so is who takes memory on another stream than the current one, and who copies into memory
+without waiting for what the current stream did before.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+_TAKE_MEMORY = {torch.ops.aten.empty_like.default, torch.ops.aten.empty.memory_format}
+_NAN_BYTE = 255  # in every floating-point format
 
 
 class LazyStreams(TorchDispatchMode):
     """While it is entered, copies on other streams than the current one are put off."""
 
-    def __init__(self) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         super().__init__()
         self.num_copied = 0
         self._now = self._side = _LazyStream()
         self._num_ops = 0
         self._ops_waited_for = -1
+        resize = torch.UntypedStorage.resize_
+
+        def resize_and_poison(storage: torch.UntypedStorage, num_bytes: int) -> torch.UntypedStorage:
+            assert self._side is self._now, "memory is taken and given back on the current stream"
+            self._num_ops += 1
+            had = storage.nbytes()
+            resize(storage, num_bytes)
+            return storage.fill_(_NAN_BYTE) if num_bytes > had else storage
+
+        monkeypatch.setattr(torch.UntypedStorage, "resize_", resize_and_poison)
+        monkeypatch.setattr(torch, "get_device_module", lambda device: self)
 
     def Stream(self) -> "_LazyStream":
         return _LazyStream(self)
@@ -44,25 +59,20 @@ class LazyStreams(TorchDispatchMode):
         self._ops_waited_for = self._num_ops
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self._side is not self._now and func is torch.ops.aten.copy_.default:
-            assert self._ops_waited_for == self._num_ops, "the memory may still be in use on the current stream"
-            self._side.queue.append(lambda: self._copy(func, args, kwargs or {}))
-            return args[0]
         if self._side is self._now:
             self._num_ops += 1
-        result = func(*args, **(kwargs or {}))
-        if func in (torch.ops.aten.empty_like.default, torch.ops.aten.empty.memory_format):
-            _poison(result)
-        return result
+            return func(*args, **(kwargs or {}))
+        assert func not in _TAKE_MEMORY, "memory is taken on the current stream"
+        if func is not torch.ops.aten.copy_.default:
+            return func(*args, **(kwargs or {}))
+        assert self._ops_waited_for == self._num_ops, "the memory may still be in use on the current stream"
+        self._side.queue.append(lambda: self._copy(func, args, kwargs or {}))
+        return args[0]
 
     def _copy(self, func: Any, args: Any, kwargs: Any) -> None:
         self.num_copied += 1
+        assert args[0].untyped_storage().nbytes(), "the memory was given to others before the copy was over"
         func(*args, **kwargs)
-
-
-def _poison(tensor: Tensor) -> None:
-    if tensor.is_floating_point():
-        tensor.fill_(float("nan"))
 
 
 class _LazyStream:

@@ -30,37 +30,43 @@ def small_module(seed: int) -> nn.Module:
     module = nn.Sequential(nn.Linear(7, 5), nn.LayerNorm(5), nn.Linear(5, 3).to(torch.bfloat16))
     module[0].weight.data = torch.randn(7, 5).t()
     module.register_buffer("table", torch.arange(4) + seed)
-    return module
+    return module.requires_grad_(False)
 
 
 def values(module: nn.Module) -> dict[str, Tensor]:
     return {key: value.clone() for key, value in module.state_dict().items()}
 
 
-def addresses(module: nn.Module) -> set[int]:
-    return {value.data_ptr() for value in module.state_dict().values()}
+def held_bytes(module: nn.Module) -> list[int]:
+    """Memory of each tensor on the device."""
+    return [value.untyped_storage().nbytes() for value in module.state_dict().values()]
 
 
-def test_swapping_keeps_values_and_moves_only_the_active_expert() -> None:
+def is_away(module: nn.Module) -> bool:
+    return not any(held_bytes(module))
+
+
+def test_swapping_keeps_values_and_only_the_active_expert_has_memory() -> None:
     modules = {"high_noise": small_module(1), "low_noise": small_module(2)}
     before = {name: values(module) for name, module in modules.items()}
     swap = make_swap(modules)
-    at_host = {name: addresses(module) for name, module in modules.items()}
+    assert all(is_away(module) for module in modules.values())
     for name, other in (("high_noise", "low_noise"), ("low_noise", "high_noise"), ("high_noise", "low_noise")):
         swap.activate(name)
-        assert addresses(modules[name]).isdisjoint(at_host[name]), "the active expert must be a copy on the device"
-        assert addresses(modules[other]) == at_host[other], "the other one must be back in host memory"
+        assert is_away(modules[other])
         for key, value in values(modules[name]).items():
             assert torch.equal(value, before[name][key]) and value.dtype == before[name][key].dtype
+    swap.end_shot()
+    assert all(is_away(module) for module in modules.values())
 
 
 def test_activating_the_active_expert_copies_nothing() -> None:
     modules = {"high_noise": small_module(1), "low_noise": small_module(2)}
     swap = make_swap(modules)
     swap.activate("high_noise")
-    on_device = addresses(modules["high_noise"])
+    modules["high_noise"][0].weight.zero_()
     swap.activate("high_noise")
-    assert addresses(modules["high_noise"]) == on_device
+    assert not modules["high_noise"][0].weight.any()
 
 
 def make_pair() -> dict[str, WanDiT]:
@@ -73,8 +79,7 @@ def velocities(modules: dict[str, WanDiT], inputs: tuple[Tensor, ...]) -> dict[s
 
 @pytest.fixture
 def streams(monkeypatch: pytest.MonkeyPatch) -> Iterator[LazyStreams]:
-    with LazyStreams() as streams:
-        monkeypatch.setattr(torch, "get_device_module", lambda device: streams)
+    with LazyStreams(monkeypatch) as streams:
         yield streams
 
 
@@ -113,10 +118,35 @@ def test_an_expert_that_leaves_before_it_has_arrived_takes_no_memory_from_others
     num_tensors = len(list(modules["high_noise"].parameters()))
     assert streams.num_copied >= num_tensors, "copies must be over before their memory is given to others"
     assert torch.equal(modules["low_noise"](*inputs), expected["low_noise"])
-    swap.idle()
     swap.activate("high_noise")
-    swap.release()
+    swap.end_shot()
     assert streams.num_copied == 3 * num_tensors
+    swap.activate("low_noise")
+    assert torch.equal(modules["low_noise"](*inputs), expected["low_noise"])
+
+
+def test_an_expert_that_finds_no_memory_gives_back_what_it_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    modules, inputs = make_pair(), make_inputs()
+    expected = velocities(modules, inputs)
+    swap = make_swap(modules)
+    left = 5
+    resize = torch.UntypedStorage.resize_
+
+    def resize_while_there_is_memory(storage: torch.UntypedStorage, num_bytes: int) -> torch.UntypedStorage:
+        nonlocal left
+        left -= num_bytes > 0
+        if left < 0:
+            raise torch.OutOfMemoryError
+        return resize(storage, num_bytes)
+
+    with monkeypatch.context() as patched, pytest.raises(torch.OutOfMemoryError):
+        patched.setattr(torch.UntypedStorage, "resize_", resize_while_there_is_memory)
+        swap.activate("low_noise")
+    assert not is_away(modules["low_noise"])
+    for name, other in (NAMES, NAMES[::-1]):
+        swap.activate(name)
+        assert is_away(modules[other])
+        assert torch.equal(modules[name](*inputs), expected[name])
 
 
 def test_blocks_behind_a_step_cache_wait_too(streams: LazyStreams) -> None:
@@ -140,15 +170,12 @@ def test_blocks_behind_a_step_cache_wait_too(streams: LazyStreams) -> None:
 
 
 def test_experts_are_sent_away_one_by_one_while_they_are_built() -> None:
-    kept: list[list[Tensor]] = []
     modules: dict[str, WanDiT] = {}
 
     def build() -> Iterator[tuple[str, WanDiT]]:
         for seed, name in enumerate(NAMES):
-            for made, first_memory in zip(modules.values(), kept, strict=True):
-                assert addresses(made).isdisjoint(tensor.data_ptr() for tensor in first_memory)
+            assert all(is_away(module) for module in modules.values())
             modules[name] = make_dit(seed=seed)
-            kept.append([parameter.data for parameter in modules[name].parameters()])
             yield name, modules[name]
 
     placed, residency = place_experts(build(), device=CPU, weights="replicated", swap=True)
@@ -158,18 +185,18 @@ def test_experts_are_sent_away_one_by_one_while_they_are_built() -> None:
 
 def test_resident_experts_take_turns_once_they_were_asked_to_idle() -> None:
     modules = {name: small_module(seed) for seed, name in enumerate(NAMES)}
-    where = {name: addresses(module) for name, module in modules.items()}
     resident = AllResident(lambda: make_swap(modules))
     resident.activate("low_noise")
-    assert {name: addresses(module) for name, module in modules.items()} == where
+    resident.end_shot()
+    assert not any(is_away(module) for module in modules.values())
     resident.idle()
-    at_host = {name: addresses(module) for name, module in modules.items()}
-    assert all(at_host[name].isdisjoint(where[name]) for name in NAMES)
     for name, other in (NAMES, NAMES[::-1]):
+        assert is_away(modules[name])
         resident.activate(name)
-        assert addresses(modules[name]).isdisjoint(at_host[name])
-        assert addresses(modules[other]) == at_host[other]
-    resident.release()
+        assert all(held_bytes(modules[name]))
+        assert is_away(modules[other])
+    resident.end_shot()
+    assert all(is_away(module) for module in modules.values())
 
 
 def test_released_experts_hold_no_memory() -> None:
@@ -177,7 +204,7 @@ def test_released_experts_hold_no_memory() -> None:
     swap = make_swap(modules)
     swap.activate("low_noise")
     swap.release()
-    assert all(value.numel() == 0 for module in modules.values() for value in module.state_dict().values())
+    assert all(is_away(module) for module in modules.values())
 
 
 def test_page_locked_slabs_hold_every_tensor_apart_from_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,12 +229,13 @@ def test_page_locked_slabs_hold_every_tensor_apart_from_the_others(monkeypatch: 
 
 
 @pytest.mark.gpu
-def test_swapping_on_cuda_uses_page_locked_memory_and_moves_the_weights() -> None:
-    modules = {"high_noise": small_module(1).cuda(), "low_noise": small_module(2)}
-    before = {name: {key: value.cpu() for key, value in values(module).items()} for name, module in modules.items()}
-    _, swap = place_experts(modules.items(), device=torch.device("cuda"), weights="replicated", swap=True)
-    assert all(value.is_pinned() for value in modules["low_noise"].state_dict().values())
-    for name in ("low_noise", "high_noise", "low_noise"):
+def test_swapping_on_cuda_uses_page_locked_memory_and_keeps_the_weights() -> None:
+    modules = {name: make_dit(seed=seed).cuda() for seed, name in enumerate(NAMES)}
+    inputs = [tensor.cuda() for tensor in make_inputs()]
+    expected = velocities(modules, inputs)
+    device = torch.device("cuda", torch.cuda.current_device())
+    assert HostMemory(device).keep(inputs[0]).is_pinned()
+    _, swap = place_experts(modules.items(), device=device, weights="replicated", swap=True)
+    for name in (*NAMES, *NAMES):
         swap.activate(name)
-        for key, value in modules[name].state_dict().items():
-            assert value.is_cuda and torch.equal(value.cpu(), before[name][key])
+        assert torch.equal(modules[name](*inputs), expected[name])

@@ -11,18 +11,17 @@ from diffusers import AutoencoderKLWan
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from storymem_dist.diffusion.experts import Expert
-from storymem_dist.diffusion.host_swap import HostMemory
 from storymem_dist.diffusion.step_cache import attach_step_cache
 from storymem_dist.models.wan.dit import WanDiT
 from storymem_dist.models.wan.vae import WanVae
-from storymem_dist.parallel.fsdp import HostShards
 from storymem_dist.parallel.guidance import make_guidance
 from storymem_dist.parallel.layout import Layout
+from storymem_dist.parallel.loading import place_experts
 from storymem_dist.parallel.mesh import ReplicaMesh, build_mesh
 from storymem_dist.parallel.parallelize import parallelize
 from storymem_dist.parallel.settings import ParallelSettings
 from storymem_dist.parallel.vae import parallelize_vae
-from tests.helpers.fake_cuda import CUDA, HOST_READS, TO_DEVICE, TO_HOST, fake_cuda, without_cuda
+from tests.helpers.fake_cuda import CUDA, HOST_READS, TO_DEVICE, fake_cuda, without_cuda
 from tests.helpers.tiny_dit import CONFIG, make_inputs
 
 CPU = torch.device("cpu")
@@ -108,16 +107,18 @@ def test_shards_that_wait_on_the_host_leave_the_device() -> None:
     settings = ParallelSettings(ulysses=4, weights="fsdp")
     with last_of_four(settings) as mesh, fake_cuda() as crossings, torch.no_grad():
         expert = make_expert(mesh, settings)
-        waiting = HostShards(expert, HostMemory(CPU), CUDA)
-        assert places(expert) == {"cpu"}
+        _, residency = place_experts([("low_noise", expert)], device=CUDA, weights="fsdp", swap=True)
         crossings.take()
-        waiting.enter_device()
-        assert places(expert) == {"cuda"}
+        assert held_bytes(expert) == 0
+        residency.activate("low_noise")
+        assert held_bytes(expert) > 0
         assert set(crossings.take()) == {TO_DEVICE}
-        waiting.leave_device()
-        assert places(expert) == {"cpu"}
-        assert TO_HOST not in crossings.take(), "weights never change, so none is copied back"
+        residency.end_shot()
+        assert held_bytes(expert) == 0
+        assert crossings.take() == [], "weights never change, so none is copied back"
+        assert {parameter.to_local().device for parameter in expert.parameters()} == {CUDA}
 
 
-def places(expert: WanDiT) -> set[str]:
-    return {parameter.to_local().device.type for parameter in expert.parameters()}
+def held_bytes(expert: WanDiT) -> int:
+    """``to_local`` would make new fake tensors, which hold what their shape says."""
+    return sum(parameter._local_tensor.untyped_storage().nbytes() for parameter in expert.parameters())
