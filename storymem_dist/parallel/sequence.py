@@ -27,31 +27,31 @@ from storymem_dist.parallel.mesh import Axis, ReplicaMesh
 class TokenSplit:
     """How the tokens of the running forward are spread over the ``sequence`` axis.
 
-    ``num_tokens`` and the ``padding`` that fills the last runs are set when a forward's tokens are split. Compiled
-    blocks read ``padding`` alone, as a constant, and take lengths from their inputs: a graph then serves every number
-    of tokens with the same padding (none at all at the usual sizes).
+    ``num_tokens`` is set when a forward's tokens are split. Compiled blocks must not read it: a number that they find
+    on a module is a constant to them, and each new one costs a compilation. They take it from the size of
+    ``all_tokens_L0``, a tensor without elements. One graph then serves every number of tokens with padding, and one
+    every number without.
     """
 
     def __init__(self, mesh: ReplicaMesh) -> None:
         self.ring, self.ulysses, self.sequence = mesh.ring, mesh.ulysses, mesh.sequence
         self.num_tokens = 0
-        self.padding = 0
+        self.all_tokens_L0 = torch.empty(0, 0)
 
-    def start(self, num_tokens: int) -> None:
-        """Spread ``num_tokens`` from here on."""
-        self.num_tokens = num_tokens
-        self.padding = self.sequence.size * self.tokens_per_rank - num_tokens
+    def start(self, tokens_BLD: Tensor) -> None:
+        """Spread these tokens, and as many from here on."""
+        self.num_tokens = tokens_BLD.shape[1]
+        self.all_tokens_L0 = tokens_BLD.new_empty(self.num_tokens, 0)
 
     @property
     def tokens_per_rank(self) -> int:
         """l: rows that every rank works on, the padding of the last ones included."""
         return -(-self.num_tokens // self.sequence.size)
 
-    def tokens_on_ring(self, ring_rank: int, tokens_per_rank: int) -> int:
+    def tokens_on_ring(self, ring_rank: int) -> int:
         """Real tokens of the run that the ulysses group at ``ring_rank`` holds together (0 is possible)."""
-        run = self.ulysses.size * tokens_per_rank
-        padding_from_here = self.padding - (self.ring.size - 1 - ring_rank) * run
-        return run - min(run, max(0, padding_from_here)) if self.padding else run
+        run = self.ulysses.size * self.tokens_per_rank
+        return min(run, max(0, self.num_tokens - ring_rank * run))
 
     def cut(self, x: Tensor, dim: int) -> Tensor:
         """This rank's run of ``x`` along ``dim`` (of size ``num_tokens``), zero-padded, in memory of its own."""
@@ -83,22 +83,28 @@ class SequenceParallelAttend(Attend):
 
     def forward(self, q_BlNH: Tensor, k_BlNH: Tensor, v_BlNH: Tensor) -> Tensor:
         """This rank's tokens attend to all tokens: ``[B, l, N, H]``. Collective over the ``sequence`` axis."""
-        split, ring, ulysses = self.split, self.split.ring, self.split.ulysses
-        tokens_per_rank = q_BlNH.shape[1]
-        num_tokens = split.tokens_on_ring(ring.rank, tokens_per_rank)
+        ulysses = self.split.ulysses
         if ulysses.size == 1:
-            q, k, v = (x[:, :num_tokens] for x in (q_BlNH, k_BlNH, v_BlNH))
+            return self._attend_on_ring(q_BlNH, k_BlNH, v_BlNH)
+        q, k, v = _trade_tokens_for_heads(q_BlNH, k_BlNH, v_BlNH, ulysses)
+        if self.split.ring.size == 1:
+            out = self._attend_to_rows(q, k, v, self.split.all_tokens_L0.shape[0])
         else:
-            q, k, v = _trade_tokens_for_heads(q_BlNH, k_BlNH, v_BlNH, ulysses, num_tokens)
-        if ring.size == 1:
-            out = self.attend(q, k, v)
-        else:
-            lengths = [split.tokens_on_ring(ring_rank, tokens_per_rank) for ring_rank in range(ring.size)]
-            out = ring_attention(q, k, v, ring, lengths, self.backend)
-        padding = ulysses.size * tokens_per_rank - num_tokens
-        if padding:
-            out = F.pad(out, (0, 0, 0, 0, 0, padding))
-        return out if ulysses.size == 1 else _trade_heads_for_tokens(out, ulysses)
+            out = self._attend_on_ring(q, k, v)
+        return _trade_heads_for_tokens(out, ulysses)
+
+    def _attend_to_rows(self, q_BLNH: Tensor, k_BLNH: Tensor, v_BLNH: Tensor, num_tokens: int) -> Tensor:
+        """Attention among the first ``num_tokens`` rows; the rows of padding behind them become zero."""
+        out = self.attend(*(x.narrow(1, 0, num_tokens) for x in (q_BLNH, k_BLNH, v_BLNH)))
+        return _pad_rows(out, q_BLNH.shape[1])
+
+    @torch.compiler.disable(reason="point-to-point messages cannot be traced")  # type: ignore[untyped-decorator]
+    def _attend_on_ring(self, q_BLNH: Tensor, k_BLNH: Tensor, v_BLNH: Tensor) -> Tensor:
+        """Attention to the rows of the whole ring, without padding; its rows become zero."""
+        ring, num_rows = self.split.ring, q_BLNH.shape[1]
+        lengths = [self.split.tokens_on_ring(ring_rank) for ring_rank in range(ring.size)]
+        q, k, v = (x[:, : lengths[ring.rank]] for x in (q_BLNH, k_BLNH, v_BLNH))
+        return _pad_rows(ring_attention(q, k, v, ring, lengths, self.backend), num_rows)
 
 
 def apply_sequence_parallel(dit: WanDiT, mesh: ReplicaMesh) -> None:
@@ -113,7 +119,7 @@ def apply_sequence_parallel(dit: WanDiT, mesh: ReplicaMesh) -> None:
     split = TokenSplit(mesh)
 
     def cut_tokens(_module: nn.Module, _args: tuple[Tensor, ...], tokens_BLD: Tensor) -> Tensor:
-        split.start(tokens_BLD.shape[1])
+        split.start(tokens_BLD)
         return split.cut(tokens_BLD, 1)
 
     def cut_tables(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -131,10 +137,16 @@ def apply_sequence_parallel(dit: WanDiT, mesh: ReplicaMesh) -> None:
             module.attend = SequenceParallelAttend(module.attend, split)
 
 
+def _pad_rows(x_BLNH: Tensor, num_rows: int) -> Tensor:
+    """``x_BLNH`` with zeros behind it along L, up to ``num_rows``; itself when there is nothing to add."""
+    padding = num_rows - x_BLNH.shape[1]
+    return F.pad(x_BLNH, (0, 0, 0, 0, 0, padding)) if padding else x_BLNH
+
+
 def _trade_tokens_for_heads(
-    q_BlNH: Tensor, k_BlNH: Tensor, v_BlNH: Tensor, ulysses: Axis, num_tokens: int
+    q_BlNH: Tensor, k_BlNH: Tensor, v_BlNH: Tensor, ulysses: Axis
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v of ``num_tokens`` tokens for this rank's heads, each ``[B, num_tokens, n, H]``; one all-to-all.
+    """q, k and v of the ulysses group's rows (U*l) for this rank's heads, each ``[B, U*l, n, H]``; one all-to-all.
 
     The result is three strided views of what arrived: with a batch of one, nothing is copied after the exchange.
     """
@@ -143,7 +155,7 @@ def _trade_tokens_for_heads(
     received_UBl3nH = torch.empty_like(sent_UBl3nH)
     with timed(ulysses.clock):
         dist.all_to_all_single(received_UBl3nH, sent_UBl3nH, group=ulysses.group)
-    q, k, v = received_UBl3nH.transpose(0, 1).flatten(1, 2)[:, :num_tokens].unbind(2)
+    q, k, v = received_UBl3nH.transpose(0, 1).flatten(1, 2).unbind(2)
     return q, k, v
 
 
@@ -156,7 +168,6 @@ def _trade_heads_for_tokens(out_BLnH: Tensor, ulysses: Axis) -> Tensor:
     return received_UBlnH.permute(1, 2, 0, 3, 4).flatten(2, 3)
 
 
-@torch.compiler.disable(reason="point-to-point messages cannot be traced")  # type: ignore[untyped-decorator]
 def ring_attention(
     q_BLNH: Tensor, k_BLNH: Tensor, v_BLNH: Tensor, ring: Axis, lengths: list[int], backend: str = "auto"
 ) -> Tensor:

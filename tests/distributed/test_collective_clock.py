@@ -26,7 +26,7 @@ def seams(ulysses: ReplicaMesh, ring: ReplicaMesh, cfg: ReplicaMesh) -> dict[str
 
     def split(mesh: ReplicaMesh) -> TokenSplit:
         tokens = TokenSplit(mesh)
-        tokens.start(6)
+        tokens.start(torch.empty(1, 6, 4))
         return tokens
 
     def attend(mesh: ReplicaMesh) -> Callable:

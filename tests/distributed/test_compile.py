@@ -54,23 +54,36 @@ def test_compiled_blocks_equal_one_device_and_only_the_ring_leaves_the_graph() -
         assert max(ulysses_error, ring_error) <= TOLERANCE
         assert ulysses_breaks == []
         assert len(ring_breaks) == 1
-        assert "ring_attention" in ring_breaks[0]
+        assert "_attend_on_ring" in ring_breaks[0]
 
 
-def _graphs_over_a_story(compiler: str) -> list[int]:
-    """How many graphs there are after each size; the padding of all is the same."""
+STORY = (5, 6, 7, 8, 4, 9, 10)
+"""Numbers of frames (15 tokens each). On 4 ranks the last runs are filled up by 1, 2, 3, 0, 0, 1 and 2 tokens."""
+
+
+def _graphs_over_a_story(compiler: str) -> list[list[int]]:
+    """For each layout, how many graphs there are after each size."""
     dist.init_process_group("gloo")
-    settings = ParallelSettings(compile=True, ulysses=2)
-    num_graphs = []
-    with start_session(settings) as session, torch.no_grad():
-        with patch.object(nn.Module, "compile", partialmethod(nn.Module.compile, backend=compiler)):
-            dit = parallelize(make_dit(), session.mesh, settings)
-        for times in (2, 4, 6, 10):
-            dit(*_inputs_of(times))
-            num_graphs.append(counters["stats"]["unique_graphs"])
-    return num_graphs
+    single = make_dit()
+    layouts = []
+    for layout in ({"ulysses": 4}, {"ring": 4}, {"ulysses": 2, "ring": 2}):
+        torch._dynamo.reset()
+        counters.clear()
+        settings = ParallelSettings(compile=True, **layout)
+        with start_session(settings) as session, torch.no_grad():
+            with patch.object(nn.Module, "compile", partialmethod(nn.Module.compile, backend=compiler)):
+                dit = parallelize(make_dit(), session.mesh, settings)
+            num_graphs = []
+            for times in STORY:
+                inputs = _inputs_of(times)
+                assert largest_error(dit(*inputs), single(*inputs)) <= TOLERANCE, (layout, times)
+                num_graphs.append(counters["stats"]["unique_graphs"])
+        layouts.append(num_graphs)
+    return layouts
 
 
-def test_split_blocks_are_compiled_once_for_all_numbers_of_memory_frames() -> None:
-    for num_graphs in run_ranks(_graphs_over_a_story, 2, ("eager",)):
-        assert num_graphs == [1, 1, 1, 1]
+def test_graphs_serve_all_numbers_of_memory_frames_whether_or_not_ranks_divide_the_tokens() -> None:
+    for ulysses, ring, both in run_ranks(_graphs_over_a_story, 4, ("eager",), timeout_seconds=280):
+        assert ulysses == [1, 1, 1, 2, 2, 2, 2], "one graph with padding, one without"
+        assert ring == [ring[0]] * len(STORY), "the parts around a ring never see padding"
+        assert both == [both[0]] * len(STORY)

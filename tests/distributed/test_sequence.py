@@ -57,10 +57,16 @@ def test_a_split_forward_equals_one_device(ring: int, ulysses: int) -> None:
 
 
 def _leave_padding_in_attention() -> dict[str, float]:
-    def padded(split: sequence.TokenSplit, ring_rank: int, tokens_per_rank: int) -> int:
-        return split.ulysses.size * tokens_per_rank
+    start = sequence.TokenSplit.start
 
-    with patch.object(sequence.TokenSplit, "tokens_on_ring", padded):
+    def start_with_padding(split: sequence.TokenSplit, tokens_BLD: torch.Tensor) -> None:
+        start(split, tokens_BLD)
+        split.all_tokens_L0 = torch.empty(split.sequence.size * split.tokens_per_rank, 0)
+
+    def padded(split: sequence.TokenSplit, ring_rank: int) -> int:
+        return split.ulysses.size * split.tokens_per_rank
+
+    with patch.multiple(sequence.TokenSplit, start=start_with_padding, tokens_on_ring=padded):
         return {name: error for ulysses in (1, 2) for name, error in _padded_errors(ulysses).items()}
 
 
