@@ -37,7 +37,7 @@ from storymem_dist.parallel.session import Session, start_session
 from storymem_dist.parallel.settings import ParallelSettings
 from storymem_dist.parallel.vae import parallelize_vae
 from storymem_dist.render_clip import ClipSampler
-from storymem_dist.weight_memory import check_weight_memory, decide_experts
+from storymem_dist.weight_memory import check_weight_memory, decide_experts, host_has_room
 
 LoadProgress = Callable[[str, int, int], None]
 """Called while weights load: what, bytes done, bytes in all."""
@@ -171,6 +171,12 @@ class ExpertLoader:
             device=self._session.device,
             weights=self._parallel.weights,
             swap=self._model.experts == "swap",
+            may_swap=host_has_room(
+                self._model,
+                self._parallel,
+                self._weights.checkpoints[kind].dit_config,
+                ranks_per_node=self._session.layout.ranks_per_node,
+            ),
         )
         self._tell_read(num_bytes)
         self.num_loads[kind] = self.num_loads.get(kind, 0) + 1

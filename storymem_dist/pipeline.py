@@ -36,7 +36,8 @@ class StoryMemPipeline:
         i2v_checkpoint_dir: folder of Wan2.2-I2V-A14B. None: only ``generate_t2v`` is used.
         m2v_lora_path: folder of the StoryMem LoRAs; needed by all but ``generate_t2v``.
         device: "auto" (a GPU where there is one), "cuda" or "cpu".
-        enable_offload: keep one expert on the device and the other in host memory, and drop the text encoder after use.
+        enable_offload: keep experts in host memory where the device has no room for both, and drop the text encoder
+            after use.
         t5_cpu: run the text encoder on the CPU.
         use_fsdp: shard the experts over the ranks that torchrun or ``accelerate launch`` started; every rank calls the
             same methods and gets the same result.
@@ -63,7 +64,7 @@ class StoryMemPipeline:
             t2v_checkpoint=t2v_checkpoint_dir,
             i2v_checkpoint=i2v_checkpoint_dir,
             storymem_lora=m2v_lora_path,
-            experts="swap" if enable_offload else "resident",
+            experts="auto" if enable_offload else "resident",
             text_encoder_device="cpu" if t5_cpu else "auto",
             dtype=dtype,
             linears=linears,

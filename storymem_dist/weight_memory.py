@@ -18,9 +18,9 @@ from storymem_dist.observe.system import GIB, device_memory_bytes, host_memory_b
 from storymem_dist.parallel.loading import OFFLOADED
 from storymem_dist.parallel.settings import ParallelSettings
 
-_LEFT_FREE = 20 * GIB
-"""What a forward (14 GiB) or a decode (18) takes beside weights at 1280x720 with ten keyframes on one rank, and some
-more (``benchmarks/memory.py``)."""
+_FORWARD_BYTES, _DECODE_BYTES, _MORE_BYTES = 14 * GIB, 18 * GIB, 4 * GIB
+"""What a forward and a decode take beside weights at 1280x720 with ten keyframes on a rank (``benchmarks/memory.py``);
+and room for gathered blocks, libraries and gaps."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,9 +62,16 @@ def decide_experts(
     if model.experts != "auto":
         return model
     resident, total = replace(model, experts="resident"), device_memory_bytes(device)
-    if total is None or weight_memory(resident, parallel, config).on_device + _LEFT_FREE <= total:
+    work = max(_FORWARD_BYTES // (parallel.ring * parallel.ulysses), _DECODE_BYTES // parallel.ranks_per_replica)
+    if total is None or weight_memory(resident, parallel, config).on_device + work + _MORE_BYTES <= total:
         return resident
     return replace(model, experts="swap")
+
+
+def host_has_room(model: ModelSettings, parallel: ParallelSettings, config: DiTConfig, *, ranks_per_node: int) -> bool:
+    """Whether the ranks of a node may keep all experts in host memory (as ``model.experts=swap`` does)."""
+    needed = weight_memory(replace(model, experts="swap"), parallel, config)
+    return needed.on_host * ranks_per_node <= host_memory_bytes()
 
 
 def check_weight_memory(

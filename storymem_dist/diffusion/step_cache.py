@@ -91,6 +91,11 @@ class StepCache(ByBranch):
             self._decision = change_sum < self._threshold * norm
         return entry.rest_BLD if entry is not None and self._decision else None
 
+    def renew(self, first_BLD: Tensor) -> Tensor:
+        """Forget this branch's last full step, for the one that has begun; return ``first_BLD`` as it will be kept."""
+        self._entries.pop(self.branch, None)
+        return first_BLD.to(self._dtype)
+
     def remember(self, first_BLD: Tensor, rest_BLD: Tensor) -> None:
         """Keep what a pass of a full step added, in the expert's matmul dtype."""
         self._entries[self.branch] = _Entry(first_BLD=first_BLD.to(self._dtype), rest_BLD=rest_BLD.to(self._dtype))
@@ -116,6 +121,7 @@ class CachedBlockStack(BlockStack):
         rest_BLD = self.cache.recall(first_BLD)
         if rest_BLD is not None:
             return after_first_BLD + rest_BLD
+        first_BLD = self.cache.renew(first_BLD)  # nothing else of the cache stays in memory while the other blocks run
         out_BLD = self.run(other_blocks, after_first_BLD, *shared)
         self.cache.remember(first_BLD, out_BLD - after_first_BLD)
         return out_BLD

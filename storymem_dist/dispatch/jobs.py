@@ -112,8 +112,8 @@ class ShotRenderer(Protocol):
     ) -> RenderedShot:
         """Render one shot; the arguments after ``history`` are those of ``diffusion.denoise.denoise``.
 
-        ``low_memory`` asks for everything that saves memory (experts offloaded, VAE in chunks), after the shot ran out
-        of memory without.
+        ``low_memory`` asks for what saves memory (experts in host memory, one at a time on the device), after the shot
+        ran out of memory without.
 
         Raises ``DenoiseStopped`` when ``should_stop`` said so, ``ShotFailed`` (or any ``StoryMemError``) when this shot
         cannot be rendered, ``torch.OutOfMemoryError``. Any other exception ends the job.

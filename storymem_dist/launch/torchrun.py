@@ -110,6 +110,8 @@ def _set_environment(folder: GroupFolder, num_processes: int) -> None:
     """Set what the ranks, and torch's agent in this process, read from the environment."""
     # Otherwise ranks of a restarted group meet the addresses of the dead one in the agent's store (pytorch #135712).
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    # Token counts change from shot to shot, and with them the sizes of what is allocated.
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     os.environ.setdefault("STORYMEM_JOB_ID", f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}")
     others = [path for path in os.environ.get(STOP_FILES_VARIABLE, "").split(os.pathsep) if path]
     os.environ[STOP_FILES_VARIABLE] = os.pathsep.join([*others, str(folder.stop_file)])

@@ -93,12 +93,13 @@ def build_expert(
 
 
 def place_experts(
-    experts: Iterable[tuple[str, nn.Module]], *, device: torch.device, weights: str, swap: bool
+    experts: Iterable[tuple[str, nn.Module]], *, device: torch.device, weights: str, swap: bool, may_swap: bool = True
 ) -> tuple[dict[str, nn.Module], Residency]:
     """Decide where the experts of ``build_expert`` (by name) wait while they are idle. Before the first forward only.
 
     ``swap``: the idle one costs no device memory. Each expert is sent away before ``experts`` makes the next one, so
-    that one at most is ever on the device. Offloaded weights (``fsdp_offload``, ``zero3``) never wait there.
+    that one at most is ever on the device. Offloaded weights (``fsdp_offload``, ``zero3``) never wait there. Others
+    stay there, and ``may_swap`` later if they are asked to idle.
     """
     memory = HostMemory(device)
     modules: dict[str, nn.Module] = {}
@@ -116,7 +117,7 @@ def place_experts(
     share_streams(modules)
     if waiting:
         return modules, HostSwap(waiting)
-    if weights in OFFLOADED or device.type == "cpu":
+    if weights in OFFLOADED or device.type == "cpu" or not may_swap:
         return modules, AllResident()
     return modules, AllResident(lambda: HostSwap({name: send_away(module) for name, module in modules.items()}))
 

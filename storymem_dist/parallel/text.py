@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -83,6 +84,8 @@ def encode_prompts(
         if encoder is not None:
             encoder = None
             gc.collect()  # modules that refer to each other would keep their weights until some later collection
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()  # experts would leave gaps between what is left of the encoder's blocks
 
 
 def _missing_anywhere(

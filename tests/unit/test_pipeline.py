@@ -83,7 +83,7 @@ def test_layers_that_the_device_cannot_multiply_are_refused_before_weights_are_r
 def test_experts_that_fit_no_memory_are_refused_before_weights_are_read(
     tiny: TinyCheckpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(weight_memory, "host_memory_bytes", lambda: 2**20)
+    monkeypatch.setattr(weight_memory, "host_memory_bytes", lambda: 2**16)
     monkeypatch.setattr(build, "load_vae", lambda *_: pytest.fail("weights were read"))
     with (
         StoryMemPipeline(str(tiny.t2v_dir), None, device="cpu") as pipeline,

@@ -9,7 +9,7 @@ from storymem_dist.models.settings import ModelSettings
 from storymem_dist.models.wan.presets import WAN22_A14B
 from storymem_dist.observe.system import GIB, host_memory_bytes
 from storymem_dist.parallel.settings import ParallelSettings
-from storymem_dist.weight_memory import check_weight_memory, decide_experts, expert_bytes, weight_memory
+from storymem_dist.weight_memory import check_weight_memory, decide_experts, expert_bytes, host_has_room, weight_memory
 
 A14B = WAN22_A14B.t2v
 EXPERT_GIB = 26.96
@@ -48,7 +48,10 @@ def test_what_a_rank_holds_follows_from_the_settings(
         (79.1, ParallelSettings(), "resident"),
         (47.4, ParallelSettings(), "swap"),
         (39.4, ParallelSettings(ulysses=8, weights="fsdp"), "resident"),
-        (23.6, ParallelSettings(ulysses=8, weights="fsdp"), "swap"),
+        (23.6, ParallelSettings(ulysses=8, weights="fsdp"), "resident"),
+        (23.6, ParallelSettings(ulysses=2, weights="fsdp"), "swap"),
+        (39.4, ParallelSettings(ulysses=2, weights="fsdp"), "swap"),
+        (79.1, ParallelSettings(cfg=2), "resident"),
         (None, ParallelSettings(), "resident"),
     ],
 )
@@ -86,6 +89,13 @@ def test_what_fits_is_fine() -> None:
     check("swap", ulysses=8, weights="fsdp")
     check("resident", ulysses=8, weights="fsdp")
     check("resident", device="cpu", ranks=1)
+
+
+@pytest.mark.usefixtures("node")
+def test_experts_may_take_turns_where_the_host_has_room_for_those_of_all_ranks() -> None:
+    model, parallel = ModelSettings(experts="resident"), ParallelSettings()
+    assert host_has_room(model, parallel, A14B, ranks_per_node=4)
+    assert not host_has_room(model, parallel, A14B, ranks_per_node=5)
 
 
 @pytest.mark.usefixtures("node")

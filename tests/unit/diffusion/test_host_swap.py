@@ -183,6 +183,17 @@ def test_experts_are_sent_away_one_by_one_while_they_are_built() -> None:
     assert isinstance(residency, HostSwap)
 
 
+@pytest.mark.parametrize("may_swap", [True, False])
+def test_resident_experts_leave_only_where_the_host_has_room(may_swap: bool) -> None:
+    modules = make_pair()
+    device = torch.device("meta")  # any but a CPU
+    _, residency = place_experts(modules.items(), device=device, weights="replicated", swap=False, may_swap=may_swap)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(torch, "get_device_module", lambda device: torch.cpu)
+        residency.idle()
+    assert [is_away(module) for module in modules.values()] == [may_swap, may_swap]
+
+
 def test_resident_experts_take_turns_once_they_were_asked_to_idle() -> None:
     modules = {name: small_module(seed) for seed, name in enumerate(NAMES)}
     resident = AllResident(lambda: make_swap(modules))
