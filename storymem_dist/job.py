@@ -38,6 +38,7 @@ from storymem_dist.job_inputs import (
 )
 from storymem_dist.memory.scorers import Quality, Similarity, build_quality, build_similarity
 from storymem_dist.memory.settings import MemorySettings
+from storymem_dist.models.attention import describe_backend
 from storymem_dist.models.settings import ModelSettings
 from storymem_dist.observe.events import (
     JobStarted,
@@ -88,13 +89,19 @@ def render_job(points: Sequence[Point], *, sweep: str | None = None) -> int:
             is_leader=session.is_leader,
         )
         board = ProgressBoard()
+        attention = describe_backend(
+            checked.model.attention,
+            device=session.device,
+            dtype=getattr(torch, checked.model.dtype),
+            head_dim=weights.any_checkpoint.dit_config.head_dim,
+        )
         parts, watchers = [], []
         for point, batch, run, run_id in zip(points, checked.batches, runs, run_ids, strict=True):
             tracking = tracking_of_part(point.settings.tracking, num_parts=len(points))
             observers = closing.enter_context(start_observers(tracking, run.root, place, sweep=sweep))
             watchers.append(observers)
             part = _part(point, batch, run, weights, board.watching(observers.observer), session)
-            _announce(part, batch, run_id, session, checked.model.attention)
+            _announce(part, batch, run_id, session, attention)
             parts.append(part)
 
         def tell(message: str) -> None:

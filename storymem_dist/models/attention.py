@@ -84,6 +84,17 @@ def attend_with_lse(q_BLNH: Tensor, k_BSNH: Tensor, v_BSNH: Tensor, backend: str
     return out.transpose(1, 2), lse
 
 
+def describe_backend(backend: str, *, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    """What to call ``backend`` in a report: its name, and for ``auto`` what torch chooses, such as ``auto (flash)``."""
+    if backend != "auto":
+        return backend
+    q, k = (
+        torch.empty(1, length, 2, head_dim, device=device, dtype=dtype).transpose(1, 2) for length in _TRIED_LENGTHS
+    )
+    chosen = SDPBackend(torch._fused_sdp_choice(q, k, k))
+    return f"auto ({chosen.name.removesuffix('_ATTENTION').lower()})"
+
+
 def start_backend(backend: str, *, device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
     """Make ``backend`` ready in this process and try it once: both functions of this module against the exact one.
 
@@ -109,7 +120,7 @@ def start_backend(backend: str, *, device: torch.device, dtype: torch.dtype, hea
     exact_out, exact_lse = _math_with_lse(q, k, v)
     try:
         attended, (out, lse) = Attend(backend)(q, k, v), attend_with_lse(q, k, v, backend)
-    except RuntimeError as error:
+    except (RuntimeError, ImportError) as error:  # a package that was built for another torch cannot be imported
         raise ConfigError(f"{what}: {str(error).splitlines()[0]}; {hint}") from None
     pairs = ((attended, exact_out), (out, exact_out), (lse, exact_lse))
     for found, expected in pairs:
@@ -134,7 +145,7 @@ def _activate_flash_attn_3() -> None:
         registry.activate_flash_attention_impl("FA3")
     except ModuleNotFoundError as error:
         raise ConfigError(f"{what} needs the package {error.name}, which is not installed; {hint}") from None
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, ImportError) as error:
         raise ConfigError(f"{what} cannot be activated: {error}; {hint}") from None
 
 

@@ -66,7 +66,8 @@ class JobStarted(Event):
     ``job`` names the job among those that share the run folder; its replicas use the same name, also after a restart.
     ``num_stories`` and ``num_shots`` count the whole batch, ``num_devices`` the ranks of *this* replica.
     ``peak_tflops`` is the dense bf16 peak of one device, None where unknown (then there is no FLOP utilisation).
-    ``attention`` is the chosen attention kernel. ``versions`` maps package names to versions.
+    ``attention`` is the attention kernel, ``auto (flash)`` where torch chose flash. ``versions`` maps package names to
+    versions.
     """
 
     run_id: str = ""

@@ -58,7 +58,8 @@ def test_a_replica_of_two_ranks_tells_what_both_read_and_how_long_its_leader_wai
     seconds = seconds_in_collectives(run)
     assert len(seconds) == 2 and min(seconds) > 0.0
     events = [stamped.event for stamped in read_journal(run / "events")]
-    assert sum(isinstance(event, JobStarted) for event in events) == 1, "one replica, one leader"
+    [started] = [event for event in events if isinstance(event, JobStarted)]  # one replica, one leader
+    assert started.attention == "auto (flash)"
     whole = sum(event.elapsed_seconds for event in events if isinstance(event, ShotFinished))
     [row] = load_run_state(run).rows.values()
     assert row.collective_seconds == pytest.approx(sum(seconds)) and sum(seconds) < whole

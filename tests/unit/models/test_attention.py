@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterator
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -12,7 +13,7 @@ from torch.nn import attention as registry
 
 from storymem_dist.errors import ConfigError
 from storymem_dist.models import attention
-from storymem_dist.models.attention import Attend, attend_with_lse, start_backend
+from storymem_dist.models.attention import Attend, attend_with_lse, describe_backend, start_backend
 
 CPU_BACKENDS = ("auto", "sdpa_flash", "sdpa_math")
 CPU = torch.device("cpu")
@@ -92,6 +93,14 @@ def test_a_backend_that_works_here_passes_its_trial(backend: str, dtype: torch.d
     start_backend(backend, device=CPU, dtype=dtype, head_dim=16)
 
 
+def test_a_report_names_the_kernel_that_torch_chooses() -> None:
+    here = {"device": CPU, "dtype": torch.bfloat16, "head_dim": 16}
+    assert describe_backend("auto", **here) == "auto (flash)"
+    with registry.sdpa_kernel(registry.SDPBackend.MATH):
+        assert describe_backend("auto", **here) == "auto (math)"
+    assert describe_backend("sdpa_cudnn", **here) == "sdpa_cudnn"
+
+
 def test_a_kernel_that_this_device_lacks_is_refused_at_the_start() -> None:
     with pytest.raises(
         ConfigError, match=r"model.attention=sdpa_cudnn cannot be used on cpu with bfloat16: .*use auto"
@@ -162,6 +171,30 @@ def test_the_extra_that_flash_attention_2_needs_is_named(monkeypatch: pytest.Mon
     monkeypatch.setitem(sys.modules, "flash_attn", None)
     with pytest.raises(ConfigError, match=r"flash_attn_2 needs the package flash_attn, .*storymem_dist\[flash-attn\]"):
         start_backend("flash_attn_2", device=CPU, dtype=torch.bfloat16, head_dim=16)
+
+
+def install_broken(package: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if ``package`` had been built for another torch."""
+    (folder / f"{package}.py").write_text("raise ImportError('flash.so: undefined symbol: _ZN3c10')")
+    monkeypatch.delitem(sys.modules, package, raising=False)
+    monkeypatch.syspath_prepend(folder)
+
+
+def test_a_flash_attention_2_that_was_built_for_another_torch_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install_broken("flash_attn", tmp_path, monkeypatch)
+    with pytest.raises(ConfigError, match=r"flash_attn_2 cannot be used on cpu .*: flash.so: undefined .*; use auto"):
+        start_backend("flash_attn_2", device=CPU, dtype=torch.bfloat16, head_dim=16)
+
+
+@has_fa3
+def test_a_flash_attention_3_that_was_built_for_another_torch_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install_broken("flash_attn_interface", tmp_path, monkeypatch)
+    with pytest.raises(ConfigError, match=r"flash_attn_3 cannot be activated: .*undefined symbol.*; use auto"):
+        start_backend("flash_attn_3", device=CPU, dtype=torch.bfloat16, head_dim=16)
 
 
 @pytest.fixture
