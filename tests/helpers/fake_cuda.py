@@ -8,6 +8,7 @@ show: values, kernels that refuse a dtype or a size, streams and events, page-lo
 import ctypes
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -80,28 +81,40 @@ def _guard_for_cuda() -> Iterator[None]:
     """Let indexing and ``Tensor.to`` pass through a device guard that does nothing.
 
     ``FakeTensorMode`` sees to that by itself, but only in a torch that was built for CUDA. Python can make a guard for
-    one kind of device only, so this makes one that says it is CUDA's and puts it in CUDA's place.
+    one kind of device only, so this makes one that says it is CUDA's and puts it in CUDA's place. Skips the test where
+    torch keeps its guards otherwise.
     """
     if torch.version.cuda is not None:
         yield
         return
-    library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
-    guards = (ctypes.c_void_p * _NUM_KINDS).in_dll(library, "_ZN3c104impl26device_guard_impl_registryE")
-    before = guards[:]
-    torch._C._acc.register_python_privateuseone_device_guard(_GUARD)
-    guards[_CUDA_KIND] = guards[_PYTHON_KIND]
     try:
+        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
+        guards = (ctypes.c_void_p * _NUM_KINDS).in_dll(library, "_ZN3c104impl26device_guard_impl_registryE")
+        guard, register = _cuda_guard(), torch._C._acc.register_python_privateuseone_device_guard
+    except (OSError, ValueError, AttributeError) as error:  # no library, no registry in it, no guards from Python
+        pytest.skip(f"this torch has no device guards to take CUDA's place: {error}")
+    before = guards[:]
+    if before[_CUDA_KIND] is not None:
+        pytest.skip("this torch has something in CUDA's place among its device guards")
+    register(guard)
+    try:
+        if guards[_PYTHON_KIND] is None:
+            pytest.skip("this torch keeps device guards made by Python in another place")
+        guards[_CUDA_KIND] = guards[_PYTHON_KIND]
         yield
     finally:
         guards[:] = before
 
 
-class _CudaGuard(torch._C._acc.DeviceGuard):
-    def type_(self) -> Any:
-        return torch._C._autograd.DeviceType.CUDA
+@cache
+def _cuda_guard() -> Any:
+    """One for the whole process: torch does not keep it alive."""
 
+    class CudaGuard(torch._C._acc.DeviceGuard):
+        def type_(self) -> Any:
+            return torch._C._autograd.DeviceType.CUDA
 
-_GUARD = _CudaGuard()
+    return CudaGuard()
 
 
 def really(make: Callable[..., T]) -> Callable[..., T]:
