@@ -9,6 +9,7 @@ neither how weights are read nor what runs on them.
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
@@ -20,6 +21,7 @@ from torch.distributed.fsdp import (
     share_comm_ctx,
 )
 
+from storymem_dist.errors import ConfigError
 from storymem_dist.models.wan.dit import WanDiT
 
 
@@ -28,7 +30,7 @@ def shard_weights(dit: WanDiT, mesh: DeviceMesh, *, offload: bool, prefetch_bloc
 
     ``offload`` keeps the shards in host memory (page-locked for CUDA): a block costs device memory only while it runs.
     ``prefetch_blocks`` blocks are gathered ahead of the one that computes. Forwards must run under ``no_grad``; all
-    ranks of ``mesh`` must run the same forwards.
+    ranks of ``mesh`` must run the same forwards. Raises ``ConfigError`` for int8 layers where torch cannot shard them.
     """
     options: dict[str, Any] = {
         "mesh": mesh,
@@ -37,7 +39,15 @@ def shard_weights(dit: WanDiT, mesh: DeviceMesh, *, offload: bool, prefetch_bloc
         "offload_policy": CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if offload else OffloadPolicy(),
     }
     fully_shard([dit.patch_embedding, dit.text_embedding, dit.time_embedding, dit.time_projection], **options)
-    blocks = [fully_shard(block, **options) for block in dit.blocks]
+    try:
+        blocks = [fully_shard(block, **options) for block in dit.blocks]
+    except RuntimeError as error:
+        if all(parameter.is_floating_point() for parameter in dit.parameters()):
+            raise
+        raise ConfigError(
+            f"model.linears=int8 with sharded weights: FSDP2 of torch {torch.__version__} cannot hold integers "
+            f"({error}); use model.linears=float8 or exact, parallel.weights=replicated, or torch 2.13"
+        ) from None
     fully_shard(dit, **options)
     for index, block in enumerate(blocks):
         block.set_modules_to_forward_prefetch(blocks[index + 1 : index + 1 + prefetch_blocks])

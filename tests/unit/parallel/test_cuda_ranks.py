@@ -8,12 +8,16 @@ import torch
 import torch.distributed as dist
 import torch.distributed._tools.fake_collectives  # before 2.13, torch knows no others for fake tensors
 from diffusers import AutoencoderKLWan
+from torch import nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from storymem_dist.diffusion.experts import Expert
 from storymem_dist.diffusion.step_cache import attach_step_cache
+from storymem_dist.errors import ConfigError
+from storymem_dist.models.quantized_linear import quantize_linears
 from storymem_dist.models.wan.dit import WanDiT
 from storymem_dist.models.wan.vae import WanVae
+from storymem_dist.parallel import fsdp
 from storymem_dist.parallel.guidance import make_guidance
 from storymem_dist.parallel.layout import Layout
 from storymem_dist.parallel.loading import place_experts
@@ -117,6 +121,22 @@ def test_shards_that_wait_on_the_host_leave_the_device() -> None:
         assert held_bytes(expert) == 0
         assert crossings.take() == [], "weights never change, so none is copied back"
         assert {parameter.to_local().device for parameter in expert.parameters()} == {CUDA}
+
+
+def test_a_torch_that_cannot_shard_integers_is_an_error_with_a_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(module: nn.Module | list[nn.Module], **options: object) -> object:
+        parts = module if isinstance(module, list) else [module]
+        if any(not parameter.is_floating_point() for part in parts for parameter in part.parameters()):
+            raise RuntimeError("only Tensors of floating point dtype can require gradients")
+        return module
+
+    monkeypatch.setattr(fsdp, "fully_shard", refuse)
+    settings = ParallelSettings(ulysses=4, weights="fsdp")
+    with last_of_four(settings) as mesh, torch.device("meta"):
+        dit = WanDiT(CONFIG)
+        quantize_linears(dit.blocks, "int8")
+        with pytest.raises(ConfigError, match=r"int8 with sharded weights: .*use model.linears=float8"):
+            parallelize(dit, mesh, settings)
 
 
 def held_bytes(expert: WanDiT) -> int:
