@@ -6,6 +6,7 @@ import os
 import time
 from unittest.mock import patch
 
+import pytest
 import torch.distributed as dist
 
 from storymem_dist import selftest
@@ -21,6 +22,7 @@ def _run_selftest(*options: str) -> tuple[int, str]:
     return code, shown.getvalue()
 
 
+@pytest.mark.float8
 def test_two_ranks_that_agree_pass_on_every_layout() -> None:
     (code, shown), (other_code, silent) = run_ranks(_run_selftest, 2)
     assert (code, other_code) == (0, 0)
