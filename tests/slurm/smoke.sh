@@ -77,8 +77,8 @@ check_array() {
 
 check_signal() {
   local job run=$work/signal
-  render stories="$work/long" output="$work/long-local" sampler.num_inference_steps=120 > "$work/long.log" 2>&1 || bad=1
-  job=$(submit stories="$work/long" output="$run" sampler.num_inference_steps=120 launch.slurm.nodes=1 \
+  render stories="$work/long" output="$work/long-local" sampler.num_inference_steps=900 > "$work/long.log" 2>&1 || bad=1
+  job=$(submit stories="$work/long" output="$run" sampler.num_inference_steps=900 launch.slurm.nodes=1 \
     launch.slurm.gpus_per_node=0 launch.processes_per_node=1)
   until_true 120 seen "$run" StepFinished || bad=1
   scancel --signal=USR1 --batch "$job"
