@@ -89,12 +89,8 @@ def render_job(points: Sequence[Point], *, sweep: str | None = None) -> int:
             is_leader=session.is_leader,
         )
         board = ProgressBoard()
-        attention = describe_backend(
-            checked.model.attention,
-            device=session.device,
-            dtype=getattr(torch, checked.model.dtype),
-            head_dim=weights.any_checkpoint.dit_config.head_dim,
-        )
+        dtype, head_dim = getattr(torch, checked.model.dtype), weights.any_checkpoint.dit_config.head_dim
+        attention = describe_backend(checked.model.attention, device=session.device, dtype=dtype, head_dim=head_dim)
         parts, watchers = [], []
         for point, batch, run, run_id in zip(points, checked.batches, runs, run_ids, strict=True):
             tracking = tracking_of_part(point.settings.tracking, num_parts=len(points))

@@ -72,7 +72,7 @@ def _is_away(module: nn.Module) -> bool:
 def _two_experts_that_share_streams(settings: ParallelSettings) -> list[tuple[bool, bool]]:
     """For each turn: whether a swapped expert computes what a resident one does, and is away when its turn is over."""
     if settings.compile:
-        nn.Module.compile = partialmethod(nn.Module.compile, backend="aot_eager")  # type: ignore[method-assign]
+        nn.Module.compile = partialmethod(nn.Module.compile, backend="aot_eager")
     names = ("high_noise", "low_noise")
     with start_session(settings) as session:
         many = {name: _shard_over_guidance(session, settings, seed) for seed, name in enumerate(names)}

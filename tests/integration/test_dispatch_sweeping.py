@@ -117,7 +117,7 @@ def test_who_joins_while_the_last_one_sweeps_loses_nothing(root: Path, monkeypat
     def half_made_after_a_joiner_came(*arguments: object) -> list[Path]:
         joiner.start()
         write_half(root, HALF_MADE)
-        return half_made_files(*arguments)  # type: ignore[arg-type]
+        return half_made_files(*arguments)
 
     monkeypatch.setattr(sweeping, "_half_made_files", half_made_after_a_joiner_came)
     render_beside(root, leases_of(root))
