@@ -37,10 +37,10 @@ from harness import print_table, write_json
 from storymem_dist.artifacts.run_folder import RunFolder
 from storymem_dist.artifacts.video import VideoSettings
 from storymem_dist.diffusion.settings import SamplerSettings
+from storymem_dist.dispatch.cost import CostModel
 from storymem_dist.dispatch.graph import ShotGraph, ShotState, choose_shot
 from storymem_dist.dispatch.leases import Lease
 from storymem_dist.dispatch.plan import BatchPart, PlannedShot, plan_story
-from storymem_dist.dispatch.planner import CostModel
 from storymem_dist.dispatch.queue import ShotQueue, lease_key
 from storymem_dist.dispatch.settings import DispatchSettings
 from storymem_dist.story.schema import Scene, Shot, Story

@@ -29,16 +29,16 @@ from harness import print_table, write_json
 from ranks import MemoryPeak, report, reporting_rank, run_ranks
 from safetensors.torch import save_file
 
-from storymem_dist.models.loading import LoadReport, load_dit_weights
-from storymem_dist.models.wan.checkpoints import WanCheckpoint, dit_shapes, open_checkpoint
 from storymem_dist.models.wan.dit import WanDiT
-from storymem_dist.models.wan.lora import LoraSettings, ScaledLora, open_loras
 from storymem_dist.models.wan.presets import TINY, WAN22_A14B
-from storymem_dist.models.wan.tiny_checkpoint import LORA_TARGETS, generate_checkpoint
 from storymem_dist.parallel.loading import build_expert, local_part
 from storymem_dist.parallel.parallelize import parallelize
 from storymem_dist.parallel.session import Session, start_session
 from storymem_dist.parallel.settings import ParallelSettings
+from storymem_dist.weights.checkpoints import WanCheckpoint, dit_shapes, open_checkpoint
+from storymem_dist.weights.loading import LoadReport, load_dit_weights
+from storymem_dist.weights.lora import LoraSettings, ScaledLora, open_loras
+from storymem_dist.weights.tiny_checkpoint import LORA_TARGETS, generate_checkpoint
 
 EXPERT = "high_noise"
 LORA_RANK = 128

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from storymem_dist.diffusion.conditioning import ConditionBuilder
 from storymem_dist.diffusion.denoise import PromptEmbeds, StepInfo, denoise
-from storymem_dist.diffusion.experts import EXPERTS, ExpertPair
+from storymem_dist.diffusion.experts import ExpertPair
 from storymem_dist.diffusion.guidance import LocalGuidance
 from storymem_dist.diffusion.host_swap import HostMemory, HostSwap, HostWeights
 from storymem_dist.diffusion.latent_grid import LatentGrid
@@ -36,17 +36,17 @@ from storymem_dist.diffusion.seeds import initial_noise
 from storymem_dist.diffusion.settings import SamplerSettings
 from storymem_dist.diffusion.solver import Solver
 from storymem_dist.diffusion.step_cache import attach_step_cache
-from storymem_dist.models.loading import StateDictSource, TensorSource, WeightDelta, load_dit_weights
 from storymem_dist.models.quantized_linear import QuantizedLinear, quantize_linears
 from storymem_dist.models.rope import rope_tables
-from storymem_dist.models.wan.checkpoints import WanCheckpoint, open_checkpoint
 from storymem_dist.models.wan.dit import WanBlock, WanDiT
-from storymem_dist.models.wan.lora import storymem_lora
-from storymem_dist.models.wan.presets import WAN22_A14B
-from storymem_dist.models.wan.random_weights import random_weight
-from storymem_dist.models.wan.text_encoder import load_text_encoder
-from storymem_dist.models.wan.tiny_checkpoint import generate_tiny_checkpoint
-from storymem_dist.models.wan.vae import load_vae
+from storymem_dist.models.wan.presets import EXPERTS, WAN22_A14B
+from storymem_dist.weights.checkpoints import WanCheckpoint, open_checkpoint
+from storymem_dist.weights.loading import StateDictSource, TensorSource, WeightDelta, load_dit_weights
+from storymem_dist.weights.lora import storymem_lora
+from storymem_dist.weights.random_weights import random_weight
+from storymem_dist.weights.text_encoder import load_text_encoder
+from storymem_dist.weights.tiny_checkpoint import generate_tiny_checkpoint
+from storymem_dist.weights.vae import load_vae
 
 OUTLIER_EVERY, OUTLIER_SIZE = 512, 30.0
 STORED_FLOAT8 = "weights prepared as float8"

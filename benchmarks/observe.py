@@ -33,26 +33,19 @@ from harness import print_table, write_json
 from rich.console import Console
 
 from storymem_dist.artifacts.run_folder import RunFolder
-from storymem_dist.build import Engine, open_weights, with_generated_weights
 from storymem_dist.diffusion.denoise import PromptEmbeds, StepInfo
 from storymem_dist.diffusion.settings import SamplerSettings
-from storymem_dist.models.settings import ModelSettings
+from storymem_dist.events import Event, JobStarted, ShotStarted, StampedEvent, StepFinished, WarningIssued, timed_stage
 from storymem_dist.observe.console import LiveConsole, PlainConsole
-from storymem_dist.observe.events import (
-    Event,
-    JobStarted,
-    ShotStarted,
-    StampedEvent,
-    StepFinished,
-    WarningIssued,
-    timed_stage,
-)
-from storymem_dist.observe.feeder import WandbProcess
 from storymem_dist.observe.journal import JournalWriter, read_journal
 from storymem_dist.observe.observers import BackEnd, Observers
 from storymem_dist.observe.settings import WandbSettings
+from storymem_dist.observe.wandb.process import WandbProcess
 from storymem_dist.parallel.settings import ParallelSettings
-from storymem_dist.render_clip import ClipRequest, ClipSampler
+from storymem_dist.render.build import Engine
+from storymem_dist.render.clip import ClipRequest, ClipSampler
+from storymem_dist.weights.bundle import open_weights, with_generated_weights
+from storymem_dist.weights.settings import ModelSettings
 
 STEP = StepFinished(
     story_id="ocean", shot_id="shot_01", step=3, num_steps=40, expert="low_noise", elapsed_seconds=6.1, timestep=876

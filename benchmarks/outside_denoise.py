@@ -40,7 +40,7 @@ from vae_parallel import CPU_ATTENTION, count
 from storymem_dist.artifacts.records import ShotRecord
 from storymem_dist.artifacts.shot_folder import ClipFiles, ShotFolder, new_attempt_id
 from storymem_dist.artifacts.video import VideoSettings
-from storymem_dist.dispatch.planner import VAE_SLOWNESS, VAE_TFLOP_PER_PIXEL_FRAME, CostModel
+from storymem_dist.dispatch.cost import VAE_SLOWNESS, VAE_TFLOP_PER_PIXEL_FRAME, CostModel
 from storymem_dist.memory.bank import Keyframe, MemoryBank
 from storymem_dist.memory.keyframes import choose_keyframes
 from storymem_dist.memory.scorers import SharpnessQuality

@@ -26,14 +26,14 @@ from harness import print_table, write_json
 from ranks import MemoryPeak, report, reporting_rank, run_ranks
 from safetensors.torch import save_file
 
-from storymem_dist.models.loading import load_dit_weights
-from storymem_dist.models.wan.checkpoints import dit_shapes, open_checkpoint
 from storymem_dist.models.wan.dit import WanDiT
-from storymem_dist.models.wan.lora import EXPERTS, LoraSettings, ScaledLora, open_loras
-from storymem_dist.models.wan.prepare import prepare_checkpoint
-from storymem_dist.models.wan.prepared import STORED_DTYPES
-from storymem_dist.models.wan.presets import TINY, WAN22_A14B
-from storymem_dist.models.wan.tiny_checkpoint import LORA_TARGETS, generate_checkpoint
+from storymem_dist.models.wan.presets import EXPERTS, TINY, WAN22_A14B
+from storymem_dist.weights.checkpoints import dit_shapes, open_checkpoint
+from storymem_dist.weights.loading import load_dit_weights
+from storymem_dist.weights.lora import LoraSettings, ScaledLora, open_loras
+from storymem_dist.weights.prepare import prepare_checkpoint
+from storymem_dist.weights.prepared import STORED_DTYPES
+from storymem_dist.weights.tiny_checkpoint import LORA_TARGETS, generate_checkpoint
 
 EXPERT = "high_noise"
 LORA_RANK = 128

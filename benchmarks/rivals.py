@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from storymem_dist.models.quantized_linear import QuantizedLinear, quantize_linears
 from storymem_dist.models.wan.dit import DiTConfig, WanDiT
-from storymem_dist.models.wan.key_maps import diffusers_dit_key
+from storymem_dist.weights.key_maps import diffusers_dit_key
 
 
 @dataclass(frozen=True, kw_only=True)

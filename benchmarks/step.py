@@ -40,12 +40,12 @@ from rivals import (
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
+from storymem_dist.hardware import peak_tflops
 from storymem_dist.models.attention import BACKENDS, Attend
 from storymem_dist.models.compile import compile_blocks
 from storymem_dist.models.quantized_linear import LINEARS
 from storymem_dist.models.wan.dit import DiTConfig
 from storymem_dist.models.wan.presets import PRESETS
-from storymem_dist.observe.system import peak_tflops
 
 GUIDANCE_SCALE = 3.5
 STORY = (1, 3, 6, 9, 10)  # memory frames of the shots of one story

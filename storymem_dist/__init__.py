@@ -8,12 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from storymem_dist.errors import StoryMemError, WeightsNotFound
-    from storymem_dist.pipeline import (
-        StoryMemPipeline,
-        comfyui_to_storymem,
-        is_storymem_available,
-        storymem_to_comfyui,
-    )
+    from storymem_dist.pipeline import StoryMemPipeline, comfyui_to_storymem, is_storymem_available, storymem_to_comfyui
     from storymem_dist.story.loading import load_storyboard
     from storymem_dist.story.schema import Scene, Shot, Story
 

@@ -14,13 +14,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from storymem_dist.build import Engine, open_weights
 from storymem_dist.diffusion.denoise import PromptEmbeds
-from storymem_dist.diffusion.settings import NUM_GIVEN_FRAMES, SamplerSettings
+from storymem_dist.diffusion.settings import SamplerSettings
 from storymem_dist.errors import ConfigError, StoryMemError
-from storymem_dist.models.settings import ModelSettings
 from storymem_dist.parallel.settings import ParallelSettings
-from storymem_dist.render_clip import KIND_OF_MODE, ClipRequest
+from storymem_dist.render.build import Engine
+from storymem_dist.render.clip import ClipRequest
+from storymem_dist.story.modes import KIND_OF_MODE, M2V, MI2V, MM2V, NO_CONTINUATION, NUM_GIVEN_FRAMES, T2V
+from storymem_dist.weights.bundle import open_weights
+from storymem_dist.weights.settings import ModelSettings
 
 ImageLike = Tensor | np.ndarray | Image.Image
 """An image: a PIL image, a uint8 array ``[H, W, 3]``, a uint8 tensor ``[3, H, W]``, or a float tensor in [-1, 1]."""
@@ -93,7 +95,7 @@ class StoryMemPipeline:
         and one for the high-noise expert; 1 leaves the unconditional pass out.
         """
         sampler = _sampler(num_frames, height, width, steps, cfg_scale, negative_prompt)
-        return self._generate("t2v", prompt, seed, sampler)
+        return self._generate(T2V, prompt, seed, sampler)
 
     def generate_m2v(
         self,
@@ -109,7 +111,7 @@ class StoryMemPipeline:
     ) -> Tensor:
         """A new shot (a cut) that remembers ``memory_frames``, oldest first; result as of ``generate_t2v``."""
         sampler = _sampler(num_frames, height, width, steps, cfg_scale, negative_prompt)
-        return self._generate("m2v", prompt, seed, sampler, memory_frames=memory_frames)
+        return self._generate(M2V, prompt, seed, sampler, memory_frames=memory_frames)
 
     def generate_mi2v(
         self,
@@ -127,7 +129,7 @@ class StoryMemPipeline:
         """A shot that goes on from ``first_frame`` (which the result begins with); result as of ``generate_t2v``."""
         sampler = _sampler(num_frames, height, width, steps, cfg_scale, negative_prompt)
         return self._generate(
-            "mi2v", prompt, seed, sampler, memory_frames=memory_frames, first_frame=to_image_tensor(first_frame)
+            MI2V, prompt, seed, sampler, memory_frames=memory_frames, first_frame=to_image_tensor(first_frame)
         )
 
     def generate_mm2v(
@@ -144,12 +146,12 @@ class StoryMemPipeline:
         negative_prompt: str | None = None,
     ) -> Tensor:
         """A shot that goes on from the five ``motion_frames`` (which the result begins with)."""
-        needed = NUM_GIVEN_FRAMES["mm2v"]
+        needed = NUM_GIVEN_FRAMES[MM2V]
         if len(motion_frames) != needed:
             raise ConfigError(f"motion_frames has {len(motion_frames)} frames; generate_mm2v takes {needed}")
         frames = torch.stack([to_image_tensor(frame) for frame in motion_frames])
         sampler = _sampler(num_frames, height, width, steps, cfg_scale, negative_prompt)
-        return self._generate("mm2v", prompt, seed, sampler, memory_frames=memory_frames, motion_frames=frames)
+        return self._generate(MM2V, prompt, seed, sampler, memory_frames=memory_frames, motion_frames=frames)
 
     def unload_models(self) -> None:
         """Drop all weights, and the process groups of this pipeline. The next ``generate_*`` call loads them again."""
@@ -203,8 +205,8 @@ class StoryMemPipeline:
     def _engine_for(self, mode: str, sampler: SamplerSettings) -> Engine:
         """The engine whose LoRA fits ``mode``; a different one replaces it."""
         kind = KIND_OF_MODE[mode]
-        continuation = "mm2v" if mode == "mm2v" else "mi2v"
-        key = (kind, continuation if kind == "m2v" else "")
+        continuation = MM2V if mode == MM2V else MI2V
+        key = (kind, continuation if kind == M2V else "")
         if self._engine is None or key != self._engine_key:
             if self._engine is not None:
                 self._engine.close()
@@ -292,7 +294,7 @@ def is_storymem_available(
         t2v_checkpoint=t2v_checkpoint_dir, i2v_checkpoint=i2v_checkpoint_dir, storymem_lora=m2v_lora_path
     )
     missing = []
-    for kind, continuation in (("t2v", "none"), ("m2v", "mi2v"), ("m2v", "mm2v")):
+    for kind, continuation in ((T2V, NO_CONTINUATION), (M2V, MI2V), (M2V, MM2V)):
         try:
             open_weights(settings, [kind], continuation)
         except StoryMemError as error:

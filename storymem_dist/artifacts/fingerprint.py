@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from storymem_dist.artifacts.files import canonical_json
 from storymem_dist.errors import StoryboardError
+from storymem_dist.files import canonical_json
 
 FINGERPRINT_FORMAT = 1
 """Part of every fingerprint. Raised when the code begins to make other pixels from the same inputs."""

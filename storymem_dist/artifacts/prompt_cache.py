@@ -17,10 +17,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from storymem_dist.artifacts.files import write_bytes
 from storymem_dist.errors import RunFolderError
-from storymem_dist.models.file_identity import file_identity
-from storymem_dist.models.wan.text_encoder import TextEncoderFiles, clean_prompt
+from storymem_dist.files import write_bytes
+from storymem_dist.models.wan.text_encoder import clean_prompt
 
 FORMAT_VERSION = 1
 """Part of every entry's name: entries of another format are not found."""
@@ -28,19 +27,6 @@ FORMAT_VERSION = 1
 _TENSOR = "prompt_embeds"
 
 logger = logging.getLogger(__name__)
-
-
-def text_encoder_identity(files: TextEncoderFiles, dtype: torch.dtype) -> str:
-    """Hex digest that changes when encoder weights, tokenizer or the encoder's number format change.
-
-    Equal files have equal identities wherever they are: the two base models ship the same encoder.
-    """
-    digest = hashlib.sha256(str(dtype).encode())
-    for part in (files.text_encoder_path, files.tokenizer_path):
-        for path in sorted(part.rglob("*")) if part.is_dir() else [part]:
-            if path.is_file():
-                digest.update(f"\n{path.relative_to(part).as_posix()} {file_identity(path)}".encode())
-    return digest.hexdigest()
 
 
 class PromptCache:

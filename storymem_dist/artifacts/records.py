@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from storymem_dist.artifacts.files import canonical_json
 from storymem_dist.artifacts.fingerprint import file_digest
+from storymem_dist.files import canonical_json
 
 RECORD_FORMAT = 1
 

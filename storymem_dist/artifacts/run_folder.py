@@ -29,17 +29,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from storymem_dist.artifacts.files import (
-    TEMPORARY_PREFIX,
-    canonical_json,
-    create_exclusively,
-    names_in,
-    read_json,
-    write_bytes,
-)
 from storymem_dist.artifacts.records import ShotRecord
 from storymem_dist.artifacts.shot_folder import ShotFolder
 from storymem_dist.errors import RunFolderError
+from storymem_dist.files import TEMPORARY_PREFIX, canonical_json, create_exclusively, names_in, read_json, write_bytes
 from storymem_dist.story.schema import Story
 
 RUN_FORMAT = 1

@@ -20,17 +20,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from storymem_dist.artifacts.files import (
-    fsync_folder,
-    link_or_replace,
-    names_in,
-    publish_exclusively,
-    read_json,
-    write_bytes,
-)
 from storymem_dist.artifacts.records import DamagedRecord, ShotRecord, StoredFile, describe_file
 from storymem_dist.artifacts.video import VideoSettings, read_png, write_clip, write_png
 from storymem_dist.errors import RunFolderError
+from storymem_dist.files import fsync_folder, link_or_replace, names_in, publish_exclusively, read_json, write_bytes
 
 _RECORD_NAME = re.compile(r"[0-9a-f]{16}\.json")
 

@@ -19,8 +19,8 @@ from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoRef
 from PIL import Image
 from torch import Tensor
 
-from storymem_dist.artifacts.files import written_beside
 from storymem_dist.errors import ConfigError, RunFolderError, require_one_of
+from storymem_dist.files import written_beside
 
 CODECS = ("libx264", "libvpx-vp9")
 PRESETS = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow")

@@ -14,12 +14,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from storymem_dist.diffusion.latent_grid import LATENT_CHANNELS, VAE_TIME_STRIDE, LatentGrid
-from storymem_dist.diffusion.settings import NUM_GIVEN_FRAMES
 from storymem_dist.errors import ConfigError, require_one_of
+from storymem_dist.story.modes import CONDITIONED_MODES, MI2V, MM2V, NUM_GIVEN_FRAMES
 
 MASK_CHANNELS = 4
 CONDITION_CHANNELS = MASK_CHANNELS + LATENT_CHANNELS
-CONDITIONED_MODES = ("m2v", "mi2v", "mm2v")
 
 
 class LatentEncoder(Protocol):
@@ -125,11 +124,11 @@ def _given_frames(
     mode: str, grid: LatentGrid, first_frame: Tensor | None, motion_frames: Tensor | None
 ) -> Tensor | None:
     """The frames that the mode puts at the start of the clip, uint8 ``[n, 3, H, W]``, or None for a cut."""
-    if (first_frame is not None) != (mode == "mi2v"):
+    if (first_frame is not None) != (mode == MI2V):
         raise ConfigError(
             f"mode {mode} with first_frame={'given' if first_frame is not None else None}: mi2v takes one"
         )
-    if (motion_frames is not None) != (mode == "mm2v"):
+    if (motion_frames is not None) != (mode == MM2V):
         raise ConfigError(
             f"mode {mode} with motion_frames={'given' if motion_frames is not None else None}: mm2v takes them"
         )

@@ -17,10 +17,7 @@ from storymem_dist.diffusion.solver import NUM_TRAIN_TIMESTEPS
 from storymem_dist.diffusion.step_cache import StepCache, step_cache_of
 from storymem_dist.diffusion.text_cache import TextCache, text_cache_of
 from storymem_dist.errors import ConfigError
-
-HIGH_NOISE = "high_noise"
-LOW_NOISE = "low_noise"
-EXPERTS = (HIGH_NOISE, LOW_NOISE)
+from storymem_dist.models.wan.presets import HIGH_NOISE, LOW_NOISE
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

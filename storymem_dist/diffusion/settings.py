@@ -8,15 +8,11 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 from storymem_dist.errors import ConfigError, require_at_least, require_one_of
+from storymem_dist.story.modes import CONTINUATIONS, KINDS, MI2V, NUM_GIVEN_FRAMES, T2V
 
 SOLVERS = ("unipc", "dpmpp", "euler")
-CONTINUATIONS = ("none", "mi2v", "mm2v")
-KINDS = ("t2v", "m2v")
 SEED_RULES = ("index_in_scene", "per_shot")
 NOISE_DEVICES = ("cpu", "cuda")
-
-# Frames of the shot before it that a continuation repeats at its start (StoryMem: MI2V one, MM2V five).
-NUM_GIVEN_FRAMES = {"t2v": 0, "m2v": 0, "mi2v": 1, "mm2v": 5}
 
 # The negative prompt that Wan publishes as its default for all Wan2.x models.
 WAN_NEGATIVE_PROMPT = (
@@ -57,8 +53,8 @@ class SamplerSettings:
     guidance_scale_high: float = 3.5
     guidance_scale_low: float = 3.5
     negative_prompt: str = WAN_NEGATIVE_PROMPT
-    continuation: str = "mi2v"
-    first_shot: str = "t2v"
+    continuation: str = MI2V
+    first_shot: str = T2V
     seed: int = 0
     seed_rule: str = "index_in_scene"
     noise_device: str = "cpu"
@@ -107,12 +103,12 @@ class SamplerSettings:
     def flow_shift(self, kind: str) -> float:
         """Shift of the noise schedule for the base model ``kind`` ("t2v" or "m2v")."""
         require_one_of("kind", kind, KINDS)
-        return self.flow_shift_t2v if kind == "t2v" else self.flow_shift_m2v
+        return self.flow_shift_t2v if kind == T2V else self.flow_shift_m2v
 
     def boundary_ratio(self, kind: str) -> float:
         """Share of the 1000 timesteps at and above which the high-noise expert of ``kind`` works."""
         require_one_of("kind", kind, KINDS)
-        return self.boundary_ratio_t2v if kind == "t2v" else self.boundary_ratio_m2v
+        return self.boundary_ratio_t2v if kind == T2V else self.boundary_ratio_m2v
 
     @property
     def needs_negative_prompt(self) -> bool:

@@ -6,10 +6,10 @@ from storymem_dist.artifacts.records import ShotRecord
 from storymem_dist.artifacts.run_folder import Failure
 from storymem_dist.diffusion.denoise import DenoiseState
 from storymem_dist.dispatch.graph import Chain, ShotGraph
-from storymem_dist.dispatch.jobs import ShotHistory, ShotJob
-from storymem_dist.dispatch.plan import M2V, T2V, BatchPart, PlannedShot
+from storymem_dist.dispatch.plan import BatchPart, PlannedShot
+from storymem_dist.dispatch.protocol import ShotHistory, ShotJob
 from storymem_dist.dispatch.summary import BatchSummary
-from storymem_dist.observe.events import (
+from storymem_dist.events import (
     JobFinished,
     ShotFailed,
     ShotFinished,
@@ -19,6 +19,7 @@ from storymem_dist.observe.events import (
     StoryFinished,
     ThroughputSampled,
 )
+from storymem_dist.story.modes import M2V, T2V
 
 _OUTCOMES = {"done": "finished", "stopped": "stopped", "failed": "failed"}
 

@@ -16,7 +16,8 @@ import heapq
 from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
 
-from storymem_dist.dispatch.plan import M2V, T2V, PlannedShot
+from storymem_dist.dispatch.plan import PlannedShot
+from storymem_dist.story.modes import M2V, T2V
 
 _CRITICAL_SHOTS = 1.5
 """A chain comes first when it has less slack than so many times its next shot: then it could not wait for another."""

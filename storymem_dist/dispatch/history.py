@@ -9,10 +9,11 @@ from storymem_dist.artifacts.records import DamagedRecord
 from storymem_dist.artifacts.run_folder import RunFolder
 from storymem_dist.diffusion.denoise import DenoiseState
 from storymem_dist.dispatch.graph import Chain
-from storymem_dist.dispatch.jobs import ShotHistory
-from storymem_dist.dispatch.plan import M2V, PlannedShot
+from storymem_dist.dispatch.plan import PlannedShot
+from storymem_dist.dispatch.protocol import ShotHistory
 from storymem_dist.errors import RunFolderError
 from storymem_dist.memory.bank import Keyframe
+from storymem_dist.story.modes import M2V
 
 
 class DamagedHistory(Exception):

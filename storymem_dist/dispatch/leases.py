@@ -28,7 +28,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from storymem_dist.artifacts.files import canonical_json, create_exclusively, names_in
+from storymem_dist.files import canonical_json, create_exclusively, names_in
 
 WORKING = "working"
 WAITING = "waiting"

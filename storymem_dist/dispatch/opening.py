@@ -14,16 +14,16 @@ from storymem_dist.artifacts.fingerprint import differences
 from storymem_dist.artifacts.records import DamagedRecord
 from storymem_dist.artifacts.run_folder import Failure, RunFolder, shot_ids
 from storymem_dist.dispatch.announcing import chain_blocked
+from storymem_dist.dispatch.cleanup import sweep
 from storymem_dist.dispatch.graph import Chain, ShotGraph, ShotState, shot_key
-from storymem_dist.dispatch.joining import is_joined, say_finished
 from storymem_dist.dispatch.leases import WAITING, WORKING, LeaseFolder, Owner
 from storymem_dist.dispatch.plan import BatchPart, PlannedShot, plan_part
 from storymem_dist.dispatch.queue import ShotQueue
 from storymem_dist.dispatch.settings import DispatchSettings
+from storymem_dist.dispatch.story_video import is_joined, say_finished
 from storymem_dist.dispatch.summary import Replica
-from storymem_dist.dispatch.sweeping import sweep
 from storymem_dist.errors import RunFolderError, StoryboardError
-from storymem_dist.observe.events import ShotSkipped, StoryFinished, StoryStarted, WarningIssued
+from storymem_dist.events import ShotSkipped, StoryFinished, StoryStarted, WarningIssued
 
 _MAX_SHOWN = 10
 

@@ -13,13 +13,11 @@ from storymem_dist.artifacts.run_folder import RunFolder
 from storymem_dist.artifacts.video import VideoSettings
 from storymem_dist.diffusion.seeds import shot_seed
 from storymem_dist.diffusion.settings import SamplerSettings
-from storymem_dist.dispatch.planner import CostModel
+from storymem_dist.dispatch.cost import CostModel
 from storymem_dist.errors import StoryboardError
-from storymem_dist.observe.events import NullObserver, Observer
+from storymem_dist.events import NullObserver, Observer
+from storymem_dist.story.modes import M2V, NO_CONTINUATION
 from storymem_dist.story.schema import Shot, Story
-
-T2V = "t2v"
-M2V = "m2v"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +71,7 @@ def shot_mode(story: Story, shot: Shot, sampler: SamplerSettings) -> tuple[str, 
     if shot.index == 0:
         kind = M2V if story.reference_images else sampler.first_shot
         return kind, kind
-    if shot.cut or sampler.continuation == "none":
+    if shot.cut or sampler.continuation == NO_CONTINUATION:
         return M2V, M2V
     return M2V, sampler.continuation
 

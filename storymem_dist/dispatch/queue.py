@@ -11,14 +11,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from storymem_dist.artifacts.files import names_in
 from storymem_dist.artifacts.records import DamagedRecord
 from storymem_dist.artifacts.run_folder import Failure, RunFolder
 from storymem_dist.dispatch.graph import ShotGraph, ShotKey, ShotState, choose_shot, shot_key
-from storymem_dist.dispatch.jobs import ShotJob
 from storymem_dist.dispatch.leases import Lease, LeaseFolder
 from storymem_dist.dispatch.plan import PlannedShot
+from storymem_dist.dispatch.protocol import ShotJob
 from storymem_dist.dispatch.settings import DispatchSettings
+from storymem_dist.files import names_in
 
 _OWNERS_PER_SCAN = 64  # leases of others that are looked at for signs of life in one scan
 _OVERDUE = 3.0  # a shot that takes so many times its estimate is not waited for

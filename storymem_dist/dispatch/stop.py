@@ -3,6 +3,7 @@
 A request is only noted; the batch loop asks between two denoising steps. Knows nothing of what is stopped.
 """
 
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -78,3 +79,12 @@ def _identity(path: Path) -> tuple[int, int] | None:
     except OSError:
         return None
     return status.st_ino, status.st_mtime_ns
+
+
+def own_stop_files() -> list[Path]:
+    """Files that ask this job alone to stop, as its launchers said."""
+    return [Path(path) for path in os.environ.get(STOP_FILES_VARIABLE, "").split(os.pathsep) if path]
+
+
+STOP_FILES_VARIABLE = "STORYMEM_STOP_FILES"
+"""Environment variable: files, separated by colons, whose appearance asks this job alone to stop."""

@@ -14,16 +14,16 @@ from pathlib import Path
 
 import torch
 
-from storymem_dist.build import open_weights, with_generated_weights
-from storymem_dist.config import RenderConfig
+from storymem_dist.config.schema import RenderConfig
 from storymem_dist.doctor.finding import Finding, ok, problem, warning
 from storymem_dist.errors import StoryMemError, WeightsNotFound
+from storymem_dist.hardware import GIB
 from storymem_dist.models.quantized_linear import check_linears
-from storymem_dist.models.wan.checkpoints import WanCheckpoint
-from storymem_dist.observe.system import GIB
-from storymem_dist.weight_memory import check_weight_memory, decide_experts, weight_memory
+from storymem_dist.parallel.weight_memory import check_weight_memory, decide_experts, weight_memory
+from storymem_dist.story.modes import KINDS
+from storymem_dist.weights.bundle import open_weights, with_generated_weights
+from storymem_dist.weights.checkpoints import WanCheckpoint
 
-KINDS = ("t2v", "m2v")
 _READ_BYTES = 512 * 2**20
 _READ_SECONDS = 2.0
 _READ_BLOCK = 16 * 2**20

@@ -21,7 +21,7 @@ from packaging.requirements import Requirement
 
 from storymem_dist.artifacts.video import CODECS
 from storymem_dist.doctor.finding import Finding, ok, problem, warning
-from storymem_dist.observe.system import GIB, host_memory_bytes
+from storymem_dist.hardware import GIB, host_memory_bytes
 
 DISTRIBUTION = "storymem_dist"
 _COMMAND_SECONDS = 5

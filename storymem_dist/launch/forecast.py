@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from storymem_dist.artifacts.records import DamagedRecord
 from storymem_dist.artifacts.run_folder import RunFolder
 from storymem_dist.artifacts.video import VideoSettings
-from storymem_dist.config import Point
+from storymem_dist.config.points import Point
 from storymem_dist.dispatch.plan import BatchPart, PlannedShot, plan_story
-from storymem_dist.job import check_job
-from storymem_dist.job_inputs import cost_model, pixel_inputs
+from storymem_dist.render.check import check_job
+from storymem_dist.render.inputs import cost_model, pixel_inputs
 
 _RENDERING_STAGES = ("recall", "condition", "denoise", "decode", "keyframes", "save")
 

@@ -15,11 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from storymem_dist.artifacts.files import canonical_json, create_exclusively, names_in, read_json, write_bytes
 from storymem_dist.errors import StoryMemError
-
-STOP_FILES_VARIABLE = "STORYMEM_STOP_FILES"
-"""Environment variable: files, separated by colons, whose appearance asks this job alone to stop."""
+from storymem_dist.files import canonical_json, create_exclusively, names_in, read_json, write_bytes
 
 
 class RankError(StoryMemError):

@@ -12,10 +12,11 @@ from pathlib import Path
 
 from omegaconf import DictConfig, ListConfig
 
-from storymem_dist.artifacts.files import canonical_json, names_in, read_json, write_bytes
 from storymem_dist.artifacts.run_folder import MARKER
-from storymem_dist.config import Point, to_plain, to_settings
+from storymem_dist.config.composing import to_plain, to_settings
+from storymem_dist.config.points import Point
 from storymem_dist.errors import ShotFailed, StoryMemError
+from storymem_dist.files import canonical_json, names_in, read_json, write_bytes
 
 _LONGEST_NAME = 120
 _ERROR_FILE = Path("logs") / "error.json"  # launchers may put logs/ into a folder before it becomes a run folder

@@ -18,8 +18,8 @@ def main() -> None:
     if folder.error() is not None:  # this is a restart, and restarts do not help
         return
     rank = int(os.environ["RANK"])
-    from storymem_dist.config import points_from_plain  # heavy imports only when there is something to do
-    from storymem_dist.job import render_job
+    from storymem_dist.config.points import points_from_plain  # heavy imports only when there is something to do
+    from storymem_dist.render.job import render_job
 
     try:
         points, sweep = points_from_plain(folder.read_job())

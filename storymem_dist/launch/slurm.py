@@ -12,11 +12,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from storymem_dist.config import Point, assets_folder
+from storymem_dist.config.launch import SlurmSettings
+from storymem_dist.config.points import Point
 from storymem_dist.errors import ConfigError
-from storymem_dist.job import check_job
 from storymem_dist.launch.forecast import describe
-from storymem_dist.launch.settings import SlurmSettings
+from storymem_dist.render.check import check_job
+from storymem_dist.resources import assets_folder
 
 TEMPLATES = ("render", "render_array")
 _REPORT_TEMPLATE = "report"

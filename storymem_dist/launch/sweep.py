@@ -21,16 +21,9 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext
 from omegaconf import DictConfig, open_dict, read_write
 
-from storymem_dist.config import Point
+from storymem_dist.config.points import Point
 from storymem_dist.errors import ConfigError, StoryMemError
-from storymem_dist.launch.points import (
-    forget_error,
-    keep_error,
-    point_of,
-    points_table,
-    read_point,
-    read_points,
-)
+from storymem_dist.launch.points import forget_error, keep_error, point_of, points_table, read_point, read_points
 
 PLUGIN_MODULE = "hydra_plugins.storymem_launcher"
 """Hydra instantiates only plugins of this namespace; ``register_launcher`` makes this module known there."""
@@ -111,7 +104,7 @@ class SweepLauncher(Launcher):
         names = {id(point): name for name, point in points}
 
         def can_begin(point: Point) -> bool:
-            from storymem_dist.job import check_job
+            from storymem_dist.render.check import check_job
 
             try:
                 check_job([point])
@@ -131,7 +124,7 @@ class SweepLauncher(Launcher):
 
 def group_points(points: Sequence[Point], can_begin: Callable[[Point], bool]) -> list[list[Point]]:
     """Sort points into jobs, in order, leaving out those that cannot begin."""
-    from storymem_dist.job import can_join
+    from storymem_dist.config.points import can_join
 
     jobs: list[list[Point]] = []
     for point in points:

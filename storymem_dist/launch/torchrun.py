@@ -23,14 +23,15 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous.api import RendezvousError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from storymem_dist.config import Point, points_to_plain
+from storymem_dist.config.launch import LaunchSettings
+from storymem_dist.config.points import Point, points_to_plain
+from storymem_dist.dispatch.stop import STOP_FILES_VARIABLE
 from storymem_dist.errors import ConfigError, LayoutError
-from storymem_dist.job import check_job
-from storymem_dist.launch.group_folder import STOP_FILES_VARIABLE, GroupFolder, RankError
-from storymem_dist.launch.settings import LaunchSettings
+from storymem_dist.launch.group_folder import GroupFolder, RankError
 from storymem_dist.parallel.layout import check_heads, plan_layout
 from storymem_dist.parallel.session import choose_backend, choose_device
 from storymem_dist.parallel.settings import ParallelSettings
+from storymem_dist.render.check import check_job
 
 _ELASTIC_LOGGER = "torch.distributed.elastic"
 _JOIN_SECONDS = 300

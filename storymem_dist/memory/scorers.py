@@ -5,6 +5,7 @@ Models are loaded from local files only, once, when a scorer is built. Knows not
 Shapes: N frames, C channels (3, RGB), H height, W width, P patches, D values of a patch or embedding.
 """
 
+import json
 import math
 from typing import Any, Protocol
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from storymem_dist.errors import CheckpointError, ExtraNotInstalled, WeightsNotFound
 from storymem_dist.memory.frames import PATCH, resize_for_selection
-from storymem_dist.memory.settings import DEFAULT_QUALITY_THRESHOLDS, MemorySettings
+from storymem_dist.memory.settings import DEFAULT_QUALITY_THRESHOLDS, SELECTION_KEYS, MemorySettings
 
 CLIP_SIZE = 224
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -280,3 +281,22 @@ def _cached(repo_id: str, filename: str) -> str:
 
 def _shortened(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
+
+
+class ScorerShelf:
+    """Similarity and quality scorers, built once for each choice of settings."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._built: dict[str, tuple[Similarity, Quality]] = {}
+
+    def __call__(self, memory: MemorySettings) -> tuple[Similarity, Quality]:
+        """The scorers that ``memory`` names. Raises ``WeightsNotFound`` or ``ExtraNotInstalled``."""
+        key = json.dumps({name: getattr(memory, name) for name in SELECTION_KEYS})
+        if key not in self._built:
+            self._built[key] = build_similarity(memory, self._device), build_quality(memory, self._device)
+        return self._built[key]
+
+    def check(self, memory: MemorySettings) -> None:
+        """Build the scorers now, so that what is missing is told before the first shot."""
+        self(memory)

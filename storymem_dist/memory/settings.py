@@ -60,3 +60,15 @@ class MemorySettings:
             raise ConfigError(
                 f"memory.quality_threshold={self.quality_threshold!r} is not allowed; use a number or null"
             )
+
+
+SELECTION_KEYS = (
+    "max_per_shot",
+    "similarity",
+    "similarity_threshold",
+    "threshold_step",
+    "quality",
+    "quality_threshold",
+    "clip_model",
+    "hpsv3_checkpoint",
+)

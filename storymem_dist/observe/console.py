@@ -17,12 +17,13 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from storymem_dist.observe import events as ev
-from storymem_dist.observe import format as fmt
+from storymem_dist import events as ev
 from storymem_dist.observe.journal import JournalTail
-from storymem_dist.observe.run_state import RunState
-from storymem_dist.observe.run_values import Row
-from storymem_dist.observe.summary import summary
+from storymem_dist.observe.run import format as fmt
+from storymem_dist.observe.run.rates import rates, seconds_left
+from storymem_dist.observe.run.state import RunState
+from storymem_dist.observe.run.summary import summary
+from storymem_dist.observe.run.values import Row
 
 MAX_LIVE_ROWS = 24
 """Replicas that get a line of their own in the live view; the rest is counted."""
@@ -180,7 +181,7 @@ class PlainConsole:
     def _batch_text(self, event: ev.Event) -> str:
         if self._tail is None or not isinstance(event, ev.ShotFinished):
             return ""
-        left = self._state.seconds_left()
+        left = seconds_left(self._state)
         about = f", about {fmt.clock(left)} left" if left else ""
         return f" · {self._state.count('finished')}/{self._state.num_shots} shots{about}"
 
@@ -282,7 +283,7 @@ class LiveConsole:
         now = time.monotonic()
         if now - self._slow_figures[0] >= SLOW_FIGURES_SECONDS or self._state.num_events < 500:
             finished, failed = self._state.count("finished"), self._state.count("failed") + self._state.count("blocked")
-            left, pace = self._state.seconds_left(), self._state.rates().clips_per_gpu_hour
+            left, pace = seconds_left(self._state), rates(self._state).clips_per_gpu_hour
             self._slow_figures = (now, finished, failed, left, pace)
         _, finished, failed, left, pace = self._slow_figures
         detail = Text()

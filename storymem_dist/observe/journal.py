@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from storymem_dist.observe.events import StampedEvent, stamped_from_json, stamped_to_json
+from storymem_dist.events import StampedEvent, stamped_from_json, stamped_to_json
 
 MAX_PENDING_BYTES = 64 * 2**20
 """How much is kept in memory while the disk refuses writes (about 300,000 events)."""

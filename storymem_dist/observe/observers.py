@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from storymem_dist.observe.events import Event, StampedEvent, WarningIssued
+from storymem_dist.events import Event, StampedEvent, WarningIssued
 from storymem_dist.observe.journal import JournalWriter
 
 QUEUE_SIZE = 4096

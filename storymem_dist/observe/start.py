@@ -14,14 +14,14 @@ from typing import TextIO
 
 from rich.console import Console
 
+from storymem_dist.events import JobStarted, NullObserver, Observer, WarningIssued
 from storymem_dist.observe.console import LiveConsole, PlainConsole
-from storymem_dist.observe.events import JobStarted, NullObserver, Observer, WarningIssued
-from storymem_dist.observe.feeder import WandbProcess, choose_mode
 from storymem_dist.observe.journal import JournalTail, JournalWriter, new_writer_id
 from storymem_dist.observe.observers import BackEnd, Observers
-from storymem_dist.observe.run_state import RunState
+from storymem_dist.observe.run.state import RunState
 from storymem_dist.observe.settings import ConsoleSettings, TrackingSettings
 from storymem_dist.observe.system import SystemSampler
+from storymem_dist.observe.wandb.process import WandbProcess, choose_mode
 
 SILENCE_SECONDS = 90.0
 """A replica that sent nothing for so long (system samples included) is not waited for at the end."""

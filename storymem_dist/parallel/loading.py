@@ -1,6 +1,6 @@
 """Builds an expert for a session: empty model, parallelized, memory for this rank's part only, then that part read.
 
-Wraps ``storymem_dist.models.loading`` with what it does not know: which rows of a parameter this rank holds, and that
+Wraps ``storymem_dist.weights.loading`` with what it does not know: which rows of a parameter this rank holds, and that
 ranks of one node which need the same part may let one of them read it. Knows nothing about checkpoints' formats.
 """
 
@@ -18,14 +18,6 @@ from storymem_dist.diffusion.host_swap import HostMemory, HostSwap, HostWeights
 from storymem_dist.diffusion.step_cache import attach_step_cache
 from storymem_dist.diffusion.text_cache import attach_text_cache
 from storymem_dist.models.attention import Attend
-from storymem_dist.models.loading import (
-    LoadReport,
-    LocalPart,
-    TensorSource,
-    WeightDelta,
-    load_dit_weights,
-    whole_parameter,
-)
 from storymem_dist.models.quantized_linear import quantize_linears
 from storymem_dist.models.wan.dit import CrossAttention, DiTConfig, SelfAttention, WanDiT
 from storymem_dist.parallel.fsdp import share_streams
@@ -33,6 +25,14 @@ from storymem_dist.parallel.parallelize import parallelize
 from storymem_dist.parallel.session import Session
 from storymem_dist.parallel.settings import ParallelSettings
 from storymem_dist.parallel.zero3 import hand_to_zero3
+from storymem_dist.weights.loading import (
+    LoadReport,
+    LocalPart,
+    TensorSource,
+    WeightDelta,
+    load_dit_weights,
+    whole_parameter,
+)
 
 OFFLOADED = ("fsdp_offload", "zero3")
 """Kinds of ``ParallelSettings.weights`` that live in host memory."""

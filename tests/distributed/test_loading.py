@@ -10,14 +10,14 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from storymem_dist.errors import CheckpointError
-from storymem_dist.models.loading import TensorSource, load_dit_weights
-from storymem_dist.models.wan.checkpoints import open_checkpoint
 from storymem_dist.models.wan.dit import WanDiT
-from storymem_dist.models.wan.lora import LoraSettings, ScaledLora, open_loras, storymem_lora
-from storymem_dist.models.wan.tiny_checkpoint import TinyCheckpoint, generate_tiny_checkpoint
 from storymem_dist.parallel.loading import build_expert
 from storymem_dist.parallel.session import Session, start_session
 from storymem_dist.parallel.settings import ParallelSettings
+from storymem_dist.weights.checkpoints import open_checkpoint
+from storymem_dist.weights.loading import TensorSource, load_dit_weights
+from storymem_dist.weights.lora import LoraSettings, ScaledLora, open_loras, storymem_lora
+from storymem_dist.weights.tiny_checkpoint import TinyCheckpoint, generate_tiny_checkpoint
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny_dit import largest_error, make_inputs
 

@@ -6,15 +6,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from storymem_dist.models.loading import load_dit_weights
 from storymem_dist.models.quantized_linear import quantize_linears
-from storymem_dist.models.wan.checkpoints import open_checkpoint
 from storymem_dist.models.wan.dit import WanDiT
-from storymem_dist.models.wan.lora import storymem_lora
-from storymem_dist.models.wan.tiny_checkpoint import TinyCheckpoint, generate_tiny_checkpoint
 from storymem_dist.parallel.loading import build_expert, local_part, place_experts
 from storymem_dist.parallel.session import start_session
 from storymem_dist.parallel.settings import ParallelSettings
+from storymem_dist.weights.checkpoints import open_checkpoint
+from storymem_dist.weights.loading import load_dit_weights
+from storymem_dist.weights.lora import storymem_lora
+from storymem_dist.weights.tiny_checkpoint import TinyCheckpoint, generate_tiny_checkpoint
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny_dit import largest_error, make_inputs
 

@@ -9,7 +9,7 @@ from unittest.mock import patch
 import pytest
 import torch.distributed as dist
 
-from storymem_dist import selftest
+from storymem_dist.selftest import __main__ as selftest
 from tests.helpers.ranks import run_ranks
 
 OPTIONS = ("--device", "cpu", "--block-dim", "256")

@@ -8,13 +8,13 @@ import torch
 import torch.distributed as dist
 
 from storymem_dist.diffusion.text_cache import text_cache_of
-from storymem_dist.models.loading import StateDictSource, load_dit_weights
 from storymem_dist.models.quantized_linear import quantize_linears
 from storymem_dist.models.wan.dit import WanDiT
 from storymem_dist.parallel.loading import build_expert, place_experts
 from storymem_dist.parallel.session import start_session
 from storymem_dist.parallel.settings import ParallelSettings
 from storymem_dist.parallel.zero3 import hand_to_zero3, zero3_config
+from storymem_dist.weights.loading import StateDictSource, load_dit_weights
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny_dit import CONFIG, make_dit, make_inputs
 

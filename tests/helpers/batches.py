@@ -4,11 +4,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from storymem_dist.dispatch.jobs import ShotJob
+from storymem_dist.dispatch.protocol import ShotJob
 from storymem_dist.dispatch.settings import DispatchSettings
 from storymem_dist.dispatch.stop import StopSwitch
 from storymem_dist.dispatch.summary import BatchSummary, Replica
-from storymem_dist.render_batch import render_batch
+from storymem_dist.render.batch import render_batch
 from storymem_dist.story.schema import Story
 from tests.helpers.fake_renderer import Events, FakeRenderer, make_part, make_story
 

@@ -10,9 +10,9 @@ from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffu
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from storymem_dist.models.wan.checkpoints import open_checkpoint
-from storymem_dist.models.wan.text_encoder import load_text_encoder
-from storymem_dist.models.wan.vae import load_vae
+from storymem_dist.weights.checkpoints import open_checkpoint
+from storymem_dist.weights.text_encoder import load_text_encoder
+from storymem_dist.weights.vae import load_vae
 
 NUM_SHARDS = 3
 

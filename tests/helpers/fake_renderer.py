@@ -18,11 +18,11 @@ from storymem_dist.artifacts.run_folder import RunFolder
 from storymem_dist.artifacts.video import VideoSettings
 from storymem_dist.diffusion.denoise import DenoiseState, DenoiseStopped, StepInfo
 from storymem_dist.diffusion.settings import SamplerSettings
-from storymem_dist.dispatch.jobs import RenderedShot, ShotHistory, ShotJob
+from storymem_dist.dispatch.cost import CostModel
 from storymem_dist.dispatch.plan import BatchPart
-from storymem_dist.dispatch.planner import CostModel
+from storymem_dist.dispatch.protocol import RenderedShot, ShotHistory, ShotJob
+from storymem_dist.events import Event
 from storymem_dist.memory.bank import Keyframe
-from storymem_dist.observe.events import Event
 from storymem_dist.story.schema import Scene, Shot, Story
 
 SAMPLER = {"num_frames": 9, "height": 32, "width": 48, "num_inference_steps": 4, "continuation": "mi2v"}

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from storymem_dist import events as ev
 from storymem_dist.artifacts.fingerprint import fingerprint
 from storymem_dist.artifacts.records import ShotRecord, StoredKeyframe
 from storymem_dist.artifacts.run_folder import RunFolder
@@ -20,7 +21,6 @@ from storymem_dist.artifacts.video import VideoSettings, concat_clips
 from storymem_dist.memory.bank import Keyframe, MemoryBank
 from storymem_dist.memory.keyframes import FrameDecision
 from storymem_dist.memory.settings import MemorySettings
-from storymem_dist.observe import events as ev
 from storymem_dist.observe.journal import JournalWriter
 from storymem_dist.observe.observers import BackEnd, Observers
 from storymem_dist.story.schema import Scene, Shot, Story

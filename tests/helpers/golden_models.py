@@ -7,17 +7,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from storymem_dist.models.loading import StateDictSource, load_dit_weights
-from storymem_dist.models.state_dict import assign_state_dict
 from storymem_dist.models.wan.dit import DiTConfig, WanDiT
-from storymem_dist.models.wan.lora import ScaledLora, open_lora
-from storymem_dist.models.wan.text_encoder import (
-    TextEncoder,
-    empty_text_encoder,
-    text_encoder_config,
-    transformers_t5_key,
-)
-from storymem_dist.models.wan.vae import WanVae, load_vae
+from storymem_dist.models.wan.text_encoder import TextEncoder, empty_text_encoder
+from storymem_dist.models.wan.vae import WanVae
+from storymem_dist.weights.loading import StateDictSource, load_dit_weights
+from storymem_dist.weights.lora import ScaledLora, open_lora
+from storymem_dist.weights.state_dict import assign_state_dict
+from storymem_dist.weights.text_encoder import text_encoder_config, transformers_t5_key
+from storymem_dist.weights.vae import load_vae
 from tests.helpers.golden import load_golden, strip_prefix
 
 

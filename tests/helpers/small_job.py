@@ -7,8 +7,11 @@ from pathlib import Path
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from storymem_dist.config import Point, RenderConfig, config_folder, register_schema, to_plain, to_settings
-from storymem_dist.job import render_job
+from storymem_dist.config.composing import register_schema, to_plain, to_settings
+from storymem_dist.config.points import Point
+from storymem_dist.config.schema import RenderConfig
+from storymem_dist.render.job import render_job
+from storymem_dist.resources import config_folder
 
 SMALL = (
     "model=tiny",

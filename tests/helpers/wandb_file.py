@@ -10,9 +10,9 @@ from typing import Any
 
 from wandb.proto import wandb_internal_pb2
 
-from storymem_dist.observe.events import MemoryDecided
+from storymem_dist.events import MemoryDecided
 from storymem_dist.observe.journal import read_journal
-from storymem_dist.observe.run_state import RunState
+from storymem_dist.observe.run.state import RunState
 
 BLOCK_SIZE = 32768
 FULL, FIRST, MIDDLE, LAST = 1, 2, 3, 4

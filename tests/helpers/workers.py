@@ -19,7 +19,7 @@ import torch
 from storymem_dist.artifacts.records import ShotRecord
 from storymem_dist.dispatch.settings import DispatchSettings
 from storymem_dist.dispatch.summary import Replica
-from storymem_dist.render_batch import render_batch
+from storymem_dist.render.batch import render_batch
 from storymem_dist.story.schema import Story
 from tests.helpers.fake_renderer import FakeRenderer, make_part
 

@@ -7,14 +7,8 @@ from pathlib import Path
 import pytest
 
 from storymem_dist.dispatch.settings import DispatchSettings
-from storymem_dist.observe.events import (
-    JobFinished,
-    ShotFinished,
-    StageFinished,
-    StepFinished,
-    StoryFinished,
-)
-from storymem_dist.render_batch import render_batch
+from storymem_dist.events import JobFinished, ShotFinished, StageFinished, StepFinished, StoryFinished
+from storymem_dist.render.batch import render_batch
 from tests.helpers.batches import STORIES, render
 from tests.helpers.fake_renderer import Events, FakeRenderer, finished_files, make_part, make_story
 from tests.helpers.workers import quick_folder

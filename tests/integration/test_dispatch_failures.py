@@ -9,15 +9,11 @@ import pytest
 import torch
 
 from storymem_dist.artifacts import run_folder, shot_folder
-from storymem_dist.dispatch.jobs import ShotJob
+from storymem_dist.dispatch.protocol import ShotJob
 from storymem_dist.dispatch.summary import Replica
 from storymem_dist.errors import CheckpointError, ShotFailed
-from storymem_dist.observe.events import ShotFailed as ShotFailedEvent
-from storymem_dist.observe.events import (
-    ShotSkipped,
-    StoryFinished,
-    WarningIssued,
-)
+from storymem_dist.events import ShotFailed as ShotFailedEvent
+from storymem_dist.events import ShotSkipped, StoryFinished, WarningIssued
 from tests.helpers.batches import fail_at, render
 from tests.helpers.fake_renderer import Events, FakeRenderer, finished_files
 from tests.helpers.workers import quick_folder

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from storymem_dist.dispatch.desk import Desk
+from storymem_dist.dispatch.coordinator import Desk
 from storymem_dist.dispatch.settings import DispatchSettings
-from storymem_dist.render_batch import render_batch
+from storymem_dist.render.batch import render_batch
 from storymem_dist.story.schema import Story
 from tests.helpers.fake_renderer import FakeRenderer, finished_files, make_part, make_story
 from tests.helpers.faults import die_at

@@ -15,11 +15,11 @@ import pytest
 from storymem_dist.artifacts import shot_folder
 from storymem_dist.artifacts.records import ShotRecord
 from storymem_dist.artifacts.run_folder import RunFolder
-from storymem_dist.dispatch.jobs import ShotJob
+from storymem_dist.dispatch.protocol import ShotJob
 from storymem_dist.dispatch.settings import DispatchSettings
 from storymem_dist.dispatch.stop import StopSwitch
 from storymem_dist.dispatch.summary import Replica
-from storymem_dist.render_batch import render_batch
+from storymem_dist.render.batch import render_batch
 from storymem_dist.story.schema import Story
 from tests.helpers.batches import render
 from tests.helpers.fake_renderer import FakeRenderer, finished_files, make_part, make_story

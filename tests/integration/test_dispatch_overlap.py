@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 from torch import Tensor
 
+from storymem_dist import events as ev
 from storymem_dist.artifacts import shot_folder
 from storymem_dist.artifacts.shot_folder import ShotFolder
-from storymem_dist.dispatch.background import BackgroundSave
-from storymem_dist.dispatch.jobs import ShotJob
+from storymem_dist.dispatch.protocol import ShotJob
+from storymem_dist.dispatch.saving import BackgroundSave
 from storymem_dist.dispatch.stop import StopSwitch
 from storymem_dist.errors import CheckpointError
-from storymem_dist.observe import events as ev
 from tests.helpers.batches import STORIES, render
 from tests.helpers.fake_renderer import Events, FakeRenderer, finished_files, make_story
 from tests.helpers.workers import quick_folder, wait_until

@@ -10,17 +10,15 @@ from typing import Any
 import pytest
 
 from storymem_dist.artifacts import run_folder, shot_folder
-from storymem_dist.dispatch.jobs import ShotJob
 from storymem_dist.dispatch.leases import WAITING, WORKING, LeaseFolder, Owner
+from storymem_dist.dispatch.protocol import ShotJob
 from storymem_dist.dispatch.settings import DispatchSettings
 from storymem_dist.dispatch.stop import StopSwitch
 from storymem_dist.dispatch.summary import BatchSummary, Replica
 from storymem_dist.errors import RunFolderError, ShotFailed
-from storymem_dist.observe.events import ShotFailed as ShotFailedEvent
-from storymem_dist.observe.events import (
-    ShotSkipped,
-)
-from storymem_dist.render_batch import render_batch
+from storymem_dist.events import ShotFailed as ShotFailedEvent
+from storymem_dist.events import ShotSkipped
+from storymem_dist.render.batch import render_batch
 from tests.helpers.batches import STORIES, render
 from tests.helpers.fake_renderer import Events, FakeRenderer, make_part, make_story
 from tests.helpers.workers import quick_folder

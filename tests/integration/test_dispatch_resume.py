@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from storymem_dist.dispatch.jobs import ShotJob
+from storymem_dist.dispatch.protocol import ShotJob
 from storymem_dist.dispatch.stop import StopSwitch
 from storymem_dist.dispatch.summary import Replica
 from storymem_dist.errors import RunFolderError
-from storymem_dist.observe.events import (
+from storymem_dist.events import (
     ShotFailed,
     ShotResumed,
     ShotSkipped,

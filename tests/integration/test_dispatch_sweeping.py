@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 
 from storymem_dist.artifacts.run_folder import SMALL_FOLDERS, RunFolder
-from storymem_dist.dispatch import sweeping
-from storymem_dist.dispatch.jobs import ShotJob
+from storymem_dist.dispatch import cleanup as sweeping
 from storymem_dist.dispatch.leases import LeaseFolder, Owner
 from storymem_dist.dispatch.plan import plan_story
+from storymem_dist.dispatch.protocol import ShotJob
 from storymem_dist.dispatch.queue import lease_key
 from storymem_dist.dispatch.stop import StopSwitch
 from storymem_dist.dispatch.summary import Replica
-from storymem_dist.observe.events import Event, JobFinished
+from storymem_dist.events import Event, JobFinished
 from tests.helpers.batches import render
 from tests.helpers.fake_renderer import Events, FakeRenderer, finished_files, make_part, make_story
 from tests.helpers.workers import exit_code, fork_worker, quick_folder

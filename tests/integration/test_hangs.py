@@ -15,12 +15,12 @@ from unittest.mock import patch
 
 import pytest
 
-from storymem_dist import render_shot
 from storymem_dist.diffusion.solver import Solver
-from storymem_dist.dispatch import background
+from storymem_dist.dispatch import saving as background
 from storymem_dist.dispatch.queue import ShotQueue
 from storymem_dist.errors import CollectiveFailed
 from storymem_dist.models.wan.vae import WanVae
+from storymem_dist.render import shot as render_shot
 from tests.helpers.ranks import RankFailed, run_ranks
 from tests.helpers.small_job import SMALL, media_bytes, render_small, write_storyboard
 from tests.helpers.workers import quick_folder

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
-from storymem_dist.artifacts.files import read_json
 from storymem_dist.artifacts.video import read_png
+from storymem_dist.files import read_json
 from tests.helpers.small_job import SMALL, media_bytes, records, render_small, write_storyboard
 
 ROOT = Path(__file__).parents[2]

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from storymem_dist.observe.events import JobStarted, ShotFinished, StepFinished, ThroughputSampled
+from storymem_dist.events import JobStarted, ShotFinished, StepFinished, ThroughputSampled
 from storymem_dist.observe.journal import read_journal
-from storymem_dist.observe.summary import load_run_state
+from storymem_dist.observe.run.summary import load_run_state
 from tests.helpers.ranks import run_ranks
 from tests.helpers.small_job import render_small, write_storyboard
 

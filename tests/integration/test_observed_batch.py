@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from storymem_dist.observe import events as ev
+from storymem_dist import events as ev
 from storymem_dist.observe.journal import read_journal
 from storymem_dist.observe.report.lineage import edges
 from storymem_dist.observe.report.model import read_run

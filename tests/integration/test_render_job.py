@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from storymem_dist import job
 from storymem_dist.artifacts.video import count_frames, read_clip, read_png
-from storymem_dist.diffusion.settings import NUM_GIVEN_FRAMES
 from storymem_dist.dispatch.stop import StopSwitch
 from storymem_dist.errors import ShotFailed, StoryboardError, StoryMemError
-from storymem_dist.observe.events import StageFinished
+from storymem_dist.events import StageFinished
 from storymem_dist.observe.journal import read_journal
+from storymem_dist.render import job
+from storymem_dist.story.modes import NUM_GIVEN_FRAMES
 from tests.helpers.small_job import SMALL, media_bytes, records, render_small, write_storyboard
 
 CUTS = ((True, False), (True,))
@@ -167,7 +167,7 @@ def test_a_reference_image_that_breaks_later_fails_its_story_alone(
 ) -> None:
     from PIL import Image
 
-    import storymem_dist.render_shot as render_shot
+    import storymem_dist.render.shot as render_shot
 
     (tmp_path / "in").mkdir()
     Image.new("RGB", (64, 64)).save(tmp_path / "in" / "ref.png")

@@ -13,9 +13,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from storymem_dist import render_clip
 from storymem_dist.diffusion.denoise import denoise
 from storymem_dist.diffusion.solver import Solver
+from storymem_dist.render import clip as render_clip
 from tests.helpers.ranks import run_ranks
 from tests.helpers.small_job import records, render_small, write_storyboard
 from tests.helpers.tiny_dit import largest_error

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from storymem_dist.observe import events as ev
-from storymem_dist.observe.feeder import WandbProcess
+from storymem_dist import events as ev
 from storymem_dist.observe.journal import read_journal
 from storymem_dist.observe.settings import WandbSettings
+from storymem_dist.observe.wandb.process import WandbProcess
 from tests.helpers.fake_run import START_TIME, FakeRun
 from tests.helpers.wandb_file import WandbRun, memory_rows_of_events, read_segments
 
@@ -21,13 +21,13 @@ ROOT = Path(__file__).parents[2]
 
 
 def feed(run_folder: Path, environment: Mapping[str, str] | None = None, **settings: Any) -> None:
-    """What ``python -m storymem_dist.observe.feeder RUN`` does."""
+    """What ``python -m storymem_dist.observe.wandb.process RUN`` does."""
     import json
 
     command = [
         sys.executable,
         "-m",
-        "storymem_dist.observe.feeder",
+        "storymem_dist.observe.wandb.process",
         str(run_folder),
         "--settings",
         json.dumps(settings),

@@ -13,28 +13,28 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel
 
-from storymem_dist import render_clip
-from storymem_dist.build import Engine
 from storymem_dist.diffusion.denoise import DenoiseState, DenoiseStopped, PromptEmbeds
-from storymem_dist.diffusion.experts import EXPERTS, ExpertPair
+from storymem_dist.diffusion.experts import ExpertPair
 from storymem_dist.diffusion.guidance import LocalGuidance
 from storymem_dist.diffusion.settings import SOLVERS, SamplerSettings
 from storymem_dist.diffusion.solver import Solver
 from storymem_dist.diffusion.step_cache import attach_step_cache
 from storymem_dist.diffusion.text_cache import attach_text_cache
 from storymem_dist.memory.scorers import CLIP_BATCH, ClipSimilarity
-from storymem_dist.models import loading
 from storymem_dist.models.attention import attend_with_lse
-from storymem_dist.models.loading import load_dit_weights
 from storymem_dist.models.quantized_linear import LINEARS, quantize_linears
 from storymem_dist.models.wan.dit import WanDiT
-from storymem_dist.models.wan.lora import LoraFile, LoraModule, ScaledLora
-from storymem_dist.models.wan.presets import TINY
+from storymem_dist.models.wan.presets import EXPERTS, TINY
 from storymem_dist.models.wan.text_encoder import TextEncoder, empty_text_encoder
 from storymem_dist.models.wan.vae import WanVae
 from storymem_dist.parallel.loading import place_experts
 from storymem_dist.pipeline import StoryMemPipeline, to_image_tensor
-from storymem_dist.render_clip import ClipRequest, ClipSampler, to_uint8
+from storymem_dist.render import clip as render_clip
+from storymem_dist.render.build import Engine
+from storymem_dist.render.clip import ClipRequest, ClipSampler, to_uint8
+from storymem_dist.weights import loading
+from storymem_dist.weights.loading import load_dit_weights
+from storymem_dist.weights.lora import LoraFile, LoraModule, ScaledLora
 from tests.helpers.fake_cuda import (
     CUDA,
     HOST_READS,

@@ -7,15 +7,15 @@ import storymem_dist
 from storymem_dist import (
     StoryMemPipeline,
     WeightsNotFound,
-    build,
     comfyui_to_storymem,
     is_storymem_available,
     storymem_to_comfyui,
-    weight_memory,
 )
 from storymem_dist.errors import ConfigError
-from storymem_dist.models.wan.tiny_checkpoint import TinyCheckpoint, generate_tiny_checkpoint
+from storymem_dist.parallel import weight_memory
 from storymem_dist.pipeline import to_image_tensor
+from storymem_dist.render import build
+from storymem_dist.weights.tiny_checkpoint import TinyCheckpoint, generate_tiny_checkpoint
 
 SMALL = {"num_frames": 9, "height": 32, "width": 48, "steps": 2}
 

@@ -90,3 +90,12 @@ TINY = ModelPreset(
 
 PRESETS = {"wan22_a14b": WAN22_A14B, "tiny": TINY}
 """Presets by the name of their ``model`` configuration."""
+
+
+HIGH_NOISE = "high_noise"
+
+
+LOW_NOISE = "low_noise"
+
+
+EXPERTS = (HIGH_NOISE, LOW_NOISE)

@@ -7,17 +7,11 @@ memory, masks or ranks: parallel code adds hooks to ``WanVae.autoencoder``.
 Legend: C channels, F = 4n+1 frames, H/W pixels, T = n+1 latent frames, h = H/8, w = W/8.
 """
 
-from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from torch import Tensor, nn
-
-from storymem_dist.errors import CheckpointError, WeightsNotFound
-from storymem_dist.models.loading import read_state_dict
-from storymem_dist.models.state_dict import assign_state_dict, check_no_keys
 
 TEMPORAL_STRIDE = 4
 SPATIAL_STRIDE = 8
@@ -75,45 +69,3 @@ class WanVae:
         raw_CTHW = latents_CTHW * self._std_C111 + self._mean_C111
         pixels_CFHW = self.autoencoder.decode(raw_CTHW[None].to(self.dtype), return_dict=False)[0][0]
         return pixels_CFHW.float()
-
-
-def load_vae(path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> WanVae:
-    """Load the VAE from the native ``Wan2.1_VAE.pth`` or from a diffusers ``vae/`` folder.
-
-    Raises:
-        WeightsNotFound: there is nothing at ``path``.
-        CheckpointError: the file or folder is damaged or holds something else.
-    """
-    path = Path(path)
-    if not path.exists():
-        raise WeightsNotFound(f"{path}: no VAE here; expected Wan2.1_VAE.pth or a diffusers vae folder")
-    autoencoder = _from_diffusers_folder(path, dtype) if path.is_dir() else _from_native_file(path, dtype)
-    return WanVae(autoencoder).to(device)
-
-
-def _from_native_file(path: Path, dtype: torch.dtype) -> AutoencoderKLWan:
-    native = read_state_dict(path)
-    sized_by = ("encoder.conv1.weight", "conv2.weight")
-    check_no_keys(f"{path}: not the Wan2.1 VAE; weights are missing", [key for key in sized_by if key not in native])
-    base_dim, z_dim = (native[key].shape[0] for key in sized_by)
-    with torch.device("meta"):
-        autoencoder = AutoencoderKLWan(base_dim=base_dim, z_dim=z_dim)
-    state = convert_wan_vae_to_diffusers({key: value.to(dtype) for key, value in native.items()})
-    assign_state_dict(autoencoder, state, where=str(path))
-    return autoencoder
-
-
-def _from_diffusers_folder(path: Path, dtype: torch.dtype) -> AutoencoderKLWan:
-    try:
-        autoencoder, report = AutoencoderKLWan.from_pretrained(
-            path, torch_dtype=dtype, local_files_only=True, output_loading_info=True
-        )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise CheckpointError(f"{path}: cannot be read as a diffusers vae folder ({_first_line(error)})") from None
-    check_no_keys(f"{path}: weights are missing", report["missing_keys"])
-    check_no_keys(f"{path}: weights have no place in the model", report["unexpected_keys"])
-    return autoencoder
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]

@@ -10,7 +10,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from storymem_dist.errors import StoryMemError
-from storymem_dist.observe.thumbnails import Thumbnails
+from storymem_dist.observe.run.thumbnails import Thumbnails
 
 MAX_EMBEDDED_MIB = 50
 """How much media one self-contained page may hold."""

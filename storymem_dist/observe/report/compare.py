@@ -6,11 +6,12 @@ from typing import Any
 
 import yaml
 
-from storymem_dist.observe import format as fmt
 from storymem_dist.observe.report.assets import Assets
 from storymem_dist.observe.report.html import chip, document, esc, table
 from storymem_dist.observe.report.model import RunView, ShotView, StoryView
 from storymem_dist.observe.report.page import STATUS_KINDS, footer, read_asset, shot_card, theme_button
+from storymem_dist.observe.run import format as fmt
+from storymem_dist.observe.run.rates import rates
 
 
 def comparison_page(left: RunView, right: RunView, left_assets: Assets, right_assets: Assets) -> str:
@@ -44,17 +45,17 @@ def comparison_page(left: RunView, right: RunView, left_assets: Assets, right_as
 
 def _figures(left: RunView, right: RunView) -> str:
     def figures(run: RunView) -> list[tuple[str, float | None]]:
-        rates, state = run.state.rates(), run.state
+        speed, state = rates(run.state), run.state
         kept = sum(decision.verdict.startswith("kept") for shot in run.shots for decision in shot.decisions)
         return [
             ("shots finished", float(sum(shot.status == "finished" for shot in run.shots))),
             ("shots failed", float(sum(shot.status in ("failed", "blocked") for shot in run.shots))),
             ("seconds in all", state.up_seconds),
-            ("seconds per shot", rates.seconds_per_clip),
-            ("seconds per step", rates.seconds_per_step),
-            ("clips per device-hour", rates.clips_per_gpu_hour),
-            ("share of steps reused (%)", 100 * rates.reuse_ratio if rates.reuse_ratio is not None else None),
-            ("share of time waited (%)", 100 * rates.wait_ratio if rates.wait_ratio is not None else None),
+            ("seconds per shot", speed.seconds_per_clip),
+            ("seconds per step", speed.seconds_per_step),
+            ("clips per device-hour", speed.clips_per_gpu_hour),
+            ("share of steps reused (%)", 100 * speed.reuse_ratio if speed.reuse_ratio is not None else None),
+            ("share of time waited (%)", 100 * speed.wait_ratio if speed.wait_ratio is not None else None),
             ("keyframes kept", float(kept)),
         ]
 

@@ -3,7 +3,7 @@
 import html
 from collections.abc import Iterable, Sequence
 
-from storymem_dist.observe.format import DASH
+from storymem_dist.observe.run.format import DASH
 
 
 def esc(value: object) -> str:

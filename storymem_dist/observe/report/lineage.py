@@ -5,11 +5,11 @@ runs to the right, with a filled dot under each later shot that was shown it and
 Every dot carries its scores, for pointers and for screen readers, and the same stands in a table below.
 """
 
-from storymem_dist.observe import format as fmt
-from storymem_dist.observe.events import MemoryDecided
+from storymem_dist.events import MemoryDecided
 from storymem_dist.observe.report.assets import KEYFRAME_HEIGHT, Assets
 from storymem_dist.observe.report.html import details, esc, table
 from storymem_dist.observe.report.model import KeyframeView, ShotView, StoryView
+from storymem_dist.observe.run import format as fmt
 
 COLUMN, ROW, HEAD, LABEL = 98, KEYFRAME_HEIGHT + 10, 40, 84
 THUMB_WIDTH = 84

@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from storymem_dist import events as ev
 from storymem_dist.artifacts.records import ShotRecord
-from storymem_dist.observe import events as ev
 from storymem_dist.observe.journal import read_journal
-from storymem_dist.observe.run_files import RunFiles, StoryFiles
-from storymem_dist.observe.run_state import RunState
-from storymem_dist.observe.run_values import ShotState
+from storymem_dist.observe.run.files import RunFiles, StoryFiles
+from storymem_dist.observe.run.state import RunState
+from storymem_dist.observe.run.values import ShotState
 
 ALIVE_SECONDS = 120.0
 """A replica that said something within this time is taken for running."""

@@ -3,13 +3,14 @@
 import time
 from importlib import resources
 
-from storymem_dist.observe import format as fmt
 from storymem_dist.observe.report.assets import Assets
 from storymem_dist.observe.report.html import chip, details, document, esc, table, tile
 from storymem_dist.observe.report.lineage import lineage
 from storymem_dist.observe.report.model import RunView, ShotView, StoryView
 from storymem_dist.observe.report.timeline import timeline
-from storymem_dist.observe.run_values import RowKey
+from storymem_dist.observe.run import format as fmt
+from storymem_dist.observe.run.rates import rates, seconds_left
+from storymem_dist.observe.run.values import RowKey
 
 STATUS_KINDS = {
     "finished": "good",
@@ -70,23 +71,23 @@ def footer(written_at: float) -> str:
 
 
 def _header(run: RunView) -> str:
-    state, rates = run.state, run.state.rates()
+    state, speed = run.state, rates(run.state)
     finished = sum(shot.status == "finished" for shot in run.shots)
     failed = sum(shot.status in ("failed", "blocked") for shot in run.shots)
     num_shots = max(len(run.shots), state.num_shots)
     done = sum(story.num_finished == len(story.shots) > 0 for story in run.stories)
-    left = state.seconds_left() if run.status == "running" else None
-    wasted = fmt.percent(rates.wait_ratio) + " of the time" if rates.wait_ratio is not None else ""
+    left = seconds_left(state) if run.status == "running" else None
+    wasted = fmt.percent(speed.wait_ratio) + " of the time" if speed.wait_ratio is not None else ""
     tiles = [
         tile("Stories", f"{done} of {max(len(run.stories), state.announced_stories)}"),
         tile("Shots", f"{finished} of {num_shots}", f"{failed} failed" if failed else ""),
         tile("Time", fmt.duration(state.up_seconds), f"about {fmt.duration(left)} left" if left else ""),
-        tile("Clips per device-hour", fmt.number(rates.clips_per_gpu_hour)),
-        tile("Per step", fmt.step_time(rates.seconds_per_step)),
+        tile("Clips per device-hour", fmt.number(speed.clips_per_gpu_hour)),
+        tile("Per step", fmt.step_time(speed.seconds_per_step)),
         tile("Waited", fmt.duration(sum(row.waited_seconds for row in state.rows.values())), wasted),
     ]
-    if rates.flop_utilisation is not None:
-        tiles.append(tile("FLOP utilisation", fmt.percent(rates.flop_utilisation)))
+    if speed.flop_utilisation is not None:
+        tiles.append(tile("FLOP utilisation", fmt.percent(speed.flop_utilisation)))
     return (
         f'<header><p class="brand">storymem report</p><h1>{esc(run.name)} '
         f"{chip(run.status, STATUS_KINDS[run.status])}</h1>"
@@ -194,7 +195,7 @@ def _throughput(run: RunView) -> str:
     keys: list[RowKey | None] = [*sorted(state.rows), None]
     rows = []
     for key in keys:
-        rates = state.rates(key)
+        pace = rates(state, key)
         of = [state.rows[key]] if key is not None else list(state.rows.values())
         collective = [row.collective_seconds for row in of if row.collective_seconds is not None]
         num_bytes = [row.bytes_read for row in of if row.bytes_read is not None]
@@ -203,18 +204,18 @@ def _throughput(run: RunView) -> str:
         rows.append(
             (
                 esc(state.row_label(key)) if key is not None else "all",
-                str(rates.num_clips),
-                fmt.duration(rates.seconds_per_clip),
-                fmt.step_time(rates.seconds_per_step),
-                fmt.number(rates.clips_per_gpu_hour),
-                fmt.number(rates.tokens_per_second, 0),
-                fmt.percent(rates.flop_utilisation),
-                fmt.percent(rates.reuse_ratio),
+                str(pace.num_clips),
+                fmt.duration(pace.seconds_per_clip),
+                fmt.step_time(pace.seconds_per_step),
+                fmt.number(pace.clips_per_gpu_hour),
+                fmt.number(pace.tokens_per_second, 0),
+                fmt.percent(pace.flop_utilisation),
+                fmt.percent(pace.reuse_ratio),
                 fmt.duration(sum(collective) if collective else None),
                 fmt.byte_count(sum(num_bytes) if num_bytes else None),
                 fmt.gib(max(memory, default=None)),
                 fmt.number(sum(depths) / len(depths) if depths else None),
-                fmt.percent(rates.wait_ratio),
+                fmt.percent(pace.wait_ratio),
             )
         )
     heads = (

@@ -6,11 +6,11 @@ drawn together. Knows the folded events; nothing of how they came about.
 
 from dataclasses import dataclass
 
-from storymem_dist.observe import format as fmt
-from storymem_dist.observe.events import STAGES
+from storymem_dist.events import STAGES
 from storymem_dist.observe.report.html import details, esc, table
-from storymem_dist.observe.run_state import RunState
-from storymem_dist.observe.run_values import Attempt, Row, RowKey, Span
+from storymem_dist.observe.run import format as fmt
+from storymem_dist.observe.run.state import RunState
+from storymem_dist.observe.run.values import Attempt, Row, RowKey, Span
 
 SMALLEST_SHARE = 0.0004
 """Pieces shorter than this share of the whole (half a pixel) are joined to equal neighbours, or left out."""

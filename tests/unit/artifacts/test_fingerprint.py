@@ -2,13 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from storymem_dist.artifacts.fingerprint import (
-    differences,
-    file_digest,
-    fingerprint,
-    hash_of,
-    reference_image_digest,
-)
+from storymem_dist.artifacts.fingerprint import differences, file_digest, fingerprint, hash_of, reference_image_digest
 from storymem_dist.errors import StoryboardError
 
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from storymem_dist.artifacts import prompt_cache
-from storymem_dist.artifacts.prompt_cache import PromptCache, text_encoder_identity
+from storymem_dist.artifacts.prompt_cache import PromptCache
 from storymem_dist.errors import RunFolderError
+from storymem_dist.weights.text_encoder import text_encoder_identity
 
 
 @pytest.fixture

@@ -5,16 +5,17 @@ import torch
 from torch import Tensor
 
 from storymem_dist.diffusion.denoise import PromptEmbeds, denoise
-from storymem_dist.diffusion.experts import EXPERTS, ExpertPair
+from storymem_dist.diffusion.experts import ExpertPair
 from storymem_dist.diffusion.guidance import LocalGuidance
 from storymem_dist.diffusion.latent_grid import LatentGrid
 from storymem_dist.diffusion.seeds import initial_noise
 from storymem_dist.diffusion.solver import Solver
-from storymem_dist.models.loading import load_dit_weights
 from storymem_dist.models.quantized_linear import quantize_linears
-from storymem_dist.models.wan.checkpoints import open_checkpoint
 from storymem_dist.models.wan.dit import WanDiT
-from storymem_dist.models.wan.tiny_checkpoint import TinyCheckpoint, generate_tiny_checkpoint
+from storymem_dist.models.wan.presets import EXPERTS
+from storymem_dist.weights.checkpoints import open_checkpoint
+from storymem_dist.weights.loading import load_dit_weights
+from storymem_dist.weights.tiny_checkpoint import TinyCheckpoint, generate_tiny_checkpoint
 
 LARGEST_ERRORS = {"float8": 0.05, "int8": 0.012}
 """Twice what was measured: 2.2e-2 and 5.8e-3. A single layer is off by 3.8% and 0.8% (``test_quantized_linear``); that

@@ -14,12 +14,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from storymem_dist.config import RenderConfig
+from storymem_dist.cli.doctor import examine, main
+from storymem_dist.config.composing import compose_settings
+from storymem_dist.config.schema import RenderConfig
 from storymem_dist.doctor import job, machine
-from storymem_dist.doctor.cli import examine, main
 from storymem_dist.doctor.finding import OK, PROBLEM, WARNING, Finding
-from storymem_dist.launch.compose import compose_settings
-from storymem_dist.models.wan.tiny_checkpoint import generate_tiny_checkpoint
+from storymem_dist.weights.tiny_checkpoint import generate_tiny_checkpoint
 
 Usage = namedtuple("Usage", "total used free")
 GIB = 2**30

@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from storymem_dist.dispatch.stop import StopSwitch
-from storymem_dist.job_identity import group_identity, job_identity, own_stop_files
+from storymem_dist.dispatch.stop import StopSwitch, own_stop_files
+from storymem_dist.render.identity import group_identity, job_identity
 
 
 def test_a_file_for_this_job_alone_counts_although_it_was_there_before(tmp_path: Path) -> None:

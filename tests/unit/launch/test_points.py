@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 
 from storymem_dist.artifacts.run_folder import RunFolder
-from storymem_dist.config import points_from_plain, points_to_plain, to_plain
+from storymem_dist.config.composing import to_plain
+from storymem_dist.config.points import points_from_plain, points_to_plain
 from storymem_dist.errors import WeightsNotFound
 from storymem_dist.launch.points import (
     folder_name,

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from storymem_dist.config import assets_folder
+from storymem_dist.resources import assets_folder
 
 ROOT = Path(__file__).parents[3]
 SCRIPTS = sorted(

@@ -3,10 +3,10 @@ from pathlib import Path
 
 import pytest
 
-from storymem_dist.config import assets_folder
+from storymem_dist.config.launch import SlurmSettings
 from storymem_dist.errors import ConfigError
-from storymem_dist.launch.settings import SlurmSettings
 from storymem_dist.launch.slurm import job_arguments, sbatch_options, submit, template_path
+from storymem_dist.resources import assets_folder
 from tests.helpers.small_job import small_point, write_storyboard
 
 

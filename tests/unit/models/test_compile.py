@@ -14,11 +14,11 @@ from torch._dynamo.utils import counters
 
 from storymem_dist.diffusion.text_cache import attach_text_cache
 from storymem_dist.models.compile import compile_blocks
-from storymem_dist.models.loading import StateDictSource, load_dit_weights
 from storymem_dist.models.quantized_linear import quantize_linears
 from storymem_dist.models.wan.dit import WanDiT
 from storymem_dist.models.wan.presets import TINY
 from storymem_dist.parallel.loading import place_experts
+from storymem_dist.weights.loading import StateDictSource, load_dit_weights
 
 STORY = (1, 3, 6, 9, 10)  # memory frames of the shots of one story
 

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from storymem_dist.errors import CheckpointError, ConfigError
 from storymem_dist.models.wan.dit import DiTConfig, WanDiT
-from storymem_dist.models.wan.key_maps import diffusers_dit_key
 from storymem_dist.models.wan.presets import PRESETS, TINY, WAN22_A14B
+from storymem_dist.weights.key_maps import diffusers_dit_key
 from tests.helpers.golden import load_golden, strip_prefix
 
 FIXTURES = ("dit_t2v", "dit_i2v", "dit_memory_rope")

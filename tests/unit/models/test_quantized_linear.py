@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from storymem_dist.errors import ConfigError
-from storymem_dist.models.loading import StateDictSource, load_dit_weights
 from storymem_dist.models.quantized_linear import (
     Float8Linear,
     Int8Linear,
@@ -17,6 +16,7 @@ from storymem_dist.models.quantized_linear import (
     quantize_linears,
 )
 from storymem_dist.models.wan.dit import WanDiT
+from storymem_dist.weights.loading import StateDictSource, load_dit_weights
 from tests.helpers.tiny_dit import CONFIG, make_dit, make_inputs
 
 KINDS: dict[str, type[QuantizedLinear]] = {"float8": Float8Linear, "int8": Int8Linear}

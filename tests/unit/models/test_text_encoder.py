@@ -10,7 +10,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from storymem_dist.errors import CheckpointError, WeightsNotFound
-from storymem_dist.models.wan.text_encoder import TextEncoder, clean_prompt, load_text_encoder, transformers_t5_key
+from storymem_dist.models.wan.text_encoder import TextEncoder, clean_prompt
+from storymem_dist.weights.text_encoder import load_text_encoder, transformers_t5_key
 from tests.helpers.golden import load_golden, strip_prefix
 
 NUM_WORDS = 100

@@ -8,7 +8,8 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor
 
 from storymem_dist.errors import CheckpointError, WeightsNotFound
-from storymem_dist.models.wan.vae import WanVae, load_vae
+from storymem_dist.models.wan.vae import WanVae
+from storymem_dist.weights.vae import load_vae
 from tests.helpers.golden import load_golden, strip_prefix
 
 

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from storymem_dist.observe import events as ev
-from storymem_dist.observe import format as fmt
+from storymem_dist import events as ev
 from storymem_dist.observe.console import LiveConsole, PlainConsole
 from storymem_dist.observe.journal import JournalTail, read_journal
+from storymem_dist.observe.run import format as fmt
 from storymem_dist.observe.settings import ConsoleSettings
 from storymem_dist.observe.start import make_console
 from tests.helpers.fake_run import FakeRun, restarted_run, whole_run

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from storymem_dist.observe.events import StampedEvent, StopRequested
+from storymem_dist.events import StampedEvent, StopRequested
 from storymem_dist.observe.journal import JournalTail, JournalWriter, new_writer_id, read_journal
 
 
@@ -93,7 +93,7 @@ def test_memory_for_waiting_lines_is_bounded(tmp_path: Path, monkeypatch: pytest
 def test_a_killed_process_leaves_every_event_it_notified(tmp_path: Path) -> None:
     program = (
         "import sys, os, signal; from pathlib import Path\n"
-        "from storymem_dist.observe.events import StopRequested\n"
+        "from storymem_dist.events import StopRequested\n"
         "from storymem_dist.observe.journal import JournalWriter\n"
         "from storymem_dist.observe.observers import Observers\n"
         "observers = Observers(journal=JournalWriter(Path(sys.argv[1]), 'w'), writer='w')\n"

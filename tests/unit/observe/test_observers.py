@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from storymem_dist.observe.events import StampedEvent, StopRequested, WarningIssued
+from storymem_dist.events import StampedEvent, StopRequested, WarningIssued
 from storymem_dist.observe.journal import JournalWriter, read_journal
 from storymem_dist.observe.observers import Observers
 

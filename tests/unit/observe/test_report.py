@@ -7,11 +7,11 @@ from urllib.parse import unquote
 
 import pytest
 
+from storymem_dist import events as ev
 from storymem_dist.artifacts.records import ShotRecord
+from storymem_dist.cli.report import main
 from storymem_dist.errors import RunFolderError, StoryMemError
-from storymem_dist.observe import events as ev
 from storymem_dist.observe.report import write_comparison, write_report
-from storymem_dist.observe.report.cli import main
 from storymem_dist.observe.report.lineage import edges
 from storymem_dist.observe.report.model import read_run
 from storymem_dist.observe.report.timeline import make_axis

@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 import torch
 
+from storymem_dist import events as ev
 from storymem_dist.artifacts.run_folder import RunFolder
-from storymem_dist.observe import events as ev
+from storymem_dist.hardware import DeviceMemory, device_memory, peak_tflops
 from storymem_dist.observe.journal import JournalWriter, read_journal
 from storymem_dist.observe.observers import Observers
 from storymem_dist.observe.settings import ConsoleSettings, TrackingSettings, WandbSettings
 from storymem_dist.observe.start import Place, start_observers, wait_for_replicas_of
-from storymem_dist.observe.system import DeviceMemory, SystemSampler, device_memory, peak_tflops
+from storymem_dist.observe.system import SystemSampler
 
 
 def tracking(**changes: Any) -> TrackingSettings:

@@ -1,0 +1,92 @@
+"""``storymem-doctor``: runs the checks and prints them as a page or as JSON. Ends with 1 if there is a problem."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from functools import partial
+
+from rich.console import Console
+from rich.table import Column, Table
+from rich.text import Text
+
+from storymem_dist.config.composing import compose_settings
+from storymem_dist.doctor import job, machine
+from storymem_dist.doctor.finding import OK, PROBLEM, WARNING, Finding, warning
+from storymem_dist.errors import StoryMemError
+
+_STYLES = {OK: "green", WARNING: "yellow", PROBLEM: "bold red"}
+
+Check = Callable[[], Iterable[Finding]]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of ``storymem-doctor``."""
+    parser = argparse.ArgumentParser(
+        prog="storymem-doctor",
+        description="One page about this machine and a configuration: what is right, what is not, and the fix.",
+        epilog="Overrides are those of storymem-render, for example: storymem-doctor model=tiny output=/data/runs/x",
+    )
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="the configuration to look at")
+    parser.add_argument("--json", action="store_true", help="print the findings as JSON")
+    args = parser.parse_args(arguments)
+    try:
+        settings = compose_settings(args.overrides)
+    except StoryMemError as error:
+        Console(stderr=True, soft_wrap=True, highlight=False).print(f"storymem-doctor: error: {error}", markup=False)
+        sys.exit(error.exit_code)
+    findings = examine(
+        [
+            machine.check_versions,
+            machine.check_gpus,
+            machine.check_links,
+            machine.check_attention,
+            machine.check_host,
+            machine.check_network,
+            machine.check_restarts,
+            machine.check_slurm,
+            machine.check_video,
+            partial(job.check_layers, settings),
+            partial(job.check_weights, settings),
+            partial(job.check_output, settings),
+            partial(job.check_tracking, settings),
+        ]
+    )
+    console = Console(soft_wrap=True, highlight=False)
+    if args.json:
+        console.print(json.dumps([asdict(finding) for finding in findings], indent=1), markup=False)
+    else:
+        print_page(findings, Console(highlight=False))
+    sys.exit(1 if any(finding.state == PROBLEM for finding in findings) else 0)
+
+
+def examine(checks: Sequence[Check]) -> list[Finding]:
+    """The findings of all checks. A check that fails itself becomes a warning: the page is printed in any case."""
+    findings: list[Finding] = []
+    for check in checks:
+        try:
+            findings.extend(check())
+        except Exception as error:  # a doctor that dies on a strange machine is of no use
+            name = getattr(check, "__name__", None) or getattr(check, "func", check).__name__
+            value = f"could not look: {type(error).__name__}: {error}"
+            findings.append(warning("doctor", name, value, "please report this line"))
+    return findings
+
+
+def print_page(findings: Sequence[Finding], console: Console) -> None:
+    """A table, the fixes under their lines, and the count of what needs attention."""
+    table = Table(Column(no_wrap=True), Column(no_wrap=True), Column(no_wrap=True), Column(overflow="fold"), box=None)
+    table.show_header = False
+    for finding in findings:
+        style = _STYLES[finding.state]
+        table.add_row(finding.area, finding.name, f"[{style}]{finding.state}[/]", Text(finding.value))
+        if finding.fix:
+            table.add_row("", "", "", Text(f"-> {finding.fix}", style=style))
+    console.print(table)
+    counts = {state: sum(finding.state == state for finding in findings) for state in (PROBLEM, WARNING)}
+    console.print(f"{counts[PROBLEM]} problems, {counts[WARNING]} warnings")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,262 @@
+"""``storymem-weights``: download, verify, inspect and prepare weights from a terminal.
+
+Turns arguments into calls and results into tables; the work is done in ``weights_hub`` and ``models/wan``. A user's
+mistake ends as one line on standard error and an exit code.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.table import Column, Table
+
+from storymem_dist.errors import ConfigError, StoryMemError
+from storymem_dist.models.wan.presets import EXPERTS
+from storymem_dist.resources import config_folder
+from storymem_dist.story.modes import CONTINUATIONS, MI2V, T2V
+from storymem_dist.weights.checkpoints import open_checkpoint
+from storymem_dist.weights.hub import Hub, check_space, download, plan_download, read_state, verify_hashes
+from storymem_dist.weights.inspection import Facts, inspect_weights, kind_of
+from storymem_dist.weights.lora import LoraSettings, ScaledLora, open_loras, storymem_lora
+from storymem_dist.weights.prepare import prepare_checkpoint
+from storymem_dist.weights.prepared import STORED_DTYPES, check_files
+
+DEFAULT_NAMES = ("t2v", "i2v", "storymem")
+"""What a renderer needs at least."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Published:
+    """One entry of ``conf/weights/published.yaml``."""
+
+    repo: str
+    revision: str
+    folder: str
+    num_bytes: int | None
+    purpose: str
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of ``storymem-weights``."""
+    args = _parser().parse_args(arguments)
+    try:
+        args.run(args)
+    except StoryMemError as error:
+        Console(stderr=True, soft_wrap=True, highlight=False).print(f"storymem-weights: error: {error}", markup=False)
+        sys.exit(error.exit_code)
+
+
+def published_weights(path: Path | None = None) -> dict[str, Published]:
+    """The download list, by name. Raises ``ConfigError`` when the file is not what it should be."""
+    path = path or config_folder() / "weights" / "published.yaml"
+    values = yaml.safe_load(path.read_text())
+    try:
+        return {name: Published(**entry) for name, entry in values.items()}
+    except (TypeError, AttributeError) as error:
+        allowed = ", ".join(one.name for one in fields(Published))
+        raise ConfigError(f"{path}: {error}; each entry has exactly: {allowed}") from None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="storymem-weights", description="Get, check and prepare weights.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    fetch = commands.add_parser("download", help="fetch published weights; goes on where an earlier one stopped")
+    fetch.add_argument("names", nargs="*", metavar="NAME", help=f"what to fetch (default: {' '.join(DEFAULT_NAMES)})")
+    fetch.add_argument("--to", type=Path, default=Path("weights"), help="folder for all of them (default: weights)")
+    fetch.add_argument("--only", nargs="+", default=[], metavar="GLOB", help="only these files, e.g. '*_noise_model/*'")
+    fetch.add_argument("--dry-run", action="store_true", help="say what would be fetched, and whether it fits")
+    fetch.add_argument("--endpoint", help="a mirror's URL (default: HF_ENDPOINT, else huggingface.co)")
+    fetch.add_argument("--revision", help="a branch, tag or commit instead of the one in conf/weights/published.yaml")
+    fetch.add_argument("--workers", type=int, default=4, help="files at a time (default: 4)")
+    fetch.set_defaults(run=_download)
+
+    verify = commands.add_parser("verify", help="check files, sizes, index and keys")
+    verify.add_argument("paths", nargs="+", type=Path, metavar="PATH")
+    verify.add_argument("--hashes", action="store_true", help="read every file and compare its hash (minutes)")
+    verify.set_defaults(run=_verify)
+
+    inspect = commands.add_parser("inspect", help="say what a file or folder is")
+    inspect.add_argument("path", type=Path)
+    inspect.add_argument("--json", action="store_true")
+    inspect.set_defaults(run=_inspect)
+
+    prepare = commands.add_parser("prepare", help="merge LoRAs and cast once, for fast starts")
+    prepare.add_argument("checkpoint", type=Path, help="a base model's folder")
+    prepare.add_argument("output", type=Path, help="the new folder")
+    prepare.add_argument("--storymem-lora", type=Path, help="folder of the StoryMem LoRAs (I2V base model only)")
+    prepare.add_argument("--continuation", choices=CONTINUATIONS, default=MI2V, help="default: mi2v")
+    prepare.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="PATH[,KEY=VALUE]",
+        help="a further LoRA; keys: scale_rule, strength, alpha, expert; may be repeated",
+    )
+    prepare.add_argument("--dtype", choices=STORED_DTYPES, default="bfloat16", help="default: bfloat16")
+    prepare.set_defaults(run=_prepare)
+    return parser
+
+
+def _download(args: argparse.Namespace) -> None:
+    console, known, hub = Console(), published_weights(), Hub(args.endpoint)
+    for name in args.names or DEFAULT_NAMES:
+        if name not in known:
+            raise ConfigError(f"download {name}: unknown; known are: {', '.join(known)}")
+    plans = {}
+    for name in args.names or DEFAULT_NAMES:
+        entry = known[name]
+        revision = args.revision or entry.revision
+        root = args.to / entry.folder
+        plans[name] = plan_download(
+            hub, entry.repo, revision, root, only=args.only, expected_bytes=None if args.revision else entry.num_bytes
+        )
+    table = Table("name", "repository", "commit", "files left", "to fetch", "folder", title=hub.endpoint)
+    for name, plan in plans.items():
+        gigabytes = f"{plan.num_bytes_to_fetch / 1e9:.2f} GB"
+        table.add_row(name, plan.state.repo, plan.state.commit[:12], str(len(plan.files)), gigabytes, str(plan.root))
+    console.print(table)
+    for plan in plans.values():
+        check_space(plan)
+    if args.dry_run:
+        return
+    for name, plan in plans.items():
+        with _bytes_bar(f"download {name}", console) as (on_total, on_done):
+            on_total(plan.num_bytes_to_fetch)
+            download(hub, plan, num_workers=args.workers, on_bytes=on_done)
+        if name in ("t2v", "i2v") and not args.only:
+            open_checkpoint(plan.root, name)
+        console.print(f"{name}: complete and checked in {plan.root}")
+
+
+def _verify(args: argparse.Namespace) -> None:
+    console = Console(soft_wrap=True)
+    for path in args.paths:
+        facts = inspect_weights(path)
+        console.print(f"{path}: {facts['what']}: files, sizes, index and keys are right", highlight=False)
+        if not args.hashes or path.is_file():
+            continue
+        state = read_state(path)
+        if facts.get("layout") == "prepared":
+            manifest = open_checkpoint(path, kind_of(path)).prepared
+            assert manifest is not None
+            check_files(path, manifest, hashes=True)
+            console.print(f"{path}: {len(manifest.files)} hashes are right")
+        elif state is None:
+            raise ConfigError(
+                f"{path}: there is nothing to compare hashes with; only what storymem-weights downloaded or prepared "
+                "has them"
+            )
+        else:
+            absent = verify_hashes(path, state, lambda file: console.print(f"  {file.path}", highlight=False))
+            console.print(f"{path}: {len(state.files) - len(absent)} hashes are right, {len(absent)} files not there")
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    facts = inspect_weights(args.path)
+    console = Console(soft_wrap=True)
+    if args.json:
+        console.print_json(json.dumps(facts))
+        return
+    table = Table(Column(no_wrap=True), Column(overflow="fold"), show_header=False, box=None)
+    for key, value in _rows(facts):
+        table.add_row(key, value)
+    console.print(table)
+
+
+def _prepare(args: argparse.Namespace) -> None:
+    console = Console(soft_wrap=True)
+    kind = kind_of(args.checkpoint)
+    checkpoint = open_checkpoint(args.checkpoint, kind)
+    further = [_lora_settings(text) for text in args.lora]
+    loras: dict[str, list[ScaledLora]] = {expert: open_loras(further, expert) for expert in EXPERTS}
+    folder = None
+    if args.storymem_lora is not None:
+        if kind == T2V:
+            raise ConfigError("--storymem-lora: the StoryMem LoRA belongs to the I2V base model; this one is T2V")
+        storymem = storymem_lora(args.storymem_lora, args.continuation)
+        folder = storymem["high_noise"].file.path.resolve().parent.name
+        loras = {expert: [storymem[expert], *loras[expert]] for expert in EXPERTS}
+    with _bytes_bar("prepare", console) as (on_total, on_done):
+        totals: dict[str, int] = {}
+
+        def progress(expert: str, done: int, total: int) -> None:
+            if expert not in totals:
+                totals[expert] = 0
+                on_total(total)
+            on_done(done - totals[expert])
+            totals[expert] = done
+
+        manifest = prepare_checkpoint(
+            checkpoint, loras, args.output, dtype=args.dtype, storymem_folder=folder, progress=progress
+        )
+    num_bytes = sum(facts["num_bytes"] for facts in manifest.files.values())
+    console.print(
+        f"{args.output}: {num_bytes / 1e9:.2f} GB as {manifest.dtype}, {manifest.storymem_lora or 'no StoryMem LoRA'} "
+        f"merged; render with model.{kind}_checkpoint={args.output}"
+    )
+
+
+def _lora_settings(text: str) -> LoraSettings:
+    """``PATH[,KEY=VALUE...]`` as settings. Raises ``ConfigError`` for unknown keys and values that are not numbers."""
+    path, *options = text.split(",")
+    allowed = [one.name for one in fields(LoraSettings) if one.name != "path"]
+    values: dict[str, Any] = {}
+    for option in options:
+        key, equals, value = option.partition("=")
+        if key not in allowed or not equals:
+            raise ConfigError(f"--lora {text}: {option!r} is not allowed; use KEY=VALUE with: {', '.join(allowed)}")
+        try:
+            values[key] = float(value) if key in ("strength", "alpha") else value
+        except ValueError:
+            raise ConfigError(f"--lora {text}: {key}={value!r} is not a number") from None
+    return LoraSettings(path=path, **values)
+
+
+@contextmanager
+def _bytes_bar(what: str, console: Console) -> Iterator[tuple[Callable[[int], None], Callable[[int], None]]]:
+    """A bar with GB/s; yields a function that adds to its total and one that adds to what is done."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(what, total=0)
+
+        def add_to_total(count: int) -> None:
+            progress.update(task, total=(progress.tasks[task].total or 0) + count)
+
+        yield add_to_total, lambda count: progress.advance(task, count)
+
+
+def _rows(facts: Facts, indent: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in facts.items():
+        if isinstance(value, Mapping):
+            yield f"{indent}{key}", ""
+            yield from _rows(dict(value), f"{indent}  ")
+        elif isinstance(value, list):
+            yield f"{indent}{key}", "\n".join(value) or "none"
+        else:
+            yield f"{indent}{key}", str(value)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""A configuration without a job: the settings that given overrides stand for."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from storymem_dist.config.schema import RenderConfig
+from storymem_dist.errors import ConfigError, StoryMemError
+from storymem_dist.resources import config_folder
+
+
+def compose_settings(overrides: Sequence[str]) -> RenderConfig:
+    """What ``storymem-render OVERRIDES`` would render with.
+
+    Raises:
+        ConfigError: an override names no key or group, or its value is not allowed.
+    """
+    register_schema()
+    try:
+        with initialize_config_dir(version_base="1.3", config_dir=str(config_folder())):
+            return to_settings(compose("render", overrides=list(overrides)))
+    except HydraException as error:
+        cause = error.__cause__ or error
+        raise ConfigError(f"{' '.join(overrides)}: {str(cause).strip().splitlines()[0]}") from None
+
+
+def register_schema() -> None:
+    """Make known to Hydra what ``conf/render.yaml`` names: the schema, and the launcher of multiruns."""
+    ConfigStore.instance().store(name="render_schema", node=RenderConfig)
+    launcher = {"_target_": "hydra_plugins.storymem_launcher.SweepLauncher"}
+    ConfigStore.instance().store(group="hydra/launcher", name="storymem", node=launcher, provider="storymem_dist")
+    OmegaConf.register_new_resolver(
+        "storymem_examples", lambda: str(config_folder() / "stories" / "examples"), replace=True
+    )
+
+
+def to_settings(config: DictConfig | ListConfig) -> RenderConfig:
+    """Convert a composed configuration to plain dataclasses; every group validates itself on the way.
+
+    Raises:
+        ConfigError: a value is missing, ill-typed or not allowed; the message names its key.
+    """
+    try:
+        settings = OmegaConf.to_object(config)
+    except StoryMemError:
+        raise
+    except OmegaConfBaseException as error:
+        cause = error.__cause__ or error.__context__
+        if isinstance(cause, StoryMemError):
+            raise cause from None
+        key = getattr(error, "full_key", None)
+        raise ConfigError(f"{key}: {str(error).splitlines()[0]}" if key else str(error).splitlines()[0]) from None
+    if not isinstance(settings, RenderConfig):
+        raise ConfigError(f"the composed configuration is a {type(settings).__name__}, not a RenderConfig")
+    return settings
+
+
+def to_plain(config: DictConfig | ListConfig | RenderConfig) -> dict[str, Any]:
+    """The configuration as nested plain values, for records and tracking."""
+    container = config if isinstance(config, DictConfig | ListConfig) else OmegaConf.structured(config)
+    plain = OmegaConf.to_container(container, resolve=True)
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}

@@ -1,0 +1,396 @@
+"""The leader's desk: everything of a batch that touches the run folder.
+
+``render_batch`` runs on all ranks of a replica; what it asks of the desk goes through ``leader_decides``, so only the
+leader's desk is ever opened. Every method returns plain values that can be sent to the other ranks, tensors on the CPU.
+
+A rendered shot is saved in a thread of its own (``background.py``) while the replica goes on with another story; the
+desk takes note of the outcome when it is asked the next time, at the latest before the next step. So a replica has two
+shots at most, the running one and the one that is being saved. Where the latter is all it could go on from, it waits.
+
+Knows the queue, the run folder and the observers; nothing of ranks, models or how a shot is rendered.
+"""
+
+import contextlib
+import time
+from collections.abc import Sequence
+from functools import partial
+
+from storymem_dist.artifacts.shot_folder import new_attempt_id
+from storymem_dist.diffusion.denoise import DenoiseState
+from storymem_dist.dispatch import announcing
+from storymem_dist.dispatch.graph import ShotState
+from storymem_dist.dispatch.history import DamagedHistory, read_checkpoint, read_history
+from storymem_dist.dispatch.leases import Owner
+from storymem_dist.dispatch.opening import OpenBatch, open_batch, why_again
+from storymem_dist.dispatch.plan import BatchPart
+from storymem_dist.dispatch.protocol import Assignment, End, RenderedShot, ShotJob
+from storymem_dist.dispatch.queue import Claim, ShotQueue, failure_at
+from storymem_dist.dispatch.saving import BackgroundSave, HeldShot, SaveEnd
+from storymem_dist.dispatch.settings import DispatchSettings
+from storymem_dist.dispatch.stop import StopSwitch
+from storymem_dist.dispatch.story_video import Joined, StoryJoiner
+from storymem_dist.dispatch.summary import DONE, FAILED, STOPPED, BatchSummary, Replica, Tally, summarize
+from storymem_dist.errors import RunFolderError
+from storymem_dist.events import ReplicaWaited, StopRequested, WarningIssued
+
+_LONGEST_PAUSE = 4.0  # between two looks while there is nothing to do, in units of poll_seconds
+_LEASE_LOOK_SECONDS = 1.0  # between two looks at the own lease while a shot is rendered
+
+
+class Desk:
+    """The leader's view of a batch. Making one touches nothing; ``open`` does."""
+
+    def __init__(
+        self,
+        *,
+        parts: Sequence[BatchPart],
+        settings: DispatchSettings,
+        replica: Replica,
+        stop: StopSwitch,
+        check_contents: bool,
+    ) -> None:
+        self._parts = parts
+        self._settings = settings
+        self._replica = replica
+        self._stop = stop
+        self._check_contents = check_contents
+        self._owner = Owner.this_process(replica.job_id, replica.index)
+        self._batch: OpenBatch | None = None
+        self._running: HeldShot | None = None
+        self._saving: BackgroundSave | None = None
+        self._lost = False
+        self._next_lease_look = 0.0
+        self._end: End | None = None
+        self._announced_stop = False
+        self._tally = Tally()
+        self._began = time.monotonic()
+
+    # -- begin and end -------------------------------------------------------------------------------------------------
+
+    def open(self) -> None:
+        """Open the run folders and find out what is to do. Raises as ``open_batch``."""
+        self._stop.reason()  # a stop file that is there at the first look belongs to an earlier job
+        self._batch = open_batch(
+            self._parts,
+            self._settings,
+            self._replica,
+            self._owner,
+            check_contents=self._check_contents,
+            stop_reason=self._stop.reason,
+        )
+        self._tally.num_skipped = self._batch.num_skipped
+        if self._replica.index == 0:
+            for part, leases in zip(self._parts, self._batch.leases, strict=True):
+                if not leases.others_working():
+                    part.run.remove_stop()
+
+    def finish(self, end: End) -> BatchSummary:
+        """Write ``stop.json``, tell the observers, release what is held, and sum up."""
+        summary = self._summary(end)
+        for number, part in enumerate(self._parts):
+            of_part = self._summary(end, number)
+            details = {
+                "reason": end.reason,
+                "job_id": self._owner.job_id,
+                "replica": self._replica.index,
+                "num_stories": of_part.num_stories,
+                "num_stories_done": of_part.num_stories_done,
+                "num_failed": of_part.num_failed,
+                "num_blocked": of_part.num_blocked,
+            }
+            try:
+                part.run.write_stop(of_part.state, **details)
+            except OSError as error:
+                self._warn(part, f"stop.json cannot be written: {error}", "save")
+            part.observers.notify(announcing.job_finished(summary))
+        self.close()
+        return summary
+
+    def close(self, *, crashed: bool = False, at_once: bool = False) -> None:
+        """Let the save under way come to its end (``at_once``: abandon it), then release everything that is held.
+
+        After a crash the running shot's lease is left behind, so that the next one can count it.
+        """
+        if self._batch is None:
+            return
+        if self._saving is not None and at_once:
+            self._saving.abandon()
+        try:
+            self._collect_saved(wait=True)
+        except Exception as error:  # something else has gone wrong already, and that is what is to be told
+            self._warn(self._parts[0], f"a shot could not be saved: {type(error).__name__}: {error}", "save")
+        self._batch.leave(crashed=crashed)
+        self._batch = None
+
+    # -- the next shot -------------------------------------------------------------------------------------------------
+
+    def next_assignment(self, loaded: str | None) -> Assignment | End:
+        """Wait for a shot that this replica can render; ``loaded`` is the kind whose experts it has."""
+        waited, pause = 0.0, self._settings.poll_seconds
+        self._collect_saved()
+        while self._end is None:
+            if reason := self._stop.reason():
+                self._announce_stop(reason)
+                self._end = End(state=STOPPED, reason=reason)
+                break
+            try:
+                claim = self._queue.claim(loaded)
+                for shot, failure in self._queue.take_given_up():
+                    for event in announcing.given_up(failure, self._queue.graph.chain_of(shot)):
+                        self._parts[shot.part].observers.notify(event)
+                if claim is not None:
+                    if (assignment := self._assign(claim)) is None:
+                        continue
+                    self._note_wait(waited)
+                    return assignment
+                if self._queue.graph.is_finished and self._join_what_is_left():
+                    self._end = self._outcome()
+                    break
+            except OSError as error:
+                self._end = End(state=FAILED, reason=f"the run folder cannot be used any more: {error}")
+                break
+            if self._saving is not None:
+                self._saving.wait(pause)
+                self._collect_saved()
+                continue
+            began = time.monotonic()
+            time.sleep(pause)
+            waited += time.monotonic() - began
+            pause = min(1.5 * pause, _LONGEST_PAUSE * self._settings.poll_seconds)
+        self._collect_saved(wait=True)
+        self._note_wait(waited)
+        return self._end
+
+    def _assign(self, claim: Claim) -> Assignment | None:
+        """Gather what rendering the claimed shot needs; None when a record before it turned out to be damaged."""
+        shot, part = claim.shot, self._parts[claim.shot.part]
+        part.run.shot(shot.story.story_id, shot.shot.shot_id).discard_orphans(shot.fingerprint)
+        part.run.write_storyboard(shot.story)
+        try:
+            history = read_history(part.run, self._queue.graph.chain_of(shot), shot.shot.index)
+        except DamagedHistory as damage:
+            self._warn(part, f"{damage}; the shot is rendered again", "resume")
+            self._queue.release(claim, ShotState.WAITING)
+            self._queue.graph.set_state(damage.shot, ShotState.WAITING)
+            return None
+        began, attempt_id = time.monotonic(), new_attempt_id(shot.fingerprint, self._owner.owner_id)
+        why = why_again(part, shot)
+        job = ShotJob(
+            part=shot.part,
+            story=shot.story,
+            shot=shot.shot,
+            kind=shot.kind,
+            mode=shot.mode,
+            seed=shot.seed,
+            fingerprint=shot.fingerprint,
+            attempt_id=attempt_id,
+            why=why,
+        )
+        part.observers.notify(announcing.shot_started(job, part, history))
+        part.observers.notify(announcing.queue_sampled(self._queue.graph))
+        resume = None
+        try:
+            resume = read_checkpoint(part.run, shot)
+        except RunFolderError as error:
+            self._warn(part, f"{error}; the shot starts again", "resume")
+        resumed_at = None if resume is None else resume.step
+        self._running = HeldShot(claim=claim, attempt_id=attempt_id, resumed_at=resumed_at, began=began)
+        self._lost, self._next_lease_look = False, 0.0
+        if resume is not None:
+            part.observers.notify(announcing.shot_resumed(job, resume))
+        return Assignment(job=job, history=history, resume=resume, low_memory=claim.low_memory)
+
+    # -- while a shot is rendered --------------------------------------------------------------------------------------
+
+    def should_stop(self) -> bool:
+        """Whether the running shot is to be left between two steps: a stop was asked for, another replica has it, or
+        saving the shot before it showed that nothing can be saved any more.
+        """
+        if self._saving is not None and self._saving.has_crashed:
+            return True  # what happened is told where the running shot is not blamed for it
+        self._collect_saved()
+        now = time.monotonic()
+        if now >= self._next_lease_look and not self._lost:
+            self._next_lease_look = now + _LEASE_LOOK_SECONDS
+            self._lost = not self._queue.still_held(self._held.claim)
+        if reason := self._stop.reason():
+            self._announce_stop(reason)
+            return True
+        return self._lost or self._end is not None
+
+    def save_checkpoint(self, state: DenoiseState) -> None:
+        """Save the running shot between two steps. A failure is a warning: the render goes on without."""
+        shot, part = self._held.shot, self._parts[self._held.shot.part]
+        path = part.run.checkpoint(shot.story.story_id, shot.shot.shot_id, shot.fingerprint)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            state.save(path)
+        except (OSError, RunFolderError) as error:
+            self._warn(part, f"{error}; the render goes on without this step checkpoint", "save")
+
+    def note_prepared(self, elapsed_seconds: float, *, swapped: bool) -> None:
+        """Learn how long loading experts took; ``swapped``: others were there before."""
+        self._tally.add_stages({"load": elapsed_seconds})
+        if swapped:
+            self._queue.note_swapped(elapsed_seconds)
+
+    # -- how a shot ended ----------------------------------------------------------------------------------------------
+
+    def shot_stopped(self, state: DenoiseState) -> None:
+        """The running shot was left between two steps: save it for later, unless another replica has taken it over."""
+        held = self._held
+        if not self._queue.still_held(held.claim):
+            self._give_up_lost_shot(held)
+            return
+        self.save_checkpoint(state)
+        self._let_go(held, ShotState.WAITING)
+
+    def shot_rendered(self, rendered: RenderedShot) -> None:
+        """Begin to save and publish a rendered shot; when that turns out to be impossible, the shot has failed."""
+        self._collect_saved(wait=True)
+        held, self._running = self._held, None
+        self._queue.note_saving(held.claim)
+        self._saving = BackgroundSave(
+            held,
+            rendered,
+            part=self._parts[held.shot.part],
+            chain=self._queue.graph.chain_of(held.shot),
+            joiner=self._joiner,
+            host={"replica": self._replica.index, "job_id": self._owner.job_id, "resumed_at_step": held.resumed_at},
+            may_publish=partial(self._queue.still_held, held.claim),
+            release=partial(self._queue.release_lease, held.claim),
+        )
+        if not self._settings.overlap_saving:
+            self._collect_saved(wait=True)
+
+    def _collect_saved(self, *, wait: bool = False) -> None:
+        """Take note of a save that has ended; ``wait`` for it. Raises what no shot is to blame for."""
+        save = self._saving
+        if save is None or not (wait or save.has_ended):
+            return
+        save.wait()
+        self._saving = None
+        saved, held = save.outcome(), save.held
+        match saved.end:
+            case SaveEnd.COMMITTED:
+                self._tally.num_rendered += 1
+                self._tally.num_resumed += held.resumed_at is not None
+                self._tally.add_stages(saved.stage_seconds)
+                self._queue.note_rendered(held.shot, saved.elapsed_seconds)
+                self._let_go(held, ShotState.COMMITTED)
+                for shot in saved.damaged:
+                    self._queue.mark_damaged(shot)
+            case SaveEnd.LOST:
+                self._give_up_lost_shot(held)
+            case SaveEnd.FAILED:
+                self._fail(held, f"the shot cannot be saved: {saved.error}", type(saved.error).__name__)
+
+    def shot_failed(self, reason: str, error_type: str, *, details: str = "", low_memory_next: bool = False) -> None:
+        """The running shot cannot be rendered: mark it and so all after it, or have it tried again with less memory."""
+        self._fail(self._held, reason, error_type, details=details, low_memory_next=low_memory_next)
+
+    def _fail(
+        self, held: HeldShot, reason: str, error_type: str, *, details: str = "", low_memory_next: bool = False
+    ) -> None:
+        if not self._queue.still_held(held.claim):
+            self._give_up_lost_shot(held)
+            return
+        shot, part = held.shot, self._parts[held.shot.part]
+        is_final = not low_memory_next
+        failure = failure_at(
+            shot, reason, error_type, self._owner.job_id, is_final=is_final, low_memory=low_memory_next, details=details
+        )
+        part.observers.notify(announcing.shot_failed(failure, held.attempt_id))
+        try:
+            self._queue.mark_failed(failure, shot)
+        except OSError as error:
+            where = f"{failure.story_id}:{failure.shot_id}"
+            self._end = End(state=FAILED, reason=f"{where}: {reason}; nor can that be noted: {error}")
+        self._let_go(held, ShotState.FAILED if failure.is_final else ShotState.WAITING)
+        chain = self._queue.graph.chain_of(shot)
+        if chain.is_blocked:
+            for event in announcing.chain_blocked(chain, reason):
+                part.observers.notify(event)
+
+    def note_out_of_memory(self, assignment: Assignment, reason: str) -> None:
+        """Leave a note for after the restart: try the shot with less memory, or not at all if that was it.
+
+        The one thing that any rank may write, because the rank that ran out of memory is the only one that knows.
+        """
+        job = assignment.job
+        failure = failure_at(
+            job, reason, "OutOfMemoryError", self._owner.job_id, is_final=assignment.low_memory, low_memory=True
+        )
+        self._parts[job.part].observers.notify(announcing.shot_failed(failure, job.attempt_id))
+        with contextlib.suppress(OSError):  # then the restarted job tries once more as before
+            self._parts[job.part].run.write_failure(failure)
+
+    # -- inside --------------------------------------------------------------------------------------------------------
+
+    @property
+    def _queue(self) -> ShotQueue:
+        assert self._batch is not None, "the desk is not open"
+        return self._batch.queue
+
+    @property
+    def _joiner(self) -> StoryJoiner:
+        assert self._batch is not None, "the desk is not open"
+        return StoryJoiner(parts=self._parts, leases=self._batch.leases)
+
+    @property
+    def _held(self) -> HeldShot:
+        assert self._running is not None, "no shot is held"
+        return self._running
+
+    def _let_go(self, held: HeldShot, state: ShotState) -> None:
+        self._queue.release(held.claim, state)
+        if held is self._running:
+            self._running = None
+
+    def _give_up_lost_shot(self, held: HeldShot) -> None:
+        self._parts[held.shot.part].observers.notify(announcing.shot_lost(held.shot, held.attempt_id))
+        self._let_go(held, ShotState.LEASED)
+
+    def _join_what_is_left(self) -> bool:
+        """Join the complete stories that nobody has joined; False when there may be more to do after that."""
+        chains = self._queue.graph.chains
+        first = len(chains) * self._replica.index // self._replica.count  # replicas begin at different places
+        complete = [chain for chain in chains[first:] + chains[:first] if chain.is_complete]
+        ends = [self._joiner.join(chain, self._queue.mark_damaged) for chain in complete]
+        return not any(end in (Joined.ELSEWHERE, Joined.DAMAGED) for end in ends)
+
+    def _announce_stop(self, reason: str) -> None:
+        if not self._announced_stop:
+            self._announced_stop = True
+            for part in self._parts:
+                part.observers.notify(StopRequested(reason=reason))
+
+    def _note_wait(self, waited_seconds: float) -> None:
+        if waited_seconds > 0.0:
+            self._tally.waited_seconds += waited_seconds
+            for part in self._parts:
+                part.observers.notify(ReplicaWaited(elapsed_seconds=waited_seconds))
+
+    def _warn(self, part: BatchPart, message: str, source: str) -> None:
+        part.observers.notify(WarningIssued(message=message, source=source))
+
+    def _outcome(self) -> End:
+        num_failed = sum(chain.is_blocked for chain in self._queue.graph.chains)
+        num_failed += len(self._batch.rejected) if self._batch else 0
+        if not num_failed:
+            return End(state=DONE)
+        return End(state=FAILED, reason=f"{num_failed} stories could not be rendered to their end")
+
+    def _summary(self, end: End, part: int | None = None) -> BatchSummary:
+        """How the batch stands, or one part of it; the tally is this replica's in both cases."""
+        assert self._batch is not None, "the desk is not open"
+        return summarize(
+            end.state,
+            end.reason,
+            chains=self._queue.graph.chains if part is None else self._queue.graph.chains_of(part),
+            rejected=[failure for of, failure in self._batch.rejected if part in (None, of)],
+            failures=[failure for key, failure in self._queue.failures.items() if part in (None, key[0])],
+            tally=self._tally,
+            elapsed_seconds=time.monotonic() - self._began,
+            is_whole=part is None,
+        )

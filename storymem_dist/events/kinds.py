@@ -1,0 +1,380 @@
+"""The events of a render, each a frozen value. A field's meaning stands in the docstring of its class."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+STAGES = ("text", "load", "recall", "condition", "denoise", "decode", "keyframes", "save", "join")
+"""Names a stage may have, in the order in which a shot goes through them."""
+
+MEMORY_VERDICTS = ("recalled", "evicted", "kept", "kept_as_last_resort", "duplicate", "low_quality")
+"""What a ``MemoryDecided`` may say. ``recalled`` and ``evicted`` are about keyframes in the bank, the rest about frames
+of the new clip."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Event:
+    """Base of all events."""
+
+
+# -- the job -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JobStarted(Event):
+    """A replica of a job starts (or starts again). Every replica leader sends its own.
+
+    ``job`` names the job among those that share the run folder; its replicas use the same name, also after a restart.
+    ``num_stories`` and ``num_shots`` count the whole batch, ``num_devices`` the ranks of *this* replica.
+    ``peak_tflops`` is the dense bf16 peak of one device, None where unknown (then there is no FLOP utilisation).
+    ``attention`` is the attention kernel, ``auto (flash)`` where torch chose flash. ``versions`` maps package names to
+    versions.
+    """
+
+    run_id: str = ""
+    job: str = ""
+    config_hash: str = ""
+    num_stories: int = 0
+    num_shots: int = 0
+    num_replicas: int = 1
+    num_devices: int = 1
+    device: str = "cpu"
+    layout: str = ""
+    attention: str = ""
+    host: str = ""
+    process_id: int = 0
+    peak_tflops: float | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JobFinished(Event):
+    """A replica has nothing left to do. ``outcome``: ``finished``, ``stopped`` (on request, resumable) or ``failed``.
+
+    The counts are those of this replica in this start: what it rendered, continued inside a shot, found committed, and
+    saw fail.
+    """
+
+    outcome: str
+    num_rendered: int = 0
+    num_resumed: int = 0
+    num_skipped: int = 0
+    num_failed: int = 0
+    elapsed_seconds: float = 0.0
+    message: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoryboardRejected(Event):
+    """A storyboard that cannot be read; the batch goes on without it."""
+
+    source: str
+    message: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StopRequested(Event):
+    """Someone asked for a stop: ``reason`` is ``SIGTERM``, ``SIGINT``, ``STOP file`` or the like."""
+
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WarningIssued(Event):
+    """Something a person should know that stops nothing. ``source`` says which part noticed."""
+
+    message: str
+    source: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReplicaWaited(Event):
+    """A replica had no shot to render for ``elapsed_seconds`` (sent when the wait ends). ``reason`` says for what."""
+
+    elapsed_seconds: float
+    reason: str = "no shot is ready"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WeightsProgress(Event):
+    """Bytes of weights read so far. ``what`` names them (``t2v high_noise``), ``action`` is ``load`` or ``download``.
+
+    ``bytes_done == bytes_total`` ends it; ``elapsed_seconds`` counts from its first byte.
+    """
+
+    what: str
+    bytes_done: int
+    bytes_total: int
+    elapsed_seconds: float = 0.0
+    action: str = "load"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ThroughputSampled(Event):
+    """Numbers that only the running process can know, sampled now and then. None: not known on this machine.
+
+    The sample is of the replica leader's process. ``collective_seconds`` and ``bytes_read`` count since the sample
+    before. ``collective_seconds`` is how long the leader was held up by the collectives of forwards and of the VAE,
+    waiting for slower ranks included. It is known on CPUs only, and not under torch.compile: the host cannot tell how
+    long a GPU waits. FSDP2's gathers of weights are not in it. ``bytes_read`` is what all ranks of the replica read of
+    the experts' files (LoRAs, text encoder and VAE not counted). ``gpu_memory_gib`` is what torch holds of the
+    leader's device, ``peak_gpu_memory_gib`` the most that tensors have taken of it.
+
+    Rates that follow from other events (seconds per step, clips per GPU-hour, tokens per second, FLOP utilisation,
+    idle seconds) are computed from those events by whoever reads them, not sent.
+    """
+
+    collective_seconds: float | None = None
+    bytes_read: int | None = None
+    gpu_memory_gib: float | None = None
+    peak_gpu_memory_gib: float | None = None
+    queue_depth: int | None = None
+    num_running: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SystemSampled(Event):
+    """How one rank's process and device are doing. Every rank sends these, not only leaders. None: not known."""
+
+    rank: int
+    host: str
+    host_memory_gib: float | None = None
+    cpu_ratio: float | None = None
+    gpu_memory_gib: float | None = None
+    gpu_busy_ratio: float | None = None
+
+
+# -- stories and shots -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoryStarted(Event):
+    """A story belongs to the batch; sent once per story and start, before its first shot."""
+
+    story_id: str
+    name: str = ""
+    num_shots: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoryFinished(Event):
+    """The chain of a story has ended. ``outcome``: ``finished`` or ``failed``; ``video``: path of the joined MP4."""
+
+    story_id: str
+    outcome: str = "finished"
+    video: str | None = None
+    num_shots: int = 0
+    elapsed_seconds: float = 0.0
+    message: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShotStarted(Event):
+    """A replica starts an attempt at a shot.
+
+    ``shot_index`` is the position in the chain, from 0; ``why`` says why the shot is rendered when a record of it was
+    already there (an edited prompt, a forced re-render), else it is empty. ``num_tokens`` and ``tflop_per_step`` (all
+    passes of one denoising step, all devices of the replica together) let readers compute rates; None: not known.
+    """
+
+    story_id: str
+    shot_id: str
+    shot_index: int = 0
+    mode: str = ""
+    seed: int = 0
+    attempt_id: str = ""
+    prompt: str = ""
+    num_memory: int = 0
+    num_steps: int = 0
+    num_frames: int = 0
+    height: int = 0
+    width: int = 0
+    num_tokens: int | None = None
+    tflop_per_step: float | None = None
+    why: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageStarted(Event):
+    """A stage (one of ``STAGES``) begins. Story and shot are None for stages of the job (text, load)."""
+
+    stage: str
+    story_id: str | None = None
+    shot_id: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageFinished(Event):
+    """The stage is over; it took ``elapsed_seconds`` up to this event's wall time."""
+
+    stage: str
+    elapsed_seconds: float
+    story_id: str | None = None
+    shot_id: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepFinished(Event):
+    """One denoising step is done. ``step`` counts finished steps: 1 after the first, ``num_steps`` at the end.
+
+    ``gpu_memory_gib`` is what torch holds of the leader's device. ``reused``: the step cache answered instead of the
+    whole model.
+    """
+
+    story_id: str
+    shot_id: str
+    step: int
+    num_steps: int
+    expert: str
+    elapsed_seconds: float
+    timestep: int | None = None
+    gpu_memory_gib: float | None = None
+    reused: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShotFinished(Event):
+    """A shot is committed: its record and files are in the run folder.
+
+    ``clip`` and ``keyframes`` are paths; ``stage_seconds`` maps stages to seconds; ``elapsed_seconds`` is the whole
+    attempt. ``already_committed`` is True when another attempt's record won, so that nothing new counts.
+    """
+
+    story_id: str
+    shot_id: str
+    attempt_id: str = ""
+    fingerprint: str = ""
+    clip: str = ""
+    keyframes: tuple[str, ...] = ()
+    num_frames: int = 0
+    fps: float = 16.0
+    elapsed_seconds: float = 0.0
+    stage_seconds: Mapping[str, float] = field(default_factory=dict)
+    already_committed: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShotFailed(Event):
+    """An attempt at a shot ended in an error. ``will_retry``: the shot is tried again by itself."""
+
+    story_id: str
+    shot_id: str
+    reason: str
+    error_type: str = ""
+    stage: str | None = None
+    attempt_id: str = ""
+    will_retry: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShotResumed(Event):
+    """A shot goes on inside its denoising loop: the first ``step`` of ``num_steps`` steps come from a checkpoint."""
+
+    story_id: str
+    shot_id: str
+    step: int
+    num_steps: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShotSkipped(Event):
+    """A shot needs no rendering (``committed``) or cannot have any (``predecessor failed``, ``failed before``)."""
+
+    story_id: str
+    shot_id: str
+    reason: str = "committed"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryDecided(Event):
+    """One decision about one frame or keyframe, and why. ``memory_events`` makes them from a shot's memory record.
+
+    ``story_id``/``shot_id`` is the shot for which it was decided. ``verdict`` is one of ``MEMORY_VERDICTS``.
+    ``source_shot_index`` is the chain position of the shot the frame comes from (-1: a reference image of the story),
+    ``source_frame_index`` its frame in that shot's clip, ``slot`` its number among that shot's keyframes (None: it
+    became none; for references the position of the image). ``position`` is its place among the recalled keyframes.
+    ``similarity`` is to the frame chosen before it, ``bank_similarity`` the highest to a keyframe of the bank, whose
+    name is ``against``; ``quality`` is the quality score. None: not computed, or it does not apply.
+    """
+
+    story_id: str
+    shot_id: str
+    verdict: str
+    source_shot_index: int
+    source_frame_index: int
+    slot: int | None = None
+    position: int | None = None
+    similarity: float | None = None
+    bank_similarity: float | None = None
+    against: str | None = None
+    quality: float | None = None
+    why: str = ""
+
+
+def memory_events(story_id: str, shot_id: str, shot_index: int, memory: Mapping[str, Any]) -> tuple[MemoryDecided, ...]:
+    """Return the decisions in the ``memory`` part of a shot's record (``recalled`` and ``decisions``), as events.
+
+    ``recalled`` lists what was decided about the keyframes of the bank, ``decisions`` what about the frames of the new
+    clip, with the field names of ``memory.bank.RecallDecision`` and ``memory.keyframes.FrameDecision``.
+    """
+    recalled = [
+        MemoryDecided(
+            story_id=story_id,
+            shot_id=shot_id,
+            verdict="evicted" if decision["verdict"] == "evicted" else "recalled",
+            source_shot_index=decision["shot_index"],
+            source_frame_index=decision["frame_index"],
+            slot=decision["slot"],
+            position=decision.get("position"),
+            why=decision.get("why", ""),
+        )
+        for decision in memory.get("recalled", ())
+    ]
+    chosen = [
+        MemoryDecided(
+            story_id=story_id,
+            shot_id=shot_id,
+            verdict=decision["verdict"],
+            source_shot_index=shot_index,
+            source_frame_index=decision["frame_index"],
+            slot=decision.get("slot"),
+            similarity=decision.get("similarity"),
+            bank_similarity=decision.get("bank_similarity"),
+            against=decision.get("against"),
+            quality=decision.get("quality"),
+            why=decision.get("why", ""),
+        )
+        for decision in memory.get("decisions", ())
+    ]
+    return (*recalled, *chosen)
+
+
+EVENT_TYPES: Mapping[str, type[Event]] = {
+    cls.__name__: cls
+    for cls in (
+        JobStarted,
+        JobFinished,
+        StoryboardRejected,
+        StopRequested,
+        WarningIssued,
+        ReplicaWaited,
+        WeightsProgress,
+        ThroughputSampled,
+        SystemSampled,
+        StoryStarted,
+        StoryFinished,
+        ShotStarted,
+        StageStarted,
+        StageFinished,
+        StepFinished,
+        ShotFinished,
+        ShotFailed,
+        ShotResumed,
+        ShotSkipped,
+        MemoryDecided,
+    )
+}
+"""Every event class by its name in JSON."""
+
+
+# -- to and from JSON --------------------------------------------------------------------------------------------------

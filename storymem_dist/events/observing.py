@@ -1,0 +1,42 @@
+"""How an event reaches whoever listens: the ``Observer`` protocol, and the start and end of a stage as two events."""
+
+import contextlib
+import time
+from collections.abc import Iterator, MutableMapping
+from typing import Protocol
+
+from storymem_dist.events.kinds import STAGES, Event, StageFinished, StageStarted
+
+
+class Observer(Protocol):
+    """Whoever is told about events. ``notify`` returns at once and never raises."""
+
+    def notify(self, event: Event) -> None:
+        """Take note of ``event``."""
+
+
+class NullObserver:
+    """Listens to nothing: for library use, tests, and ranks whose leader speaks for them."""
+
+    def notify(self, event: Event) -> None:
+        """Ignore ``event``."""
+
+
+@contextlib.contextmanager
+def timed_stage(
+    observer: Observer,
+    stage: str,
+    *,
+    story_id: str | None = None,
+    shot_id: str | None = None,
+    totals: MutableMapping[str, float] | None = None,
+) -> Iterator[None]:
+    """Send ``StageStarted`` and, unless the body raises, ``StageFinished``; add the seconds to ``totals[stage]``."""
+    assert stage in STAGES, stage
+    observer.notify(StageStarted(stage=stage, story_id=story_id, shot_id=shot_id))
+    began = time.perf_counter()
+    yield
+    elapsed = time.perf_counter() - began
+    if totals is not None:
+        totals[stage] = totals.get(stage, 0.0) + elapsed
+    observer.notify(StageFinished(stage=stage, elapsed_seconds=elapsed, story_id=story_id, shot_id=shot_id))

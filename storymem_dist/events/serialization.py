@@ -1,0 +1,149 @@
+"""Events to and from the lines of ``events/<writer>.jsonl`` in a run folder.
+
+**The schema** (one object per line, UTF-8, schema version 1) is flat:
+
+    {"schema": 1, "event": "StepFinished", "wall_time": 1764000000.123, "writer": "...", "replica": 0, "sequence": 17,
+     "story_id": "ocean", "shot_id": "shot_01", "step": 3, "num_steps": 40, ...}
+
+``event`` is the class name and every key after ``sequence`` is a field of that class, with the meaning written in its
+docstring. ``wall_time`` is seconds since the Unix epoch, ``sequence`` counts from 0 without gaps within a writer.
+A number that is not finite is written as null (JSON has no NaN) and null in a plain ``float`` field reads as NaN.
+Paths are relative to the run folder, with forward slashes.
+"""
+
+import dataclasses
+import json
+import math
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from storymem_dist.events.kinds import EVENT_TYPES, Event
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StampedEvent:
+    """An event, when and where: ``wall_time`` in seconds since the epoch, ``sequence`` gapless within ``writer``."""
+
+    event: Event
+    wall_time: float
+    writer: str
+    replica: int
+    sequence: int
+
+
+def event_to_dict(event: Event) -> dict[str, Any]:
+    """Return ``{"event": class name, **fields}`` of JSON types only; numbers that are not finite become None."""
+    values: dict[str, Any] = {"event": type(event).__name__}
+    for name in type(event).__dataclass_fields__:
+        values[name] = _plain(getattr(event, name))
+    return values
+
+
+def event_from_dict(values: Mapping[str, Any]) -> Event:
+    """Rebuild the event that ``event_to_dict`` wrote.
+
+    Keys that the class does not have are ignored (a newer writer, or the stamp). Raises ``ValueError`` when the event's
+    name is unknown, a required field is missing, or a value has the wrong type.
+    """
+    name = values.get("event")
+    cls = EVENT_TYPES.get(name) if isinstance(name, str) else None
+    if cls is None:
+        raise ValueError(f"event={name!r} is not an event; known are: {', '.join(EVENT_TYPES)}")
+    fields = {}
+    for field_name, hint in _hints(cls).items():
+        if field_name in values:
+            fields[field_name] = _typed(f"{name}.{field_name}", values[field_name], hint)
+    try:
+        return cls(**fields)
+    except TypeError as error:
+        raise ValueError(f"{name} is incomplete: {error}") from None
+
+
+def stamped_to_json(stamped: StampedEvent) -> str:
+    """Return the one line of JSON (no newline) that stands for ``stamped`` in ``events/<writer>.jsonl``."""
+    values = {
+        "schema": SCHEMA_VERSION,
+        "event": "",
+        "wall_time": round(stamped.wall_time, 6),
+        "writer": stamped.writer,
+        "replica": stamped.replica,
+        "sequence": stamped.sequence,
+        **event_to_dict(stamped.event),
+    }
+    return json.dumps(values, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+
+
+def stamped_from_json(line: str | bytes) -> StampedEvent:
+    """Read one line back. Raises ``ValueError`` when it is torn, not of this schema, or not an event."""
+    values = json.loads(line)
+    if not isinstance(values, dict):
+        raise ValueError(f"a line of an event file must be an object, not {type(values).__name__}")
+    if values.get("schema") != SCHEMA_VERSION:
+        raise ValueError(f"schema={values.get('schema')!r} is not known; this version reads {SCHEMA_VERSION}")
+    try:
+        return StampedEvent(
+            event=event_from_dict(values),
+            wall_time=float(values["wall_time"]),
+            writer=str(values["writer"]),
+            replica=int(values["replica"]),
+            sequence=int(values["sequence"]),
+        )
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"the stamp of an event is incomplete: {error}") from None
+
+
+def _plain(value: Any) -> Any:
+    """Turn a field's value into JSON types, containers included."""
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    return str(value)
+
+
+_HINTS: dict[type[Event], dict[str, Any]] = {}
+
+
+def _hints(cls: type[Event]) -> dict[str, Any]:
+    if cls not in _HINTS:
+        _HINTS[cls] = {f.name: hint for f, hint in zip(dataclasses.fields(cls), _resolved(cls), strict=True)}
+    return _HINTS[cls]
+
+
+def _resolved(cls: type[Event]) -> list[Any]:
+    hints = typing.get_type_hints(cls)
+    return [hints[f.name] for f in dataclasses.fields(cls)]
+
+
+def _typed(where: str, value: Any, hint: Any) -> Any:
+    """Check ``value`` against the field's annotation and convert lists to tuples and ints to floats."""
+    origin = typing.get_origin(hint)
+    if origin in (types.UnionType, typing.Union):
+        options = typing.get_args(hint)
+        if value is None:
+            return None
+        return _typed(where, value, next(option for option in options if option is not types.NoneType))
+    if hint is float:
+        if value is None:
+            return math.nan
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+    elif hint in (int, str, bool):
+        if isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+            return value
+    elif origin is tuple:
+        if isinstance(value, list):
+            return tuple(_typed(where, item, typing.get_args(hint)[0]) for item in value)
+    elif isinstance(value, Mapping):
+        item_hint = typing.get_args(hint)[1]
+        return {str(key): _typed(where, item, item_hint) for key, item in value.items()}
+    raise ValueError(f"{where}={value!r} has the wrong type; it must be {hint}")

@@ -1,0 +1,73 @@
+"""How fast a run goes and how long it will take, computed from its folded events. Nothing is measured here."""
+
+from storymem_dist.observe.run.state import RunState
+from storymem_dist.observe.run.values import Attempt, Rates, RowKey
+
+
+def rates(state: RunState, key: RowKey | None = None) -> Rates:
+    """Rates of one row, or of the whole run."""
+    rows = [state.rows[key]] if key is not None else list(state.rows.values())
+    attempts = [a for a in state.attempts() if key is None or a.row == key]
+    finished = [a for a in attempts if a.outcome == "finished"]
+    timed = [a for a in attempts if a.num_timed_steps]
+    steps = sum(a.num_timed_steps for a in timed)
+    step_seconds = sum(a.step_seconds for a in timed)
+    device_seconds = sum(row.device_seconds for row in rows)
+    alive = sum(row.alive_seconds for row in rows)
+    with_tokens = [a for a in timed if a.started.num_tokens is not None]
+    token_seconds = sum(a.step_seconds for a in with_tokens)
+    tokens = sum((a.started.num_tokens or 0) * a.num_timed_steps for a in with_tokens)
+    return Rates(
+        num_clips=len(finished),
+        device_seconds=device_seconds,
+        clips_per_gpu_hour=len(finished) * 3600.0 / device_seconds if device_seconds > 0 and finished else None,
+        seconds_per_step=step_seconds / steps if steps else None,
+        seconds_per_clip=_mean([a.end - a.start for a in finished if a.end is not None]),
+        tokens_per_second=tokens / token_seconds if token_seconds > 0 else None,
+        flop_utilisation=_flop_utilisation(state, timed),
+        reuse_ratio=sum(a.num_reused_steps for a in timed) / steps if steps else None,
+        wait_ratio=sum(row.waited_seconds for row in rows) / alive if alive > 0 else None,
+    )
+
+
+def seconds_left(state: RunState) -> float | None:
+    """Estimate of the time until the batch is done; None before the first clip.
+
+    The larger of: all remaining shots spread over the live replicas, and the longest remaining chain, both at the
+    mean time of the clips so far.
+    """
+    seconds_per_clip = rates(state).seconds_per_clip
+    if seconds_per_clip is None:
+        return None
+    over = state.count("finished") + state.count("failed") + state.count("blocked")
+    remaining = max(0, state.num_shots - over)
+    chains = [
+        max(story.num_shots, len(story.shots))
+        - sum(shot.status in ("finished", "failed", "blocked") for shot in story.shots.values())
+        for story in state.stories.values()
+    ]
+    live = sum(not row.is_over for row in state.rows.values()) or 1
+    running = sum(
+        min(1.0, row.attempt.step / row.attempt.num_steps)
+        for row in state.rows.values()
+        if row.attempt is not None and row.attempt.num_steps
+    )
+    spread = max(0.0, remaining - running) / live
+    longest = max(0.0, max(chains, default=0) - (1.0 if running else 0.0))
+    return seconds_per_clip * max(spread, longest)
+
+
+def _flop_utilisation(state: RunState, timed: list[Attempt]) -> float | None:
+    done, possible = 0.0, 0.0
+    for attempt in timed:
+        row = state.rows[attempt.row]
+        start = next((s for s in row.starts if s.writer == attempt.writer), None)
+        if start is None or start.job.peak_tflops is None or attempt.started.tflop_per_step is None:
+            continue
+        done += attempt.started.tflop_per_step * (attempt.num_timed_steps - attempt.num_reused_steps)
+        possible += attempt.step_seconds * start.job.peak_tflops * start.job.num_devices
+    return done / possible if possible > 0 else None
+
+
+def _mean(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None

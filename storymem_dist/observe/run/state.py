@@ -1,0 +1,383 @@
+"""What a run looks like, folded from its events: the one reading of them that console, W&B, summary and report share.
+
+``RunState.apply`` takes stamped events, of any number of writers, roughly in order of time, and keeps what is needed to
+say who does what, what is done and what failed; ``rates`` says how fast. One class in one module, since nearly every
+event touches rows, attempts and shots at once; their values are in ``values``. Knows the events and nothing of files,
+terminals or services.
+"""
+
+from dataclasses import replace
+
+from storymem_dist import events as ev
+from storymem_dist.observe.run.values import Attempt, Failure, Row, RowKey, ShotState, Span, Start, StoryState
+
+SILENCE_SECONDS = 60.0
+"""A replica that says nothing for so long leaves its row to the next job (system samples come more often)."""
+
+
+class RunState:
+    """Everything that the events so far say about a run."""
+
+    def __init__(self) -> None:
+        self.run_id = ""
+        self.stories: dict[str, StoryState] = {}
+        self.rows: dict[RowKey, Row] = {}
+        self.systems: dict[tuple[str, int], ev.SystemSampled] = {}
+        self.failures: list[Failure] = []
+        self.warnings: list[tuple[float, str]] = []
+        self.stops: list[tuple[float, str]] = []
+        self.versions: dict[str, str] = {}
+        self.config_hashes: list[str] = []
+        self.announced_shots = 0
+        self.announced_stories = 0
+        self.first_time: float | None = None
+        self.last_time = 0.0
+        self.num_events = 0
+        self.keyframe_scores: dict[tuple[str, int, int], ev.MemoryDecided] = {}
+        self._row_of_writer: dict[str, RowKey] = {}
+
+    # -- reading -------------------------------------------------------------------------------------------------------
+
+    @property
+    def num_shots(self) -> int:
+        """Shots of the whole batch, as far as known."""
+        told = sum(max(story.num_shots, len(story.shots)) for story in self.stories.values())
+        return max(told, self.announced_shots)
+
+    @property
+    def up_seconds(self) -> float:
+        """Time during which at least one replica was up: without the pauses between a stop and a restart."""
+        seconds, reached = 0.0, 0.0
+        for start, end in sorted((s.start, s.last_seen) for row in self.rows.values() for s in row.starts):
+            seconds += max(0.0, end - max(start, reached))
+            reached = max(reached, end)
+        return seconds
+
+    def count(self, status: str) -> int:
+        """Number of shots in ``status`` (``waiting`` counts only shots that an event has named)."""
+        return sum(shot.status == status for story in self.stories.values() for shot in story.shots.values())
+
+    def attempts(self) -> list[Attempt]:
+        """All attempts, story by story in chain order."""
+        return [a for story in self.stories.values() for shot in story.shots.values() for a in shot.attempts]
+
+    def with_scores(self, event: ev.MemoryDecided) -> ev.MemoryDecided:
+        """Give a decision about a keyframe of the bank the scores with which that keyframe was once kept."""
+        if event.verdict not in ("recalled", "evicted") or event.slot is None:
+            return event
+        kept = self.keyframe_scores.get((event.story_id, event.source_shot_index, event.slot))
+        if kept is None:
+            return event
+        return replace(
+            event,
+            similarity=kept.similarity if event.similarity is None else event.similarity,
+            bank_similarity=kept.bank_similarity if event.bank_similarity is None else event.bank_similarity,
+            against=kept.against if event.against is None else event.against,
+            quality=kept.quality if event.quality is None else event.quality,
+        )
+
+    def row_label(self, key: RowKey) -> str:
+        """``replica 0``, or ``job 2 replica 0`` where several jobs worked at once."""
+        name, replica = key
+        return f"{name} replica {replica}" if name else f"replica {replica}"
+
+    def newest_start(self, job: str, replica: int) -> Start | None:
+        """The last start of a replica of ``job``."""
+        starts = [
+            start
+            for row in self.rows.values()
+            for start in row.starts
+            if row.key[1] == replica and start.job.job == job
+        ]
+        return max(starts, key=lambda start: start.start, default=None)
+
+    # -- folding -------------------------------------------------------------------------------------------------------
+
+    def apply(self, stamped: ev.StampedEvent) -> None:
+        """Take one more event into account."""
+        now, event = stamped.wall_time, stamped.event
+        self.num_events += 1
+        self.first_time = now if self.first_time is None else min(self.first_time, now)
+        self.last_time = max(self.last_time, now)
+        if isinstance(event, ev.WarningIssued):  # also from writers that render nothing
+            self.warnings.append((now, event.message))
+            return
+        if isinstance(event, ev.SystemSampled):
+            self.systems[(event.host, event.rank)] = event
+            self._see(stamped)
+            return
+        if isinstance(event, ev.JobStarted):
+            self._job_started(stamped, event)
+            return
+        row = self._row(stamped)
+        row.last_seen = max(row.last_seen, now)
+        self._see(stamped)
+        match event:
+            case ev.JobFinished():
+                self._job_finished(row, stamped, event)
+            case ev.StoryStarted():
+                story = self._story(event.story_id)
+                story.name, story.num_shots = event.name or story.name, max(story.num_shots, event.num_shots)
+            case ev.StoryFinished():
+                story = self._story(event.story_id)
+                story.outcome, story.video, story.message = event.outcome, event.video, event.message
+            case ev.ShotStarted():
+                self._shot_started(row, stamped, event)
+            case ev.ShotFinished() | ev.ShotFailed() | ev.ShotResumed() | ev.ShotSkipped():
+                self._shot_changed(row, now, event)
+            case ev.StageStarted():
+                row.open_spans.append(Span(kind=event.stage, start=now, story_id=event.story_id, shot_id=event.shot_id))
+                attempt = self._attempt(row, event.story_id or "", event.shot_id or "")
+                if attempt is not None and event.stage == "save":
+                    attempt.is_rendered = True
+            case ev.StageFinished():
+                self._stage_finished(row, now, event)
+            case ev.StepFinished():
+                self._step_finished(row, event)
+            case ev.MemoryDecided():
+                self._memory_decided(row, event)
+            case ev.WeightsProgress():
+                row.weights[event.what] = event
+                if event.bytes_done >= event.bytes_total:
+                    row.weights_done.append(row.weights.pop(event.what))
+            case ev.ThroughputSampled():
+                self._throughput(row, event)
+            case ev.ReplicaWaited():
+                row.waited_seconds += event.elapsed_seconds
+                row.spans.append(Span(kind="wait", start=now - event.elapsed_seconds, end=now))
+            case ev.StoryboardRejected():
+                self.failures.append(Failure(wall_time=now, story_id=event.source, shot_id="", reason=event.message))
+            case ev.StopRequested():
+                self.stops.append((now, event.reason))
+
+    def _row(self, stamped: ev.StampedEvent) -> Row:
+        key = self._row_of_writer.setdefault(stamped.writer, ("", stamped.replica))
+        row = self.rows.setdefault(key, Row(key=key))
+        newest = row.starts[-1] if row.starts else None
+        if newest is not None and newest.writer != stamped.writer and stamped.wall_time > newest.start:
+            return self._part_rows(stamped, row)
+        return row
+
+    def _new_row(self, stamped: ev.StampedEvent) -> Row:
+        """A row that is named apart from those of other jobs with the same replica number."""
+        number = sum(replica == stamped.replica for _, replica in self.rows)
+        key = (f"job {number + 1}" if number else "", stamped.replica)
+        self._row_of_writer[stamped.writer] = key
+        return self.rows.setdefault(key, Row(key=key))
+
+    def _row_to_go_on_in(self, job: str, replica: int, now: float) -> Row | None:
+        """The row of an earlier start of the same job, else one that its job has left."""
+        rows = [row for key, row in sorted(self.rows.items()) if key[1] == replica]
+        for row in rows:
+            if row.starts and row.starts[-1].job.job == job:
+                return row
+        return next((row for row in rows if row.is_over or now - row.last_seen > SILENCE_SECONDS), None)
+
+    def _part_rows(self, stamped: ev.StampedEvent, row: Row) -> Row:
+        """Give a writer a row of its own: it still speaks although its row has a newer start.
+
+        So the newer start was no restart, but a second job on the same folder that goes by the same name (jobs that
+        people start by hand have none).
+        """
+        own = [start for start in row.starts if start.writer == stamped.writer]
+        parted = self._new_row(stamped)
+        parted.starts.extend(own)
+        row.starts = [start for start in row.starts if start.writer != stamped.writer]
+        attempts = sorted((a for a in self.attempts() if a.writer == stamped.writer), key=lambda a: a.start)
+        for attempt in attempts:
+            attempt.row = parted.key
+            row.num_finished -= attempt.outcome == "finished"
+            parted.num_finished += attempt.outcome == "finished"
+        for attempt in attempts[-2:]:  # the last ones, one rendered and one saved, may only seem to have ended
+            if attempt.outcome == "interrupted":
+                parted.saving, parted.attempt = parted.attempt, attempt
+                attempt.outcome, attempt.end = "running", None
+                self._shot(attempt.started.story_id, attempt.started.shot_id).status = "running"
+        return parted
+
+    def _see(self, stamped: ev.StampedEvent) -> None:
+        key = self._row_of_writer.get(stamped.writer)
+        if key is None:
+            return
+        for start in reversed(self.rows[key].starts):
+            if start.writer == stamped.writer:
+                start.last_seen = max(start.last_seen, stamped.wall_time)
+                return
+
+    def _job_started(self, stamped: ev.StampedEvent, event: ev.JobStarted) -> None:
+        now = stamped.wall_time
+        row = self._row_to_go_on_in(event.job, stamped.replica, now)
+        if row is None:
+            row = self._new_row(stamped)
+        self._row_of_writer[stamped.writer] = row.key
+        if not row.starts or row.starts[-1].start <= now:  # else an earlier start that is heard of late
+            self._close_open(row, "interrupted", row.last_seen)
+        row.starts.append(Start(writer=stamped.writer, job=event, start=now, last_seen=now))
+        row.starts.sort(key=lambda start: start.start)
+        row.last_seen = max(row.last_seen, now)
+        self.run_id = event.run_id or self.run_id
+        self.versions.update(event.versions)
+        self.announced_shots = max(self.announced_shots, event.num_shots)
+        self.announced_stories = max(self.announced_stories, event.num_stories)
+        if event.config_hash and event.config_hash not in self.config_hashes:
+            self.config_hashes.append(event.config_hash)
+
+    def _job_finished(self, row: Row, stamped: ev.StampedEvent, event: ev.JobFinished) -> None:
+        self._close_open(row, "stopped" if event.outcome == "stopped" else "interrupted", stamped.wall_time)
+        for start in row.starts:
+            if start.writer == stamped.writer:
+                start.outcome = event.outcome
+
+    def _close_open(self, row: Row, outcome: str, when: float) -> None:
+        """End what the row had under way when its process ended."""
+        for attempt in (row.saving, row.attempt):
+            if attempt is not None:
+                self._interrupt(row, attempt, outcome, when)
+        self._close_spans(row, list(row.open_spans), when)
+        row.weights.clear()
+
+    def _interrupt(self, row: Row, attempt: Attempt, outcome: str, when: float) -> None:
+        """End an attempt that did not come to its own end."""
+        self._end_attempt(row, attempt, outcome, when)
+        shot = self._shot(attempt.started.story_id, attempt.started.shot_id)
+        if shot.last is attempt:
+            shot.status = "waiting"
+
+    def _end_attempt(self, row: Row, attempt: Attempt, outcome: str, when: float) -> None:
+        attempt.outcome, attempt.end = outcome, max(attempt.start, when)
+        self._close_spans(row, [span for span in row.open_spans if attempt.owns(span)], when)
+        if attempt is row.saving:
+            row.saving = None
+        else:
+            row.attempt = None
+            row.recent_steps.clear()
+
+    @staticmethod
+    def _close_spans(row: Row, spans: list[Span], when: float) -> None:
+        for span in spans:
+            row.open_spans.remove(span)
+            span.end = max(span.start, when)
+            row.spans.append(span)
+
+    def _story(self, story_id: str) -> StoryState:
+        return self.stories.setdefault(story_id, StoryState(story_id=story_id))
+
+    def _shot(self, story_id: str, shot_id: str) -> ShotState:
+        shots = self._story(story_id).shots
+        return shots.setdefault(shot_id, ShotState(story_id=story_id, shot_id=shot_id))
+
+    def _attempt(self, row: Row, story_id: str, shot_id: str) -> Attempt | None:
+        """The row's attempt at this shot that is under way: rendered, or saved while another is rendered."""
+        for attempt in (row.attempt, row.saving):
+            if attempt is not None and (attempt.started.story_id, attempt.started.shot_id) == (story_id, shot_id):
+                return attempt
+        return None
+
+    def _shot_started(self, row: Row, stamped: ev.StampedEvent, event: ev.ShotStarted) -> None:
+        being_saved = row.attempt if row.attempt is not None and row.attempt.is_rendered else None
+        for before in (row.saving, row.attempt):
+            if before is not None and before is not being_saved:
+                self._interrupt(row, before, "interrupted", stamped.wall_time)
+        row.saving = being_saved
+        row.weights.clear()
+        row.recent_steps.clear()
+        attempt = Attempt(
+            started=event, row=row.key, writer=stamped.writer, start=stamped.wall_time, num_steps=event.num_steps
+        )
+        shot = self._shot(event.story_id, event.shot_id)
+        shot.attempts.append(attempt)
+        shot.status, shot.shot_index, shot.reason = "running", event.shot_index, ""
+        row.attempt = attempt
+
+    def _shot_changed(
+        self, row: Row, now: float, event: ev.ShotFinished | ev.ShotFailed | ev.ShotResumed | ev.ShotSkipped
+    ) -> None:
+        shot = self._shot(event.story_id, event.shot_id)
+        attempt = self._attempt(row, event.story_id, event.shot_id)
+        match event:
+            case ev.ShotResumed():
+                row.num_resumed += 1
+                if attempt is not None:
+                    attempt.resumed_step = attempt.step = event.step
+                return
+            case ev.ShotSkipped():
+                committed = event.reason == "committed"
+                if shot.status != "finished":
+                    shot.status = "finished" if committed else "blocked"
+                    shot.committed_before = committed
+                    shot.reason = "" if committed else event.reason
+                return
+            case ev.ShotFinished():
+                shot.status, shot.reason = "finished", ""
+                row.num_finished += not event.already_committed
+            case ev.ShotFailed():
+                shot.status, shot.reason = ("waiting" if event.will_retry else "failed"), event.reason
+                row.num_failed += 1
+                self.failures.append(
+                    Failure(
+                        wall_time=now,
+                        story_id=event.story_id,
+                        shot_id=event.shot_id,
+                        reason=event.reason,
+                        stage=event.stage or (row.stage if attempt is row.attempt else "save"),
+                        will_retry=event.will_retry,
+                    )
+                )
+        if attempt is None:
+            return
+        if isinstance(event, ev.ShotFinished):
+            attempt.finished = event
+            attempt.stage_seconds.update(event.stage_seconds)
+            self._end_attempt(row, attempt, "finished", now)
+        else:
+            attempt.reason = event.reason
+            self._end_attempt(row, attempt, "failed", now)
+
+    def _stage_finished(self, row: Row, now: float, event: ev.StageFinished) -> None:
+        for span in reversed(row.open_spans):
+            if (span.kind, span.story_id, span.shot_id) == (event.stage, event.story_id, event.shot_id):
+                row.open_spans.remove(span)
+                break
+        row.spans.append(
+            Span(
+                kind=event.stage,
+                start=now - event.elapsed_seconds,
+                end=now,
+                story_id=event.story_id,
+                shot_id=event.shot_id,
+            )
+        )
+        attempt = self._attempt(row, event.story_id or "", event.shot_id or "")
+        if attempt is not None:
+            attempt.stage_seconds[event.stage] = attempt.stage_seconds.get(event.stage, 0.0) + event.elapsed_seconds
+
+    def _step_finished(self, row: Row, event: ev.StepFinished) -> None:
+        row.recent_steps.append(event.elapsed_seconds)
+        if event.gpu_memory_gib is not None:
+            row.gpu_memory_gib = event.gpu_memory_gib
+        attempt = self._attempt(row, event.story_id, event.shot_id)
+        if attempt is None:
+            return
+        attempt.step, attempt.num_steps = event.step, event.num_steps
+        attempt.num_timed_steps += 1
+        attempt.num_reused_steps += event.reused
+        attempt.step_seconds += event.elapsed_seconds
+        steps, seconds = attempt.expert_steps.get(event.expert, (0, 0.0))
+        attempt.expert_steps[event.expert] = (steps + 1, seconds + event.elapsed_seconds)
+
+    def _memory_decided(self, row: Row, event: ev.MemoryDecided) -> None:
+        attempt = self._attempt(row, event.story_id, event.shot_id)
+        if attempt is not None:
+            attempt.decisions.append(event)
+        if event.verdict.startswith("kept") and event.slot is not None:
+            self.keyframe_scores[(event.story_id, event.source_shot_index, event.slot)] = event
+
+    def _throughput(self, row: Row, event: ev.ThroughputSampled) -> None:
+        if event.gpu_memory_gib is not None:
+            row.gpu_memory_gib = event.gpu_memory_gib
+        if event.queue_depth is not None:
+            row.queue_depths.append(event.queue_depth)
+        if event.collective_seconds is not None:
+            row.collective_seconds = (row.collective_seconds or 0.0) + event.collective_seconds
+        if event.bytes_read is not None:
+            row.bytes_read = (row.bytes_read or 0) + event.bytes_read

@@ -1,0 +1,205 @@
+"""The parts of a run as ``run_state.py`` keeps them: stories, shots, attempts, and rows of time. Plain values.
+
+Words: a *row* is one replica over all its starts (a later job goes on in the rows that an earlier one has left); an
+*attempt* is one try at a shot by one writer.
+"""
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from storymem_dist import events as ev
+
+RECENT_STEPS = 8
+"""How many steps the shown seconds-per-step look back."""
+
+RowKey = tuple[str, int]
+"""Replica number, and before it the name that tells jobs apart that share the folder: empty for the first of them."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Span:
+    """A piece of a row's time: a stage, or ``wait``. Wall times in seconds; ``end`` is None while it lasts."""
+
+    kind: str
+    start: float
+    end: float | None = None
+    story_id: str | None = None
+    shot_id: str | None = None
+
+
+@dataclass(kw_only=True, slots=True)
+class Attempt:
+    """One try at a shot.
+
+    ``outcome``: ``running``, ``finished``, ``failed``, ``stopped`` (on request) or ``interrupted`` (its process went
+    away). ``step`` counts finished steps; those up to ``resumed_step`` came from a checkpoint. ``is_rendered``: it is
+    being saved, so another attempt of its row may begin.
+    """
+
+    started: ev.ShotStarted
+    row: RowKey
+    writer: str
+    start: float
+    end: float | None = None
+    outcome: str = "running"
+    finished: ev.ShotFinished | None = None
+    reason: str = ""
+    is_rendered: bool = False
+    resumed_step: int = 0
+    step: int = 0
+    num_steps: int = 0
+    num_timed_steps: int = 0
+    num_reused_steps: int = 0
+    step_seconds: float = 0.0
+    expert_steps: dict[str, tuple[int, float]] = field(default_factory=dict)
+    stage_seconds: dict[str, float] = field(default_factory=dict)
+    decisions: list[ev.MemoryDecided] = field(default_factory=list)
+
+    def owns(self, span: Span) -> bool:
+        """Whether ``span`` is a stage of this attempt's shot."""
+        return (span.story_id, span.shot_id) == (self.started.story_id, self.started.shot_id)
+
+    @property
+    def seconds_per_step(self) -> float | None:
+        """Mean over the steps this attempt has timed."""
+        return self.step_seconds / self.num_timed_steps if self.num_timed_steps else None
+
+
+@dataclass(kw_only=True, slots=True)
+class ShotState:
+    """A shot of the batch. ``status``: ``waiting``, ``running``, ``finished``, ``failed`` or ``blocked``."""
+
+    story_id: str
+    shot_id: str
+    shot_index: int = 0
+    status: str = "waiting"
+    reason: str = ""
+    attempts: list[Attempt] = field(default_factory=list)
+    committed_before: bool = False
+
+    @property
+    def last(self) -> Attempt | None:
+        """The newest attempt."""
+        return self.attempts[-1] if self.attempts else None
+
+
+@dataclass(kw_only=True, slots=True)
+class StoryState:
+    """A story of the batch and its shots by id."""
+
+    story_id: str
+    name: str = ""
+    num_shots: int = 0
+    shots: dict[str, ShotState] = field(default_factory=dict)
+    outcome: str = ""
+    video: str | None = None
+    message: str = ""
+
+    @property
+    def num_finished(self) -> int:
+        """Shots that are committed."""
+        return sum(shot.status == "finished" for shot in self.shots.values())
+
+
+@dataclass(kw_only=True, slots=True)
+class Start:
+    """One start of a row's process: from ``JobStarted`` to ``JobFinished``, or to the last sign of life."""
+
+    writer: str
+    job: ev.JobStarted
+    start: float
+    last_seen: float
+    outcome: str = ""
+
+
+@dataclass(kw_only=True, slots=True)
+class Row:
+    """One replica of one job: what it does now, and what it has done.
+
+    ``saving`` is a rendered shot that is still being saved while ``attempt`` is rendered. ``queue_depths`` are the
+    numbers of shots that were ready when it took one.
+    """
+
+    key: RowKey
+    starts: list[Start] = field(default_factory=list)
+    spans: list[Span] = field(default_factory=list)
+    open_spans: list[Span] = field(default_factory=list)
+    attempt: Attempt | None = None
+    saving: Attempt | None = None
+    recent_steps: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT_STEPS))
+    weights: dict[str, ev.WeightsProgress] = field(default_factory=dict)
+    weights_done: list[ev.WeightsProgress] = field(default_factory=list)
+    gpu_memory_gib: float | None = None
+    last_seen: float = 0.0
+    num_finished: int = 0
+    num_failed: int = 0
+    num_resumed: int = 0
+    waited_seconds: float = 0.0
+    collective_seconds: float | None = None
+    bytes_read: int | None = None
+    queue_depths: list[int] = field(default_factory=list)
+
+    @property
+    def seconds_per_step(self) -> float | None:
+        """Mean over the last few steps."""
+        return sum(self.recent_steps) / len(self.recent_steps) if self.recent_steps else None
+
+    @property
+    def stage(self) -> str:
+        """The innermost stage that goes on now, or an empty string; what is done beside a shot does not count."""
+        attempt = self.attempt
+        spans = [s for s in self.open_spans if attempt is None or s.story_id is None or attempt.owns(s)]
+        return spans[-1].kind if spans else ""
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the newest start said that it is finished."""
+        return bool(self.starts) and self.starts[-1].outcome != ""
+
+    @property
+    def num_devices(self) -> int:
+        """Devices of the replica in its newest start."""
+        return self.starts[-1].job.num_devices if self.starts else 1
+
+    @property
+    def alive_seconds(self) -> float:
+        """Time its processes were up, all starts together."""
+        return sum(start.last_seen - start.start for start in self.starts)
+
+    @property
+    def device_seconds(self) -> float:
+        """The same, times the devices of each start."""
+        return sum((start.last_seen - start.start) * start.job.num_devices for start in self.starts)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Failure:
+    """A shot's failed attempt, or a storyboard that was refused (then ``shot_id`` is empty)."""
+
+    wall_time: float
+    story_id: str
+    shot_id: str
+    reason: str
+    stage: str = ""
+    will_retry: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rates:
+    """How fast it went. None: cannot be known from the events that are there.
+
+    ``clips_per_gpu_hour`` counts finished attempts over all device time, loading and waiting included.
+    ``tokens_per_second`` counts the tokens of one forward once per step, as ``ShotStarted.num_tokens`` gives them.
+    ``flop_utilisation`` is over denoising time and the devices' bf16 peak; steps that the step cache answered count as
+    no work. ``reuse_ratio`` is the share of such steps.
+    """
+
+    num_clips: int
+    device_seconds: float
+    clips_per_gpu_hour: float | None
+    seconds_per_step: float | None
+    seconds_per_clip: float | None
+    tokens_per_second: float | None
+    flop_utilisation: float | None
+    reuse_ratio: float | None
+    wait_ratio: float | None

@@ -1,0 +1,336 @@
+"""One Weights & Biases run, fed from the event files of one run folder. The only module that imports wandb.
+
+Everything logged is a function of the events so far: axes count events, not calls. A feed that starts again folds what
+it logged before (``wandb/feed.json`` says how far that was) and goes on behind it, with the same run id.
+
+Series and their axes: ``step/*`` over ``step/done`` (finished denoising steps of the run), ``shot/*`` over
+``shot/done``, ``replica_N/*`` over ``replica_N/steps_done``, and ``run/*``, ``system/*``, ``weights/*`` and
+``throughput/*`` over ``run/elapsed_seconds``. Tables: ``memory_frames``, ``failures``, ``story/ID``.
+
+Knows W&B and the events; ``feeder.py`` decides when and where it runs. Everything that W&B is told is here, so that no
+other module depends on its interface.
+"""
+
+import contextlib
+import json
+import os
+import re
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import wandb
+import yaml
+
+from storymem_dist import events as ev
+from storymem_dist.observe.journal import JournalTail
+from storymem_dist.observe.run.files import RunFiles
+from storymem_dist.observe.run.rates import rates
+from storymem_dist.observe.run.state import RunState
+from storymem_dist.observe.run.values import Attempt
+from storymem_dist.observe.settings import WandbSettings
+from storymem_dist.observe.wandb.media import Media
+
+TABLE_GROWTH = 1.5
+"""The memory table is logged anew when it has grown by this factor: the work stays linear in its size."""
+
+FIRST_TABLE_ROWS = 20
+
+
+class WandbFeed:
+    """Feeds one W&B run from one run folder.
+
+    ``mode`` is ``online`` or ``offline``; an online run that cannot be opened is kept offline and ``warnings`` says so.
+    ``process_id`` is the process whose CPU and GPU use W&B's own system metrics show. ``poll`` logs what is new and
+    returns how many events that were; ``finish`` logs the tables and the summary and ends the run. Raises
+    ``RunFolderError`` when the folder is not a run folder.
+    """
+
+    def __init__(self, run_folder: Path, settings: WandbSettings, *, mode: str, process_id: int | None = None) -> None:
+        self._run_folder = run_folder
+        self._files = RunFiles(run_folder)
+        self._settings = settings
+        self._tail = JournalTail(run_folder / "events")
+        self._state = RunState()
+        self._progress_file = run_folder / "wandb" / "feed.json"
+        progress = self._load_progress()
+        self._logged: dict[str, int] = progress["logged"]
+        self._media = Media(run_folder, settings, self._state, progress["videos"])
+        self._steps_done = 0
+        self._steps_of: dict[str, int] = {}
+        self._shots_done = 0
+        self._stories_done = 0
+        self._decisions: list[tuple[float, ev.MemoryDecided]] = []
+        self._rows_in_last_table = 0
+        self._rates_cost = (0.0, 0.0)
+        self._defined_replicas: set[str] = set()
+        self.warnings: list[str] = []
+        self._run = self._open_run(mode, process_id)
+        self._row = max(progress["row"], self._run.step)
+        self._define_axes()
+        wandb.Table.MAX_ROWS = wandb.Table.MAX_ARTIFACT_ROWS
+
+    # -- the run -------------------------------------------------------------------------------------------------------
+
+    def _open_run(self, mode: str, process_id: int | None) -> Any:
+        if mode != "online":
+            return self._init("offline", process_id)
+        try:
+            return self._init("online", process_id)
+        except Exception as error:
+            first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            self.warnings.append(f"Weights & Biases cannot be reached, the run is kept offline: {first_line}")
+            wandb.teardown()
+            return self._init("offline", process_id)
+
+    def _init(self, mode: Literal["online", "offline"], process_id: int | None) -> Any:
+        settings = self._settings
+        return wandb.init(
+            project=settings.project,
+            entity=settings.entity,
+            group=settings.group,
+            name=settings.name or self._run_folder.resolve().name,
+            notes=settings.notes,
+            tags=settings.tags or None,
+            id=re.sub(r"[^A-Za-z0-9_-]", "-", self._files.run_id),
+            resume="allow",
+            mode=mode,
+            dir=str(self._run_folder),
+            config=self._config(),
+            allow_val_change=True,
+            settings=wandb.Settings(
+                console="off",
+                silent=True,
+                init_timeout=settings.init_timeout_seconds,
+                finish_timeout=settings.finish_timeout_seconds,
+                x_stats_pid=process_id or os.getpid(),
+                save_code=False,
+                disable_job_creation=True,
+            ),
+        )
+
+    def _config(self) -> dict[str, Any]:
+        """The newest resolved configuration of the run folder; it is there when the first shot begins."""
+        self._config_hash, text = self._files.newest_config()
+        config: dict[str, Any] = {}
+        with contextlib.suppress(yaml.YAMLError):
+            read = yaml.safe_load(text)
+            config = read if isinstance(read, dict) else {}
+        return {**config, "run_folder": str(self._run_folder), "config_hash": self._config_hash}
+
+    def _define_axes(self) -> None:
+        for axis, series in (
+            ("step/done", ("step/*",)),
+            ("shot/done", ("shot/*",)),
+            ("story/done", ("story/*",)),
+            ("run/elapsed_seconds", ("run/*", "system/*", "weights/*", "throughput/*")),
+        ):
+            self._run.define_metric(axis)
+            for name in series:
+                self._run.define_metric(name, step_metric=axis)
+
+    def _log(self, values: dict[str, Any]) -> None:
+        self._run.log({key: value for key, value in values.items() if value is not None}, step=self._row)
+        self._row += 1
+
+    # -- events --------------------------------------------------------------------------------------------------------
+
+    def poll(self) -> int:
+        """Log everything that is new in the event files; returns the number of events."""
+        num_new = 0
+        while events := self._tail.poll():
+            for stamped in events:
+                num_new += self._take(stamped)
+        if num_new:
+            if self._files.newest_config()[0] != self._config_hash:
+                self._run.config.update(self._config(), allow_val_change=True)
+            grown = len(self._decisions) >= max(FIRST_TABLE_ROWS, TABLE_GROWTH * self._rows_in_last_table)
+            if grown:
+                self._log_memory_table()
+            self._save_progress()
+        return num_new
+
+    def _take(self, stamped: ev.StampedEvent) -> bool:
+        event = stamped.event
+        self._state.apply(stamped)
+        replica = f"replica_{stamped.replica}"
+        if isinstance(event, ev.StepFinished):
+            self._steps_done += 1
+            self._steps_of[replica] = self._steps_of.get(replica, 0) + 1
+        elif isinstance(event, ev.ShotFinished):
+            self._shots_done += 1
+        elif isinstance(event, ev.StoryFinished):
+            self._stories_done += 1
+        elif isinstance(event, ev.MemoryDecided):
+            self._decisions.append((stamped.wall_time, event))
+        if stamped.sequence <= self._logged.get(stamped.writer, -1):
+            return False
+        self._log_event(stamped, replica)
+        self._logged[stamped.writer] = stamped.sequence
+        return True
+
+    def _log_event(self, stamped: ev.StampedEvent, replica: str) -> None:
+        event = stamped.event
+        elapsed = stamped.wall_time - (self._state.first_time or stamped.wall_time)
+        match event:
+            case ev.JobStarted():
+                self._job_started(event)
+            case ev.StepFinished():
+                self._log(self._step_values(event, stamped, replica))
+            case ev.ShotFinished():
+                self._log(self._shot_values(event, replica))
+                self._log(self._run_values(elapsed))
+            case ev.StoryFinished():
+                self._log_story(event)
+            case ev.ShotFailed() | ev.StoryboardRejected():
+                self._log({"run/elapsed_seconds": elapsed, "run/failures": len(self._state.failures)})
+            case ev.WeightsProgress():
+                key = re.sub(r"[^A-Za-z0-9_]+", "_", event.what)
+                rate = event.bytes_done / event.elapsed_seconds / 1e9 if event.elapsed_seconds > 0 else None
+                self._log(
+                    {
+                        "run/elapsed_seconds": elapsed,
+                        f"weights/{replica}/{key}_gb": event.bytes_done / 1e9,
+                        f"weights/{replica}/gb_per_second": rate,
+                    }
+                )
+            case ev.ThroughputSampled() | ev.SystemSampled() | ev.ReplicaWaited():
+                self._log({"run/elapsed_seconds": elapsed, **self._sample_values(event, replica)})
+
+    def _job_started(self, event: ev.JobStarted) -> None:
+        told: dict[str, Any] = {"versions": dict(event.versions), "device": event.device, "layout": event.layout}
+        told |= {"job": event.job, "num_replicas": event.num_replicas, "num_devices_per_replica": event.num_devices}
+        self._run.config.update(told, allow_val_change=True)
+
+    def _step_values(self, event: ev.StepFinished, stamped: ev.StampedEvent, replica: str) -> dict[str, Any]:
+        axis = f"{replica}/steps_done"
+        if axis not in self._defined_replicas:
+            self._run.define_metric(axis)
+            self._run.define_metric(f"{replica}/*", step_metric=axis)
+            self._defined_replicas.add(axis)
+        attempt = self._attempt_of(event.story_id, event.shot_id)
+        tokens = attempt.started.num_tokens if attempt is not None else None
+        return {
+            "step/done": self._steps_done,
+            "step/seconds": event.elapsed_seconds,
+            "step/step": event.step,
+            "step/timestep": event.timestep,
+            "step/expert": event.expert,
+            "step/shot": f"{event.story_id}/{event.shot_id}",
+            "step/replica": stamped.replica,
+            "step/gpu_memory_gib": event.gpu_memory_gib,
+            "step/reused": int(event.reused),
+            "step/tokens_per_second": tokens / event.elapsed_seconds if tokens and event.elapsed_seconds > 0 else None,
+            axis: self._steps_of[replica],
+            f"{replica}/seconds_per_step": event.elapsed_seconds,
+        }
+
+    def _shot_values(self, event: ev.ShotFinished, replica: str) -> dict[str, Any]:
+        attempt = self._attempt_of(event.story_id, event.shot_id)
+        values: dict[str, Any] = {
+            "shot/done": self._shots_done,
+            "shot/name": f"{event.story_id}/{event.shot_id}",
+            "shot/replica": replica,
+            "shot/seconds": event.elapsed_seconds,
+            "shot/num_kept": len(event.keyframes),
+        }
+        values |= {f"shot/stage_seconds/{stage}": seconds for stage, seconds in event.stage_seconds.items()}
+        caption = f"{event.story_id}/{event.shot_id}"
+        if attempt is not None:
+            values |= {
+                "shot/mode": attempt.started.mode,
+                "shot/seed": attempt.started.seed,
+                "shot/num_memory": attempt.started.num_memory,
+                "shot/seconds_per_step": attempt.seconds_per_step,
+                "shot/reused_steps": attempt.num_reused_steps,
+            }
+            if attempt.num_timed_steps:
+                values["shot/reuse_ratio"] = attempt.num_reused_steps / attempt.num_timed_steps
+            for verdict in ev.MEMORY_VERDICTS:
+                values[f"shot/memory/{verdict}"] = sum(d.verdict == verdict for d in attempt.decisions)
+            caption += f" · {attempt.started.mode} · seed {attempt.started.seed} · {attempt.started.prompt}"
+        values["shot/video"] = self._media.video("shot", self._settings.num_shot_videos, event.clip, caption)
+        return values
+
+    def _run_values(self, elapsed: float) -> dict[str, Any]:
+        """Figures over the whole run; left out while computing them would take more than a twentieth of the time."""
+        last, cost = self._rates_cost
+        began = time.monotonic()
+        values: dict[str, Any] = {"run/elapsed_seconds": elapsed}
+        if began - last < 20 * cost:
+            return values
+        speed = rates(self._state)
+        values |= {
+            "run/shots_finished": self._state.count("finished"),
+            "run/clips_per_gpu_hour": speed.clips_per_gpu_hour,
+            "run/seconds_per_step": speed.seconds_per_step,
+            "run/tokens_per_second": speed.tokens_per_second,
+            "run/flop_utilisation": speed.flop_utilisation,
+            "run/reuse_ratio": speed.reuse_ratio,
+            "run/wait_ratio": speed.wait_ratio,
+        }
+        self._rates_cost = (time.monotonic(), time.monotonic() - began)
+        return values
+
+    @staticmethod
+    def _sample_values(
+        event: ev.ThroughputSampled | ev.SystemSampled | ev.ReplicaWaited, replica: str
+    ) -> dict[str, float | int | None]:
+        if isinstance(event, ev.ReplicaWaited):
+            return {f"throughput/{replica}/waited_seconds": event.elapsed_seconds}
+        values = {key: value for key, value in ev.event_to_dict(event).items() if isinstance(value, int | float)}
+        if isinstance(event, ev.SystemSampled):
+            values.pop("rank")
+            return {f"system/{event.host}/rank_{event.rank}/{key}": value for key, value in values.items()}
+        return {f"throughput/{replica}/{key}": value for key, value in values.items()}
+
+    def _attempt_of(self, story_id: str, shot_id: str) -> Attempt | None:
+        story = self._state.stories.get(story_id)
+        shot = story.shots.get(shot_id) if story is not None else None
+        return shot.last if shot is not None else None
+
+    def _log_memory_table(self) -> None:
+        self._log({"memory_frames": self._media.memory_table(self._decisions)})
+        self._rows_in_last_table = len(self._decisions)
+
+    def _log_story(self, event: ev.StoryFinished) -> None:
+        story = self._state.stories[event.story_id]
+        values: dict[str, Any] = {
+            "story/done": self._stories_done,
+            f"story/{event.story_id}": self._media.story_table(story),
+        }
+        caption = f"{event.story_id} · {story.name}"
+        values["story/video"] = self._media.video("story", self._settings.num_story_videos, event.video, caption)
+        self._log(values)
+
+    def finish(self) -> None:
+        """Log what is only known at the end, and end the W&B run (uploads are given the configured time)."""
+        self.poll()
+        if len(self._decisions) > self._rows_in_last_table:
+            self._log_memory_table()
+        for story in self._state.stories.values():
+            if story.outcome == "" and story.shots:
+                self._log({"story/done": self._stories_done, f"story/{story.story_id}": self._media.story_table(story)})
+        if self._state.failures:
+            self._log({"failures": self._media.failure_table(self._state.failures)})
+        speed = asdict(rates(self._state))
+        self._run.summary.update({f"total/{key}": value for key, value in speed.items() if value is not None})
+        self._run.summary["total/num_failures"] = len(self._state.failures)
+        self._save_progress()
+        self._run.finish()
+
+    # -- progress ------------------------------------------------------------------------------------------------------
+
+    def _load_progress(self) -> dict[str, Any]:
+        try:
+            progress = json.loads(self._progress_file.read_text(encoding="utf-8"))
+            return {key: progress[key] for key in ("logged", "videos", "row")}
+        except (OSError, ValueError, KeyError, TypeError):
+            return {"logged": {}, "videos": {}, "row": 0}
+
+    def _save_progress(self) -> None:
+        values = {"logged": self._logged, "videos": self._media.num_videos, "row": self._row}
+        temporary = self._progress_file.with_suffix(".tmp")
+        temporary.write_text(json.dumps(values), encoding="utf-8")
+        temporary.replace(self._progress_file)

@@ -1,0 +1,185 @@
+"""A run's pictures and tables as Weights & Biases media: ``memory_frames``, ``story/ID``, ``failures``, videos.
+
+Knows W&B's media types and the folded events; ``feed`` decides when something is logged.
+"""
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import wandb
+
+import storymem_dist.events as ev
+from storymem_dist.observe.run.state import RunState
+from storymem_dist.observe.run.thumbnails import Thumbnails
+from storymem_dist.observe.run.values import Failure, StoryState
+from storymem_dist.observe.settings import WandbSettings
+
+MEMORY_COLUMNS = (
+    "frame",
+    "story",
+    "shot",
+    "verdict",
+    "source_shot",
+    "source_frame",
+    "slot",
+    "position",
+    "similarity",
+    "bank_similarity",
+    "against",
+    "quality",
+    "why",
+    "wall_time",
+)
+"""Columns of the ``memory_frames`` table: one row per memory decision, in the order of the event files."""
+
+STORY_COLUMNS = ("frame", "shot", "mode", "seed", "prompt", "status", "seconds", "seconds_per_step", "recalled", "kept")
+FAILURE_COLUMNS = ("wall_time", "story", "shot", "stage", "reason", "tried_again")
+
+
+class Media:
+    """Makes W&B media from one run folder. ``num_videos`` counts the videos so far, by kind; it is continued."""
+
+    def __init__(self, run_folder: Path, settings: WandbSettings, state: RunState, num_videos: dict[str, int]) -> None:
+        self._run_folder = run_folder
+        self._settings = settings
+        self._state = state
+        self._thumbnails = Thumbnails(run_folder, settings.thumbnail_height)
+        self.num_videos = num_videos
+
+    def video(self, kind: str, limit: int, path: str | None, caption: str) -> Any:
+        """The video as W&B media, or None when it is over a limit or not there."""
+        file = self._run_folder / path if path else None
+        if file is None or not file.is_file() or file.stat().st_size > self._settings.max_video_mib * 2**20:
+            return None
+        if 0 <= limit <= self.num_videos.get(kind, 0):
+            return None
+        self.num_videos[kind] = self.num_videos.get(kind, 0) + 1
+        return wandb.Video(str(file), caption=caption, format="mp4")
+
+    def memory_table(self, decisions: Sequence[tuple[float, ev.MemoryDecided]]) -> wandb.Table:
+        """One row for each decision, given with its wall time."""
+        table = wandb.Table(columns=list(MEMORY_COLUMNS))
+        frames = self._memory_frames([event for _, event in decisions])
+        for (when, event), frame in zip(decisions, frames, strict=True):
+            scored = self._state.with_scores(event)
+            table.add_data(
+                frame,
+                event.story_id,
+                event.shot_id,
+                event.verdict,
+                _source_name(event.source_shot_index),
+                event.source_frame_index,
+                event.slot,
+                event.position,
+                scored.similarity,
+                scored.bank_similarity,
+                scored.against,
+                scored.quality,
+                event.why,
+                when,
+            )
+        return table
+
+    def story_table(self, story: StoryState) -> wandb.Table:
+        """One row for each shot of a story."""
+        table = wandb.Table(columns=list(STORY_COLUMNS))
+        for shot in sorted(story.shots.values(), key=lambda shot: shot.shot_index):
+            attempt = shot.last
+            if attempt is None:
+                table.add_data(None, shot.shot_id, "", None, "", shot.status, None, None, "", "")
+                continue
+            clip = attempt.finished.clip if attempt.finished is not None else ""
+            seconds = attempt.end - attempt.start if attempt.end is not None else None
+            table.add_data(
+                self._image(self._thumbnails.frame(clip, 0)) if clip else None,
+                shot.shot_id,
+                attempt.started.mode,
+                attempt.started.seed,
+                attempt.started.prompt,
+                shot.status if shot.status != "failed" else f"failed: {shot.reason}",
+                seconds,
+                attempt.seconds_per_step,
+                ", ".join(_frame_name(d) for d in attempt.decisions if d.verdict == "recalled"),
+                ", ".join(_frame_name(d) for d in attempt.decisions if d.verdict.startswith("kept")),
+            )
+        return table
+
+    @staticmethod
+    def failure_table(failures: Sequence[Failure]) -> wandb.Table:
+        """One row for each failure."""
+        table = wandb.Table(columns=list(FAILURE_COLUMNS))
+        for failure in failures:
+            table.add_data(
+                failure.wall_time,
+                failure.story_id,
+                failure.shot_id,
+                failure.stage,
+                failure.reason,
+                failure.will_retry,
+            )
+        return table
+
+    def _image(self, jpeg: bytes | None) -> Any:
+        """The thumbnail as W&B media. The files lie in the run folder, so that offline runs hold all they need."""
+        if jpeg is None:
+            return None
+        folder = self._run_folder / "wandb" / "thumbnails"
+        folder.mkdir(exist_ok=True)
+        path = folder / f"{hashlib.sha256(jpeg).hexdigest()[:16]}.jpg"
+        if not path.exists():
+            path.write_bytes(jpeg)
+        return wandb.Image(str(path))
+
+    def _memory_frames(self, decisions: Sequence[ev.MemoryDecided]) -> list[Any]:
+        """One image (or None) per memory row. Keyframes of the bank come first where images are limited."""
+        limit = self._settings.num_memory_images
+        images: dict[tuple[str, int, int], Any] = {}
+        by_clip: dict[str, list[int]] = {}
+        order = sorted(range(len(decisions)), key=lambda i: decisions[i].slot is None)
+        for index in order:
+            clip = self._clip_of(decisions[index])
+            if clip is not None:
+                by_clip.setdefault(clip, []).append(decisions[index].source_frame_index)
+        for clip, indices in by_clip.items():
+            self._thumbnails.decode(clip, indices)
+        for index in order:
+            event = decisions[index]
+            key = (event.story_id, event.source_shot_index, event.source_frame_index)
+            clip = self._clip_of(event)
+            if key in images or (0 <= limit <= len(images)):
+                continue
+            jpeg = self._reference(event) if clip is None else self._thumbnails.frame(clip, event.source_frame_index)
+            if jpeg is not None:
+                images[key] = self._image(jpeg)
+        return [images.get((e.story_id, e.source_shot_index, e.source_frame_index)) for e in decisions]
+
+    def _clip_of(self, event: ev.MemoryDecided) -> str | None:
+        """Path of the clip that the frame of this decision comes from."""
+        story = self._state.stories.get(event.story_id)
+        for shot in story.shots.values() if story is not None else ():
+            if shot.shot_index == event.source_shot_index:
+                done = [a.finished for a in shot.attempts if a.finished is not None]
+                return done[-1].clip if done and done[-1].clip else None
+        return None
+
+    def _reference(self, event: ev.MemoryDecided) -> bytes | None:
+        """Thumbnail of a story's reference image, from the storyboard as it was read."""
+        if event.source_shot_index >= 0 or event.slot is None:
+            return None
+        storyboard = self._run_folder / "stories" / event.story_id / "storyboard.json"
+        with contextlib.suppress(OSError, ValueError, KeyError, IndexError, TypeError):
+            images = json.loads(storyboard.read_text(encoding="utf-8"))["reference_images"]
+            return self._thumbnails.image(str(images[event.slot]))
+        return None
+
+
+def _source_name(shot_index: int) -> str:
+    return "reference" if shot_index < 0 else f"shot_{shot_index + 1:02d}"
+
+
+def _frame_name(event: ev.MemoryDecided) -> str:
+    return f"{_source_name(event.source_shot_index)} #{event.slot}"

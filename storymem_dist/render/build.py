@@ -1,0 +1,221 @@
+"""Settings into objects: the one place that knows every class.
+
+Decides once who does what (device, layout, residency); the code it wires together has no such tests. Nothing here
+computes a pixel.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from storymem_dist.diffusion.experts import ExpertPair
+from storymem_dist.diffusion.settings import SamplerSettings
+from storymem_dist.events import ThroughputSampled
+from storymem_dist.hardware import current_device, device_memory
+from storymem_dist.models.attention import start_backend
+from storymem_dist.models.precision import set_fp32_precision
+from storymem_dist.models.quantized_linear import check_linears
+from storymem_dist.models.wan.dit import WanDiT
+from storymem_dist.models.wan.presets import EXPERTS, HIGH_NOISE, LOW_NOISE
+from storymem_dist.models.wan.text_encoder import TextEncoder
+from storymem_dist.parallel.guidance import make_guidance
+from storymem_dist.parallel.layout import check_guidance
+from storymem_dist.parallel.loading import build_expert, place_experts
+from storymem_dist.parallel.session import Session, start_session
+from storymem_dist.parallel.settings import ParallelSettings
+from storymem_dist.parallel.vae import parallelize_vae
+from storymem_dist.parallel.weight_memory import check_weight_memory, decide_experts, host_has_room
+from storymem_dist.render.clip import ClipSampler
+from storymem_dist.weights.bundle import Weights
+from storymem_dist.weights.loading import LoadReport
+from storymem_dist.weights.settings import ModelSettings
+from storymem_dist.weights.text_encoder import load_text_encoder
+from storymem_dist.weights.vae import load_vae
+
+LoadProgress = Callable[[str, int, int], None]
+"""Called while weights load: what, bytes done, bytes in all."""
+
+BytesRead = Callable[[int], None]
+"""Called on all ranks after a load with the bytes that the ranks of the replica have read for it together."""
+
+
+class ExpertLoader:
+    """Loads the two experts of a kind onto this session's ranks; the callable that a ``ClipSampler`` is given."""
+
+    def __init__(
+        self,
+        model: ModelSettings,
+        weights: Weights,
+        parallel: ParallelSettings,
+        sampler: SamplerSettings,
+        session: Session,
+        progress: LoadProgress | None = None,
+        on_read: BytesRead | None = None,
+    ) -> None:
+        self._model = model
+        self._weights = weights
+        self._parallel = parallel
+        self._sampler = sampler
+        self._session = session
+        self._progress = progress
+        self._on_read = on_read
+        self._reads_together = False
+        self.num_loads: dict[str, int] = {}
+
+    def __call__(self, kind: str) -> ExpertPair:
+        """The experts of ``kind`` ("t2v" or "m2v"), ready to run. Collective over the replica."""
+        num_bytes = 0
+
+        def build() -> Iterator[tuple[str, WanDiT]]:
+            nonlocal num_bytes
+            for name in EXPERTS:
+                expert, report = self._build(kind, name)
+                num_bytes += report.bytes_read
+                yield name, expert
+
+        modules, residency = place_experts(
+            build(),
+            device=self._session.device,
+            weights=self._parallel.weights,
+            swap=self._model.experts == "swap",
+            may_swap=host_has_room(
+                self._model,
+                self._parallel,
+                self._weights.checkpoints[kind].dit_config,
+                ranks_per_node=self._session.layout.ranks_per_node,
+            ),
+        )
+        self._tell_read(num_bytes)
+        self.num_loads[kind] = self.num_loads.get(kind, 0) + 1
+        return ExpertPair(
+            high_noise=modules[HIGH_NOISE],
+            low_noise=modules[LOW_NOISE],
+            boundary_ratio=self._sampler.boundary_ratio(kind),
+            guidance_scale_high=self._sampler.guidance_scale_high,
+            guidance_scale_low=self._sampler.guidance_scale_low,
+            residency=residency,
+        )
+
+    def _build(self, kind: str, name: str) -> tuple[WanDiT, LoadReport]:
+        checkpoint = self._weights.checkpoints[kind]
+        return build_expert(
+            checkpoint.dit_config,
+            checkpoint.expert(name),
+            self._weights.loras[kind][name],
+            session=self._session,
+            settings=self._parallel,
+            dtype=getattr(torch, self._model.dtype),
+            attention=self._model.attention,
+            linears=self._model.linears,
+            cache_text_keys=self._model.cache_text_keys,
+            share_reads=None if self._reads_together else False,
+            progress=self._named_progress(f"{kind} {name}"),
+        )
+
+    @contextmanager
+    def reading_together(self) -> Iterator[None]:
+        """While the body runs, all replicas of a node load the same experts, and one rank may read them for all."""
+        self._reads_together = True
+        try:
+            yield
+        finally:
+            self._reads_together = False
+
+    def _tell_read(self, num_bytes: int) -> None:
+        if self._on_read is not None:
+            mine = torch.tensor([num_bytes], device=self._session.device)
+            self._on_read(int(self._session.mesh.shard.sum(mine)))
+
+    def _named_progress(self, what: str) -> Callable[[int, int], None] | None:
+        progress = self._progress
+        if progress is None:
+            return None
+        return lambda done, total: progress(what, done, total)
+
+
+@dataclass(kw_only=True)
+class Engine:
+    """One rank's means to render clips: its session, and a sampler whose experts load on first use."""
+
+    session: Session
+    clips: ClipSampler
+    experts: ExpertLoader
+    _model: ModelSettings
+    _weights: Weights
+    _text_encoder: TextEncoder | None = field(default=None)
+
+    @classmethod
+    def start(
+        cls,
+        model: ModelSettings,
+        weights: Weights,
+        parallel: ParallelSettings,
+        sampler: SamplerSettings,
+        *,
+        session: Session | None = None,
+        progress: LoadProgress | None = None,
+        on_read: BytesRead | None = None,
+    ) -> "Engine":
+        """Start the ranks (unless ``session`` is given) and load the VAE. Collective over all started ranks.
+
+        Raises, before weights are read, ``LayoutError`` when layout, ranks and guidance do not go together, and
+        ``ConfigError`` when the experts do not fit, or the attention kernel or the linear layers cannot be used.
+        """
+        check_guidance(
+            parallel, guidance_scale_high=sampler.guidance_scale_high, guidance_scale_low=sampler.guidance_scale_low
+        )
+        session = session or start_session(parallel, num_heads=weights.any_checkpoint.dit_config.num_heads)
+        model = decide_experts(model, parallel, weights.any_checkpoint.dit_config, session.device)
+        session.all_or_none(partial(_check_start, model, weights, parallel, session))
+        set_fp32_precision(convolutions=model.vae_precision)
+        vae = load_vae(weights.any_checkpoint.vae_path, session.device)
+        if session.mesh.shard.size > 1:
+            assert session.mesh.shard.group is not None
+            parallelize_vae(vae, session.mesh.shard.group, session.mesh.clock)
+        experts = ExpertLoader(model, weights, parallel, sampler, session, progress, on_read)
+        clips = ClipSampler(load_experts=experts, guidance=make_guidance(session.mesh), vae=vae, device=session.device)
+        return cls(session=session, clips=clips, experts=experts, _model=model, _weights=weights)
+
+    def measure(self) -> ThroughputSampled:
+        """What this process knows of itself: memory now, and time in collectives since it was last asked."""
+        clock, memory = self.session.mesh.clock, device_memory(current_device())
+        return ThroughputSampled(
+            collective_seconds=None if clock is None else clock.take(),
+            gpu_memory_gib=memory.held_gib,
+            peak_gpu_memory_gib=memory.peak_gib,
+        )
+
+    @property
+    def text_dtype(self) -> torch.dtype:
+        """The number format of the text encoder."""
+        return getattr(torch, self._model.text_encoder_dtype)
+
+    def load_text_encoder(self) -> TextEncoder:
+        """Load the text encoder onto the device that the settings name."""
+        choice = self._model.text_encoder_device
+        device = self.session.device if choice == "auto" else torch.device(choice)
+        return load_text_encoder(self._weights.any_checkpoint, device, self.text_dtype)
+
+    def encode_texts(self, texts: Sequence[str], *, keep_encoder: bool = False) -> dict[str, Tensor]:
+        """Embeddings ``[L <= 512, text_dim]`` on the CPU, by text; every rank encodes all of them."""
+        encoder = self._text_encoder or self.load_text_encoder()
+        self._text_encoder = encoder if keep_encoder else None
+        return {text: embed.cpu() for text, embed in zip(texts, encoder.encode(texts), strict=True)}
+
+    def close(self) -> None:
+        """Drop all weights and end the session."""
+        self.clips.release()
+        self._text_encoder = None
+        self.session.close()
+
+
+def _check_start(model: ModelSettings, weights: Weights, parallel: ParallelSettings, session: Session) -> None:
+    """Raise ``ConfigError`` unless the experts fit this rank, and the kernels that the settings name work on it."""
+    config, device = weights.any_checkpoint.dit_config, session.device
+    check_weight_memory(model, parallel, config, device=device, ranks_per_node=session.layout.ranks_per_node)
+    start_backend(model.attention, device=device, dtype=getattr(torch, model.dtype), head_dim=config.head_dim)
+    check_linears(model.linears, device)

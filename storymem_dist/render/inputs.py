@@ -1,0 +1,101 @@
+"""What a job renders and from which inputs: stories cut to size, kinds of experts, what changes pixels, expected cost.
+
+Pure functions of settings, stories and checked weights. Nothing is started or loaded here.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+from storymem_dist.config.schema import RenderConfig, StoriesSettings
+from storymem_dist.dispatch.cost import CostModel
+from storymem_dist.dispatch.plan import shot_mode
+from storymem_dist.memory.settings import SELECTION_KEYS
+from storymem_dist.models.wan.presets import WAN22_A14B
+from storymem_dist.story.loading import StoryBatch
+from storymem_dist.story.modes import KINDS, M2V
+from storymem_dist.story.schema import Scene, Story
+from storymem_dist.weights.bundle import Weights
+
+PIXEL_VERSION = 1
+"""Part of every fingerprint: raised when a change of this program changes pixels."""
+
+_PIXEL_SAMPLER_KEYS = (
+    "num_inference_steps",
+    "solver",
+    "sigmas",
+    "num_frames",
+    "height",
+    "width",
+    "fps",
+    "guidance_scale_high",
+    "guidance_scale_low",
+    "noise_device",
+    "step_cache_threshold",
+)
+_RECALL_KEYS = ("max_keyframes", "num_fixed")
+
+
+def choose_stories(batch: StoryBatch, settings: StoriesSettings) -> StoryBatch:
+    """Cut the batch to ``max_stories`` stories of ``max_shots`` shots."""
+    stories = batch.stories[: settings.max_stories]
+    if settings.max_shots is not None:
+        stories = tuple(first_shots(story, settings.max_shots) for story in stories)
+    return StoryBatch(stories=stories, rejected=batch.rejected)
+
+
+def first_shots(story: Story, max_shots: int) -> Story:
+    """The story up to its first ``max_shots`` shots; scenes that become empty are left out."""
+    scenes = [
+        Scene(scene_num=scene.scene_num, shots=tuple(shot for shot in scene.shots if shot.index < max_shots))
+        for scene in story.scenes
+    ]
+    return replace(story, scenes=tuple(scene for scene in scenes if scene.shots))
+
+
+def kinds_of(stories: Sequence[Story], settings: RenderConfig) -> list[str]:
+    """The kinds of experts that the stories need, in the order in which a job loads them."""
+    needed = {shot_mode(story, shot, settings.sampler)[0] for story in stories for shot in story.shots}
+    return [kind for kind in KINDS if kind in needed]
+
+
+def pixel_inputs(kind: str, settings: RenderConfig, weights: Weights) -> dict[str, Any]:
+    """All that changes the pixels of a ``kind`` shot, or what it leaves in memory, beyond prompt, seed and mode."""
+    sampler, memory = settings.sampler, settings.memory
+    inputs: dict[str, Any] = {f"sampler.{key}": getattr(sampler, key) for key in _PIXEL_SAMPLER_KEYS}
+    inputs["sampler.flow_shift"] = sampler.flow_shift(kind)
+    inputs["sampler.boundary_ratio"] = sampler.boundary_ratio(kind)
+    if sampler.needs_negative_prompt:
+        inputs["sampler.negative_prompt"] = sampler.negative_prompt
+    memory_keys = SELECTION_KEYS + (_RECALL_KEYS if kind == M2V else ())
+    inputs |= {f"memory.{key}": getattr(memory, key) for key in memory_keys}
+    inputs |= {f"video.{key}": value for key, value in asdict(settings.video).items()}
+    inputs["model.dtype"] = settings.model.dtype
+    inputs["model.linears"] = settings.model.linears
+    inputs["model.vae_precision"] = settings.model.vae_precision
+    inputs["model.text_encoder_dtype"] = settings.model.text_encoder_dtype
+    inputs["weights"] = weights.identity(kind)
+    inputs["pixel_version"] = PIXEL_VERSION
+    return inputs
+
+
+def cost_model(settings: RenderConfig, weights: Weights) -> CostModel:
+    """What the planner needs to know of settings and weights."""
+    sampler, sizes = settings.sampler, weights.any_checkpoint.dit_config
+    return CostModel(
+        num_frames=sampler.num_frames,
+        height=sampler.height,
+        width=sampler.width,
+        num_inference_steps=sampler.num_inference_steps,
+        passes_per_step=2 if sampler.needs_negative_prompt else 1,
+        max_keyframes=settings.memory.max_keyframes,
+        is_a14b=sizes in (WAN22_A14B.t2v, WAN22_A14B.i2v),
+    )
+
+
+def config_hash(plain_config: Mapping[str, Any]) -> str:
+    """Hash of a configuration without what says where or how fast, but not what."""
+    kept = {key: value for key, value in plain_config.items() if key in ("model", "sampler", "memory", "video")}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]

@@ -1,0 +1,220 @@
+"""One render job on one rank: from settings to an exit code.
+
+The order is the point: everything that can be wrong with storyboards, layout, weights and folder is found out before
+the first byte of weights is read. Knows how the parts go together; what they do is theirs.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+
+import torch
+
+from storymem_dist.artifacts.prompt_cache import PromptCache
+from storymem_dist.artifacts.run_folder import RunFolder
+from storymem_dist.config.points import Point
+from storymem_dist.dispatch.plan import BatchPart, plan_part
+from storymem_dist.dispatch.stop import StopSwitch, own_stop_files
+from storymem_dist.dispatch.summary import BatchSummary, Replica
+from storymem_dist.errors import StoryboardError
+from storymem_dist.events import (
+    Observer,
+    ThroughputSampled,
+    timed_stage,
+)
+from storymem_dist.memory.scorers import ScorerShelf
+from storymem_dist.models.attention import describe_backend
+from storymem_dist.observe.settings import TrackingSettings
+from storymem_dist.observe.start import Place, start_observers
+from storymem_dist.parallel.progress import ProgressBoard
+from storymem_dist.parallel.session import Session, start_session
+from storymem_dist.parallel.watch import Watch
+from storymem_dist.render.batch import render_batch
+from storymem_dist.render.build import Engine
+from storymem_dist.render.check import CheckedJob, check_job
+from storymem_dist.render.identity import device_name, group_identity, job_identity, package_versions
+from storymem_dist.render.inputs import config_hash, cost_model, pixel_inputs
+from storymem_dist.render.outcome import announce, print_outcome, report_loading
+from storymem_dist.render.prompts import CachedPrompts
+from storymem_dist.render.shot import ShotRules, StoryShotRenderer, negative_prompts
+from storymem_dist.story.loading import StoryBatch
+from storymem_dist.story.modes import KINDS
+from storymem_dist.weights.bundle import Weights
+from storymem_dist.weights.text_encoder import text_encoder_identity
+
+
+def render_job(points: Sequence[Point], *, sweep: str | None = None) -> int:
+    """Render everything that ``points`` ask for on this rank, together with the other ranks; return the exit code.
+
+    Several points must share their weights and their layout (``can_join``): they become parts of one job, each with its
+    own run folder, and all other settings but the sampler's, memory's, stories' and tracking's are those of the first.
+    ``sweep`` names the sweep that they belong to.
+
+    Raises ``StoryMemError`` for whatever is wrong before the first shot.
+    """
+    checked = check_job(points)
+    settings, weights = points[0].settings, checked.weights
+    with (
+        start_session(settings.parallel, num_heads=weights.any_checkpoint.dit_config.num_heads) as session,
+        ExitStack() as closing,
+    ):
+        runs = [RunFolder(point.settings.output) for point in points]
+        run_ids = session.leader_decides(lambda: [run.open() for run in runs])
+        place = Place(
+            job=group_identity(),
+            rank=session.rank,
+            replica=session.replica,
+            num_replicas=session.layout.replica,
+            is_leader=session.is_leader,
+        )
+        board = ProgressBoard()
+        dtype, head_dim = getattr(torch, checked.model.dtype), weights.any_checkpoint.dit_config.head_dim
+        attention = describe_backend(checked.model.attention, device=session.device, dtype=dtype, head_dim=head_dim)
+        parts, watchers = [], []
+        for point, batch, run, run_id in zip(points, checked.batches, runs, run_ids, strict=True):
+            tracking = tracking_of_part(point.settings.tracking, num_parts=len(points))
+            observers = closing.enter_context(start_observers(tracking, run.root, place, sweep=sweep))
+            watchers.append(observers)
+            part = _part(point, batch, run, weights, board.watching(observers.observer), session)
+            announce(part, batch, run_id, session, attention)
+            parts.append(part)
+
+        def tell(message: str) -> None:
+            for observers in watchers:
+                observers.warn(message, "parallel")
+
+        with Watch(session, settings.parallel, look=board.look, tell=tell) as watch:
+            summary = _render(parts, points, checked, session, board, watch)
+    print_outcome(points, checked.batches, summary, session)
+    rejected = any(batch.rejected for batch in checked.batches)
+    return summary.exit_code or (StoryboardError.exit_code if rejected else 0)
+
+
+def tracking_of_part(tracking: TrackingSettings, *, num_parts: int) -> TrackingSettings:
+    """Tracking of one of ``num_parts`` parts: several cannot each redraw the terminal, so they write lines."""
+    if num_parts == 1 or tracking.console.mode == "off":
+        return tracking
+    return replace(tracking, console=replace(tracking.console, mode="plain"))
+
+
+def _part(
+    point: Point, batch: StoryBatch, run: RunFolder, weights: Weights, observer: Observer, session: Session
+) -> BatchPart:
+    settings = point.settings
+    return BatchPart(
+        run=run,
+        stories=batch.stories,
+        sampler=settings.sampler,
+        inputs={kind: pixel_inputs(kind, settings, weights) for kind in weights.checkpoints},
+        video=settings.video,
+        cost=cost_model(settings, weights),
+        config_hash=config_hash(point.plain),
+        config_text=json.dumps(point.plain, indent=2, ensure_ascii=False, sort_keys=True),
+        observers=observer,
+        host={"versions": package_versions(), "device": device_name(session.device), "layout": str(session.layout)},
+    )
+
+
+def _render(
+    parts: Sequence[BatchPart],
+    points: Sequence[Point],
+    checked: CheckedJob,
+    session: Session,
+    board: ProgressBoard,
+    watch: Watch,
+) -> BatchSummary:
+    settings, weights = points[0].settings, checked.weights
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    stop_files = [part.run.stop_file for part in parts]
+    stop_switch = StopSwitch(stop_files, own_files=own_stop_files(), restarted=restarted, on_ask=board.sign)
+    stop_switch.reason()  # the first look, before weights are read: a stop file that is made meanwhile counts
+    engine = Engine.start(
+        checked.model,
+        weights,
+        settings.parallel,
+        settings.sampler,
+        session=session,
+        progress=report_loading(parts[0].observers),
+        on_read=lambda num_bytes: parts[0].observers.notify(ThroughputSampled(bytes_read=num_bytes)),
+    )
+    rules = [
+        ShotRules(sampler=part.sampler, memory=point.settings.memory, observer=part.observers)
+        for part, point in zip(parts, points, strict=True)
+    ]
+    scorers = ScorerShelf(session.device)
+    for one in rules:
+        session.leader_decides(partial(scorers.check, one.memory))
+    cache = parts[0].run.cache_folder / "prompts"
+    prompts = CachedPrompts(
+        PromptCache(cache, text_encoder_identity(weights.any_checkpoint, engine.text_dtype)),
+        engine.load_text_encoder,
+    )
+    with timed_stage(parts[0].observers, "text"):
+        wanted = [shot.prompt for part in parts for story in part.stories for shot in story.shots]
+        prompts.ensure_together([*dict.fromkeys(wanted), *negative_prompts(rules)], session)
+    renderer = StoryShotRenderer(
+        clips=engine.clips,
+        prompts=prompts,
+        scorers=scorers,
+        rules=rules,
+        leader_decides=session.leader_decides,
+        measure=engine.measure,
+        retries_in_place=session.layout.ranks_per_replica == 1,
+    )
+    loaded = _load_together(parts, engine, session, share_reads=settings.parallel.share_reads)
+    with stop_switch.listening() as stop:
+        return render_batch(
+            parts=parts,
+            renderer=renderer,
+            settings=settings.dispatch,
+            replica=Replica(
+                index=session.replica,
+                count=session.layout.replica,
+                num_devices=session.layout.ranks_per_replica,
+                job_id=job_identity(),
+            ),
+            stop=stop,
+            leader_decides=session.leader_decides,
+            check_contents=settings.debug.verify_records,
+            loaded=loaded,
+            on_crash=watch.note,
+        )
+
+
+def _load_together(parts: Sequence[BatchPart], engine: Engine, session: Session, *, share_reads: bool) -> str | None:
+    """Load the first experts on all replicas of this node at once, where one rank reads them for all; return the kind.
+
+    Later loads are each replica's own. So is the first one where nobody shares: it then waits for the first shot.
+    """
+    if session.readers.size == 1 or not share_reads:
+        return None
+    # all readers of a node agree on what their first one sees, then every replica on what its leader has heard
+    on_node: str | None = session.readers.decide(lambda: first_kind_left(parts))
+    kind = session.leader_decides(lambda: on_node)
+    if kind is not None:
+        with timed_stage(parts[0].observers, "load"), engine.experts.reading_together():
+            engine.clips.prepare(kind)
+    return kind
+
+
+def first_kind_left(parts: Sequence[BatchPart]) -> str | None:
+    """The kind of experts that the first shots need which are not committed; None when there are no such shots."""
+    left = set()
+    for number, part in enumerate(parts):
+        for _, planned in plan_part(number, part):
+            if isinstance(planned, StoryboardError):
+                continue
+            for shot in planned:
+                if not part.run.shot(shot.story.story_id, shot.shot.shot_id).is_committed(shot.fingerprint):
+                    left.add(shot.kind)
+                    break
+    return min(left, key=KINDS.index, default=None)
+
+
+# -- what is loaded once -----------------------------------------------------------------------------------------------
+
+
+# -- what people see ---------------------------------------------------------------------------------------------------

@@ -1,0 +1,93 @@
+"""What people see of a job: its start, the progress of loading, and how it ended."""
+
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from storymem_dist.artifacts.run_folder import RunFolder
+from storymem_dist.config.points import Point
+from storymem_dist.dispatch.plan import BatchPart
+from storymem_dist.dispatch.summary import BatchSummary
+from storymem_dist.events import (
+    JobStarted,
+    Observer,
+    StoryboardRejected,
+    WeightsProgress,
+)
+from storymem_dist.hardware import peak_tflops
+from storymem_dist.parallel.session import Session
+from storymem_dist.render.identity import device_name, group_identity, package_versions
+from storymem_dist.story.loading import StoryBatch
+
+_PROGRESS_SECONDS = 0.25
+
+
+def announce(part: BatchPart, batch: StoryBatch, run_id: str, session: Session, attention: str) -> None:
+    """Report the start of the job to the observers of one part, and the storyboards that it cannot render."""
+    part.observers.notify(
+        JobStarted(
+            run_id=run_id,
+            job=group_identity(),
+            config_hash=part.config_hash,
+            num_stories=len(batch.stories),
+            num_shots=sum(len(story.shots) for story in batch.stories),
+            num_replicas=session.layout.replica,
+            num_devices=session.layout.ranks_per_replica,
+            device=device_name(session.device),
+            layout=str(session.layout),
+            attention=attention,
+            host=socket.gethostname(),
+            process_id=os.getpid(),
+            peak_tflops=peak_tflops(device_name(session.device)),
+            versions=package_versions(),
+        )
+    )
+    for rejected in batch.rejected:
+        part.observers.notify(StoryboardRejected(source=str(rejected.source), message=rejected.message))
+
+
+def report_loading(observer: Observer) -> Callable[[str, int, int], None]:
+    """Progress of loading as events, a few a second."""
+    began: dict[str, float] = {}
+    last = [0.0]
+
+    def report(what: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        start = began.setdefault(what, now)
+        if done < total and now - last[0] < _PROGRESS_SECONDS:
+            return
+        last[0] = now
+        if done >= total:
+            del began[what]
+        observer.notify(WeightsProgress(what=what, bytes_done=done, bytes_total=total, elapsed_seconds=now - start))
+
+    return report
+
+
+def print_outcome(
+    points: Sequence[Point], batches: Sequence[StoryBatch], summary: BatchSummary, session: Session
+) -> None:
+    """The end of the job in a few lines on standard output, by its first rank."""
+    if session.rank != 0:
+        return
+    out = sys.stdout.write
+    for point, batch in zip(points, batches, strict=True):
+        of_point = f"{point.name}: " if point.name else ""
+        for story in batch.stories:
+            video = RunFolder(point.settings.output).story_video(story.story_id)
+            if video.exists():
+                out(f"{of_point}{story.name}: {video}\n")
+        for rejected in batch.rejected:
+            out(f"{of_point}refused: {rejected.message}\n")
+    for failure in summary.failures:
+        out(f"failed: {failure.story_id} {failure.shot_id}: {failure.reason}\n")
+    where = points[0].settings.output if len(points) == 1 else Path(points[0].settings.output).parent
+    out(
+        f"{summary.state}: {summary.num_stories_done} of {summary.num_stories} stories, {summary.num_rendered} shots "
+        f"rendered here, {summary.num_skipped} found finished, {summary.num_failed} failed, "
+        f"{summary.num_blocked} waiting for them; everything is in {where}\n"
+    )
+    sys.stdout.flush()

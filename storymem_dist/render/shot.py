@@ -1,0 +1,179 @@
+"""One shot of a story on one replica: recall, condition, denoise, decode, choose keyframes.
+
+Every rank of the replica runs this in lock step; what only the leader computes (keyframe scores) comes through
+``leader_decides``. Knows modes, memory and events; nothing of run folders, queues or how weights are read.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from storymem_dist.diffusion.conditioning import cover_crop
+from storymem_dist.diffusion.denoise import DenoiseState, PromptEmbeds, StepInfo
+from storymem_dist.diffusion.settings import SamplerSettings
+from storymem_dist.dispatch.protocol import LeaderDecides, RenderedShot, ShotHistory, ShotJob
+from storymem_dist.errors import ShotFailed
+from storymem_dist.events import NullObserver, Observer, ThroughputSampled, memory_events, timed_stage
+from storymem_dist.memory.bank import Keyframe, MemoryBank, Recall, reference_keyframes
+from storymem_dist.memory.keyframes import Chosen, choose_keyframes
+from storymem_dist.memory.scorers import Quality, Similarity
+from storymem_dist.memory.settings import MemorySettings
+from storymem_dist.render.clip import ClipRequest, ClipSampler, to_uint8
+from storymem_dist.story.images import open_reference_image
+from storymem_dist.story.modes import M2V, MI2V, MM2V, NUM_GIVEN_FRAMES
+from storymem_dist.story.schema import Story
+
+NUM_TAIL_FRAMES = max(NUM_GIVEN_FRAMES.values())
+"""Last frames of a clip that are kept for whatever continuation may follow."""
+
+
+class PromptSource(Protocol):
+    """Text embeddings by prompt."""
+
+    def embeds(self, prompt: str) -> Tensor:
+        """The embedding ``[L <= 512, text_dim]`` of a prompt, on the CPU."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShotRules:
+    """The settings that one part of a batch is rendered with, and who hears about it."""
+
+    sampler: SamplerSettings
+    memory: MemorySettings
+    observer: Observer = field(default_factory=NullObserver)
+
+
+class StoryShotRenderer:
+    """The ``ShotRenderer`` of a replica (see ``dispatch.jobs``).
+
+    ``rules`` has an entry for every part of the batch. ``scorers`` gives similarity and quality for memory settings;
+    it is asked on the leader alone. ``measure`` gives what this process has measured since it was last asked.
+    """
+
+    def __init__(
+        self,
+        *,
+        clips: ClipSampler,
+        prompts: PromptSource,
+        scorers: Callable[[MemorySettings], tuple[Similarity, Quality]],
+        rules: Sequence[ShotRules],
+        leader_decides: LeaderDecides,
+        measure: Callable[[], ThroughputSampled],
+        retries_in_place: bool,
+    ) -> None:
+        self.retries_in_place = retries_in_place
+        self._clips = clips
+        self._prompts = prompts
+        self._scorers = scorers
+        self._rules = rules
+        self._leader_decides = leader_decides
+        self._measure = measure
+
+    def prepare(self, kind: str) -> None:
+        """See ``ShotRenderer.prepare``."""
+        self._clips.prepare(kind)
+
+    def render(
+        self,
+        job: ShotJob,
+        history: ShotHistory,
+        *,
+        resume: DenoiseState | None,
+        on_step: Callable[[StepInfo], None],
+        should_stop: Callable[[], bool],
+        on_checkpoint: Callable[[DenoiseState], None],
+        checkpoint_every_steps: int,
+        low_memory: bool,
+    ) -> RenderedShot:
+        """See ``ShotRenderer.render``."""
+        rules, seconds = self._rules[job.part], dict[str, float]()
+        stage = partial(
+            timed_stage, rules.observer, story_id=job.story.story_id, shot_id=job.shot.shot_id, totals=seconds
+        )
+        with stage("recall"):
+            bank = MemoryBank((*references(job.story, rules.sampler), *history.keyframes))
+            recall = bank.recall(rules.memory) if job.kind == M2V else Recall(keyframes=(), decisions=())
+            recalled = {"recalled": [asdict(decision) for decision in recall.decisions]}
+            _report(rules.observer, job, recalled)
+            request = self._request(job, history, recall)
+        try:
+            pixels = self._clips.sample(
+                request,
+                stage=stage,
+                resume=resume,
+                on_step=on_step,
+                should_stop=should_stop,
+                checkpoint_every_steps=checkpoint_every_steps,
+                on_checkpoint=on_checkpoint,
+                low_memory=low_memory,
+            )
+        finally:
+            rules.observer.notify(self._measure())
+        with stage("keyframes"):
+            clip = to_uint8(pixels).permute(1, 0, 2, 3)[NUM_GIVEN_FRAMES[job.mode] :].cpu()
+            chosen = self._leader_decides(lambda: self._choose(clip, bank, rules.memory, job.shot.index))
+            decisions = {"decisions": [asdict(decision) for decision in chosen.decisions]}
+            _report(rules.observer, job, decisions)
+        return RenderedShot(
+            clip=clip,
+            keyframes=chosen.kept,
+            tail=clip[-NUM_TAIL_FRAMES:].clone(),
+            memory={**recalled, **decisions, "threshold": chosen.threshold},
+            stage_seconds=seconds,
+        )
+
+    def _request(self, job: ShotJob, history: ShotHistory, recall: Recall) -> ClipRequest:
+        sampler = self._rules[job.part].sampler
+        num_given = NUM_GIVEN_FRAMES[job.mode]
+        given = None
+        if num_given:
+            if history.tail is None or len(history.tail) < num_given:
+                found = 0 if history.tail is None else len(history.tail)
+                raise ShotFailed(
+                    f"{job.mode} continues the shot before it from its last {num_given} frames, but that clip left "
+                    f"{found}; use more frames (sampler.num_frames) or sampler.continuation=none"
+                )
+            given = history.tail[-num_given:]
+        return ClipRequest(
+            mode=job.mode,
+            prompt=PromptEmbeds(
+                prompt_LE=self._prompts.embeds(job.shot.prompt),
+                negative_LE=self._prompts.embeds(sampler.negative_prompt) if sampler.needs_negative_prompt else None,
+            ),
+            seed=job.seed,
+            sampler=sampler,
+            memory_images=[keyframe.image for keyframe in recall.keyframes],
+            first_frame=given[0] if given is not None and job.mode == MI2V else None,
+            motion_frames=given if job.mode == MM2V else None,
+            fingerprint=job.fingerprint,
+        )
+
+    def _choose(self, clip_FCHW: Tensor, bank: MemoryBank, memory: MemorySettings, shot_index: int) -> Chosen:
+        similarity, quality = self._scorers(memory)
+        return choose_keyframes(clip_FCHW, bank, similarity, quality, memory, shot_index=shot_index)
+
+
+def negative_prompts(rules: Sequence[ShotRules]) -> list[str]:
+    """The negative prompts that guidance needs, each once."""
+    return list(dict.fromkeys(one.sampler.negative_prompt for one in rules if one.sampler.needs_negative_prompt))
+
+
+def references(story: Story, sampler: SamplerSettings) -> tuple[Keyframe, ...]:
+    """The story's reference images at the clip's size. Raises ``StoryboardError`` when one cannot be read."""
+    images = []
+    for path in story.reference_images:
+        pixels = np.array(open_reference_image(path))
+        image_CHW = torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+        images.append(cover_crop(image_CHW, sampler.height, sampler.width))
+    return reference_keyframes(images)
+
+
+def _report(observer: Observer, job: ShotJob, memory: Mapping[str, Any]) -> None:
+    for event in memory_events(job.story.story_id, job.shot.shot_id, job.shot.index, memory):
+        observer.notify(event)

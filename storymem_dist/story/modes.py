@@ -1,0 +1,34 @@
+"""How a shot can be rendered: kinds of experts, modes, and the frames that a continuation is given.
+
+A *mode* says how a shot is conditioned, a *kind* which base model's experts render it. Names and counts only.
+"""
+
+T2V = "t2v"
+"""From text alone."""
+
+M2V = "m2v"
+"""From text and memory: a cut."""
+
+MI2V = "mi2v"
+"""From text, memory and the last frame of the shot before it."""
+
+MM2V = "mm2v"
+"""From text, memory and the last five frames of the shot before it."""
+
+KIND_OF_MODE = {T2V: T2V, M2V: M2V, MI2V: M2V, MM2V: M2V}
+"""The kind of experts that render each mode: M2V experts are the I2V base model with a StoryMem LoRA."""
+
+KINDS = (T2V, M2V)
+"""The kinds of experts, in the order in which a job needs them."""
+
+CONDITIONED_MODES = tuple(mode for mode, kind in KIND_OF_MODE.items() if kind == M2V)
+"""The modes that see the memory."""
+
+NUM_GIVEN_FRAMES = {T2V: 0, M2V: 0, MI2V: 1, MM2V: 5}
+"""Frames of the shot before it that a mode repeats at its start (StoryMem, section on continuations)."""
+
+NO_CONTINUATION = "none"
+"""The continuation of a job whose shots are all rendered like cuts."""
+
+CONTINUATIONS = (NO_CONTINUATION, MI2V, MM2V)
+"""How a job's shots may continue the shot before them."""

@@ -1,0 +1,176 @@
+"""Says what a file or folder of weights is, from headers alone: layout, kind, types, sizes, LoRA ranks and scales.
+
+For people (``storymem-weights inspect``): a list of facts, in the order in which they are read.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from storymem_dist.errors import CheckpointError, WeightsNotFound
+from storymem_dist.weights.checkpoints import (
+    DIFFUSERS,
+    IN_DIMS,
+    NATIVE,
+    REPOS,
+    WanCheckpoint,
+    open_checkpoint,
+    read_json,
+)
+from storymem_dist.weights.key_maps import native_dit_key
+from storymem_dist.weights.loading import TensorSource, read_state_dict
+from storymem_dist.weights.lora import STORYMEM_FOLDERS, LoraFile, open_lora
+from storymem_dist.weights.prepared import is_prepared, read_manifest
+from storymem_dist.weights.safetensors_file import SafetensorsFile
+
+Facts = dict[str, Any]
+
+_DIT_MARK = "patch_embedding.weight"
+_VAE_MARK = "encoder.conv1.weight"
+_T5_MARK = "token_embedding.weight"
+
+
+def inspect_weights(path: Path) -> Facts:
+    """Facts about a checkpoint folder, a LoRA folder, or a single ``.safetensors`` or ``.pth`` file.
+
+    Raises:
+        WeightsNotFound: there is nothing at ``path``.
+        CheckpointError: it is damaged, or nothing this project knows.
+    """
+    if not path.exists():
+        raise WeightsNotFound(f"{path}: no such file or folder")
+    if path.is_file():
+        return _inspect_file(path)
+    if any((path / folder).is_dir() for folder in STORYMEM_FOLDERS.values()) or path.name in STORYMEM_FOLDERS.values():
+        return _inspect_storymem(path)
+    return _inspect_checkpoint(open_checkpoint(path, kind_of(path)))
+
+
+def kind_of(root: Path) -> str:
+    """``t2v`` or ``i2v``, by the configuration of a checkpoint folder.
+
+    Raises:
+        WeightsNotFound: no expert's ``config.json`` is there.
+        CheckpointError: it is of neither kind.
+    """
+    if is_prepared(root):
+        return read_manifest(root).kind
+    for layout in (NATIVE, DIFFUSERS):
+        config = root / layout.expert_folders["high_noise"] / "config.json"
+        if config.is_file():
+            values = read_json(config)
+            in_dim = values.get("in_dim", values.get("in_channels"))
+            for kind, expected in IN_DIMS.items():
+                if in_dim == expected:
+                    return kind
+            raise CheckpointError(
+                f"{config}: in_dim {in_dim} is neither T2V ({IN_DIMS['t2v']}) nor I2V ({IN_DIMS['i2v']})"
+            )
+    open_checkpoint(root, "i2v")  # says what is there instead, or what is missing
+    raise WeightsNotFound(f"{root}: no configuration of a high-noise expert")
+
+
+def _inspect_checkpoint(checkpoint: WanCheckpoint) -> Facts:
+    config = checkpoint.dit_config
+    facts: Facts = {
+        "what": f"Wan2.2 {checkpoint.kind.upper()} base model, two experts",
+        "path": str(checkpoint.root),
+        "layout": checkpoint.layout,
+        "like": REPOS[checkpoint.kind],
+        "in_dim": config.in_dim,
+        "sizes": f"dim {config.dim}, {config.num_heads} heads, {config.num_layers} blocks, ffn {config.ffn_dim}",
+    }
+    for name, source in checkpoint.sources.items():
+        facts[name] = _describe_tensors(source)
+    if checkpoint.prepared is not None:
+        manifest = checkpoint.prepared
+        facts["stored as"] = manifest.dtype
+        facts["prepared from"] = manifest.source["path"]
+        facts["StoryMem LoRA merged"] = manifest.storymem_lora or "none"
+        facts["LoRAs merged"] = {
+            expert: [
+                f"{lora['path']} ({lora['scale_rule']}, strength {lora['strength']}, alpha {lora['alpha'] or 'own'})"
+                for lora in loras
+            ]
+            for expert, loras in manifest.loras.items()
+        }
+    facts["identity"] = checkpoint.identity
+    return facts
+
+
+def _inspect_storymem(path: Path) -> Facts:
+    folders = [path] if path.name in STORYMEM_FOLDERS.values() else [path / name for name in STORYMEM_FOLDERS.values()]
+    facts: Facts = {"what": "StoryMem LoRAs", "path": str(path)}
+    for folder in folders:
+        files = sorted(file for suffix in ("safetensors", "pth") for file in folder.glob(f"backbone_*.{suffix}"))
+        if not files:
+            facts[folder.name] = "not there"
+        for file in files:
+            facts[f"{folder.name}/{file.name}"] = _describe_lora(open_lora(file), rule="rslora")
+    return facts
+
+
+def _inspect_file(path: Path) -> Facts:
+    if path.suffix == ".safetensors":
+        file = SafetensorsFile(path)
+        tensors = {key: (file[key].dtype, file[key].shape) for key in file}
+    else:
+        tensors = {key: (value.dtype, value.shape) for key, value in read_state_dict(path).items()}
+    return _describe_file(path, tensors) | {"path": str(path)}
+
+
+def _describe_file(path: Path, keys: Mapping[str, tuple[torch.dtype, torch.Size]]) -> Facts:
+    stored = _describe_types([dtype for dtype, _ in keys.values()], [shape for _, shape in keys.values()])
+    native = {native_dit_key(key.removeprefix("model.diffusion_model.")): key for key in keys}
+    if any(".lora_" in key for key in keys):
+        return {"what": "a LoRA", **_describe_lora(open_lora(path)), "weights": stored}
+    if _DIT_MARK in native:
+        in_dim = keys[native[_DIT_MARK]][1][1]
+        kind = next((kind.upper() for kind, expected in IN_DIMS.items() if expected == in_dim), "neither T2V nor I2V")
+        return {"what": "a transformer, or its first shard", "in_dim": f"{in_dim} ({kind})", "weights": stored}
+    if _VAE_MARK in keys:
+        return {"what": "the Wan2.1 VAE", "base dim": keys[_VAE_MARK][1][0], "weights": stored}
+    if _T5_MARK in keys:
+        return {"what": "a umT5 text encoder", "vocabulary": keys[_T5_MARK][1][0], "weights": stored}
+    if any(key.startswith("blocks.") for key in native):
+        return {"what": "a shard of a transformer", "weights": stored}
+    raise CheckpointError(
+        f"{path}: tensors of no model this project knows (first keys: {', '.join(list(keys)[:3])}); it knows Wan2.2 "
+        "transformers, their LoRAs, the Wan2.1 VAE and the umT5 encoder"
+    )
+
+
+def _describe_lora(file: LoraFile, rule: str | None = None) -> Facts:
+    ranks = Counter(module.rank for module in file.modules.values())
+    targets = Counter(".".join(name.split(".")[2:]) or name for name in file.modules)
+    alphas = {module.alpha for module in file.modules.values()}
+    rank = ranks.most_common(1)[0][0]
+    no_alpha = alphas == {None}
+    alpha = rank if no_alpha else max(value for value in alphas if value is not None)
+    scales = {"alpha": alpha / rank, "rslora": alpha / math.sqrt(rank), "none": 1.0}
+    shown = scales if rule is None else {rule: scales[rule]}
+    return {
+        "rank": ", ".join(f"{rank} ({count} targets)" for rank, count in ranks.items()),
+        "alpha": "not stored: taken as the rank" if no_alpha else ", ".join(str(value) for value in alphas),
+        "scale by rule": ", ".join(f"{name} {value:.4f}" for name, value in shown.items()),
+        "targets": ", ".join(f"{name} x{count}" for name, count in sorted(targets.items())),
+        "parameters": f"{sum(m.rank * (m.in_features + m.out_features) for m in file.modules.values()):,}",
+    }
+
+
+def _describe_tensors(source: TensorSource) -> str:
+    keys = source.keys()
+    return _describe_types([source.dtype(key) for key in keys], [source.shape(key) for key in keys])
+
+
+def _describe_types(dtypes: list[torch.dtype], shapes: list[torch.Size]) -> str:
+    counts: Counter[str] = Counter()
+    for dtype, shape in zip(dtypes, shapes, strict=True):
+        counts[str(dtype).removeprefix("torch.")] += shape.numel()
+    total = sum(counts.values())
+    kinds = ", ".join(f"{name} {count / total:.1%}" for name, count in counts.most_common())
+    return f"{total:,} parameters in {len(shapes)} tensors ({kinds})"

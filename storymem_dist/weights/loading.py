@@ -1,0 +1,365 @@
+"""Streams weights from files into an already allocated model: only the rows held here, cast and merged on the way.
+
+Weights are read in chunks of whole rows of about ``CHUNK_BYTES``, a few ahead of the one being copied, so a load needs
+little memory beyond the model itself however large a tensor is. Weights of layers in eight bits are quantized row by
+row, after merging. What is held where is the caller's business (``local_part``); so is the number of processes. Knows
+nothing about Wan, LoRA files or process groups.
+"""
+
+import pickle
+import time
+import zipfile
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from storymem_dist.errors import CheckpointError
+from storymem_dist.models.quantized_linear import QuantizedLinear
+from storymem_dist.weights.safetensors_file import SafetensorsFile
+from storymem_dist.weights.state_dict import check_no_keys
+
+CHUNK_BYTES = 16 * 2**20
+"""Upper bound of what one read brings in, and the unit of progress; a chunk is never less than ``ROW_BLOCK`` rows."""
+
+ROW_BLOCK = 256
+"""Chunks begin and end at multiples of this many rows of the whole tensor (or at the ends of a local part)."""
+
+
+class TensorSource(Protocol):
+    """Named tensors that can be read in part. Implementations hide layout, names and number format."""
+
+    @property
+    def name(self) -> str:
+        """What to call it in messages, usually a path."""
+
+    @property
+    def max_concurrent_reads(self) -> int:
+        """How many threads may be inside ``read`` at once."""
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes this process has read from storage."""
+
+    def keys(self) -> Sequence[str]:
+        """All names, in the order in which they are read fastest; the same order in every process."""
+
+    def shape(self, key: str) -> torch.Size:
+        """Shape of the whole tensor."""
+
+    def dtype(self, key: str) -> torch.dtype:
+        """The type that ``read`` returns."""
+
+    def read(self, key: str, rows: slice | None = None, *, pin_memory: bool = False) -> Tensor:
+        """Rows along the first dimension (None: all) in fresh memory, which the caller may overwrite."""
+
+
+class SafetensorsSource:
+    """A ``TensorSource`` over safetensors files, with names mapped to the model's.
+
+    Args:
+        name: what to call the files in messages.
+        files: opened files; together they hold each key once.
+        rename: from a name in the files to the model's name.
+
+    Raises:
+        CheckpointError: two stored tensors get the same name.
+    """
+
+    max_concurrent_reads = 4
+
+    def __init__(self, name: str, files: Iterable[SafetensorsFile], rename: Callable[[str], str] = str) -> None:
+        self.name = name
+        self._files = tuple(files)
+        self._places: dict[str, tuple[SafetensorsFile, str]] = {}
+        for file in self._files:
+            for stored in file:
+                key = rename(stored)
+                if key in self._places:
+                    raise CheckpointError(f"{file.path}: {stored!r} is also in {self._places[key][0].path}")
+                self._places[key] = (file, stored)
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of tensor data read from these files."""
+        return sum(file.bytes_read for file in self._files)
+
+    def keys(self) -> Sequence[str]:
+        """Names in the order of the files and of the data in them."""
+        return tuple(self._places)
+
+    def shape(self, key: str) -> torch.Size:
+        """Shape as stored."""
+        file, stored = self._places[key]
+        return file[stored].shape
+
+    def dtype(self, key: str) -> torch.dtype:
+        """Type as stored."""
+        file, stored = self._places[key]
+        return file[stored].dtype
+
+    def read(self, key: str, rows: slice | None = None, *, pin_memory: bool = False) -> Tensor:
+        """Rows as stored, in fresh memory."""
+        file, stored = self._places[key]
+        return file.read(stored, rows, pin_memory=pin_memory)
+
+
+class StateDictSource:
+    """A ``TensorSource`` over tensors in memory (or mapped by ``read_state_dict``)."""
+
+    max_concurrent_reads = 1
+
+    def __init__(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        self.name = name
+        self._tensors = tensors
+        self.bytes_read = 0
+
+    def keys(self) -> Sequence[str]:
+        """Names in the order of the dictionary."""
+        return tuple(self._tensors)
+
+    def shape(self, key: str) -> torch.Size:
+        """Shape of the whole tensor."""
+        return self._tensors[key].shape
+
+    def dtype(self, key: str) -> torch.dtype:
+        """Type of the tensor."""
+        return self._tensors[key].dtype
+
+    def read(self, key: str, rows: slice | None = None, *, pin_memory: bool = False) -> Tensor:
+        """A copy of the rows."""
+        part = self._tensors[key] if rows is None else self._tensors[key][rows]
+        self.bytes_read += part.nbytes
+        copy = part.clone(memory_format=torch.contiguous_format)
+        return copy.pin_memory() if pin_memory else copy
+
+
+class WeightDelta(Protocol):
+    """Something that is added to weights while they are loaded, for example a LoRA with its scale."""
+
+    @property
+    def name(self) -> str:
+        """What to call it in messages."""
+
+    def shapes(self) -> Mapping[str, torch.Size]:
+        """The shape of the delta of each weight it changes, by the weight's name."""
+
+    def add_to(self, rows: Tensor, key: str, first_row: int) -> None:
+        """Add rows ``first_row ...`` of the delta of weight ``key`` to ``rows``, fp32, in place, on its device."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LocalPart:
+    """The part of a parameter that this process holds: ``num_rows`` rows from ``row_offset`` along the first dimension.
+
+    ``tensor`` is the plain local tensor to fill, its first dimension being ``num_rows`` (0 rows: nothing is held here).
+    """
+
+    tensor: Tensor
+    row_offset: int
+    num_rows: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoadReport:
+    """What one load did. ``bytes_read`` counts the source alone, not the deltas."""
+
+    num_tensors: int
+    bytes_read: int
+    elapsed_seconds: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RowRange:
+    """Some rows of a tensor of a source, and the device they are wanted on. ``num_bytes``: what reading them moves."""
+
+    key: str
+    rows: slice
+    device: torch.device
+    num_bytes: int
+
+
+def whole_parameter(name: str, parameter: nn.Parameter) -> LocalPart:
+    """The ``local_part`` of a model that lives on one device."""
+    return LocalPart(tensor=parameter.data, row_offset=0, num_rows=parameter.shape[0])
+
+
+def load_dit_weights(
+    model: nn.Module,
+    source: TensorSource,
+    deltas: Sequence[WeightDelta] = (),
+    *,
+    local_part: Callable[[str, nn.Parameter], LocalPart] = whole_parameter,
+    progress: Callable[[int, int], None] | None = None,
+) -> LoadReport:
+    """Fill every parameter of ``model`` from ``source``, with ``deltas`` added in order in fp32 before the one cast.
+
+    The weights of a ``QuantizedLinear`` are quantized (from fp32) instead of cast; the source knows nothing of scales.
+
+    The model's memory exists already (``to_empty``); each parameter keeps its dtype and device. Merging happens on the
+    parameter's device. A weight's bits do not depend on how it is cut into local parts. Buffers are not loaded: a model
+    with buffers is refused (a DiT has none; ``to_empty`` would leave garbage in them).
+
+    Args:
+        local_part: tells for each parameter which rows this process holds and where.
+        progress: called with the bytes done and the bytes this process needs in all, from the calling thread.
+
+    Raises:
+        CheckpointError: keys or shapes of model, source and deltas do not fit each other, naming the first few.
+    """
+    start_seconds, start_bytes = time.perf_counter(), source.bytes_read
+    parameters = dict(model.named_parameters())
+    buffers = [name for name, _ in model.named_buffers()]
+    if buffers:
+        raise ValueError(f"{type(model).__name__} has buffers, which would stay unset: {', '.join(buffers)}")
+    layers = {f"{name}.weight": layer for name, layer in model.named_modules() if isinstance(layer, QuantizedLinear)}
+    scales = {f"{key.removesuffix('.weight')}.row_scale": key for key in layers}
+    shapes = {name: parameter.shape for name, parameter in parameters.items() if name not in scales}
+    check_keys(shapes, source)
+    check_deltas(shapes, deltas)
+    keys = source.keys()
+    parts = {key: local_part(key, parameters[key]) for key in keys}
+    for key, part in parts.items():
+        assert part.tensor.shape == (part.num_rows, *shapes[key][1:]), f"local part of {key} has the wrong shape"
+    scale_parts = {key: local_part(name, parameters[name]) for name, key in scales.items()}
+    for key, part in scale_parts.items():
+        same = (part.row_offset, part.num_rows) == (parts[key].row_offset, parts[key].num_rows)
+        assert same, f"{key} and its scales are cut differently"
+    ranges = [
+        found
+        for key, part in parts.items()
+        for found in row_ranges(source, key, part.row_offset, part.num_rows, part.tensor.device)
+    ]
+    num_bytes_total = sum(found.num_bytes for found in ranges)
+    num_bytes_done = 0
+    with torch.no_grad():
+        for found, rows in stream_rows(source, ranges, deltas):
+            part = parts[found.key]
+            held = slice(found.rows.start - part.row_offset, found.rows.stop - part.row_offset)
+            if found.key in layers:
+                rows, row_scales = layers[found.key].quantize(rows.float())
+                scale_parts[found.key].tensor[held].copy_(row_scales)
+            part.tensor[held].copy_(rows)
+            num_bytes_done += found.num_bytes
+            if progress is not None:
+                progress(num_bytes_done, num_bytes_total)
+    return LoadReport(
+        num_tensors=len(shapes),
+        bytes_read=source.bytes_read - start_bytes,
+        elapsed_seconds=time.perf_counter() - start_seconds,
+    )
+
+
+def check_keys(expected: Mapping[str, torch.Size], source: TensorSource) -> None:
+    """Raise ``CheckpointError`` unless ``source`` holds exactly the expected keys with the expected shapes."""
+    where, found = source.name, dict.fromkeys(source.keys())
+    check_no_keys(f"{where}: weights are missing", [key for key in expected if key not in found])
+    check_no_keys(f"{where}: weights have no place in the model", [key for key in found if key not in expected])
+    for key, shape in expected.items():
+        if source.shape(key) != shape:
+            raise CheckpointError(
+                f"{where}: {key} has shape {list(source.shape(key))}; the configuration asks for {list(shape)}"
+            )
+
+
+def check_deltas(expected: Mapping[str, torch.Size], deltas: Sequence[WeightDelta]) -> None:
+    """Raise ``CheckpointError`` unless every delta fits a weight of the expected names and shapes."""
+    for delta in deltas:
+        shapes = delta.shapes()
+        check_no_keys(f"{delta.name}: the model has no such weights", [key for key in shapes if key not in expected])
+        for key, shape in shapes.items():
+            if expected[key] != shape:
+                raise CheckpointError(
+                    f"{delta.name}: made for another width: its {key} is {list(shape)}, this model's is "
+                    f"{list(expected[key])}"
+                )
+
+
+def read_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """Read a ``.pth`` file that holds a plain dictionary of tensors. Code in the file is never run (``weights_only``).
+
+    Tensors stay in the file until they are touched, where the file's format allows it.
+
+    Raises:
+        CheckpointError: the file is damaged, or holds anything but named tensors.
+    """
+    path = Path(path)
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        first_line = str(error).partition("\n")[0] or type(error).__name__
+        raise CheckpointError(
+            f"{path}: cannot be read as a state dict ({first_line}); allowed: a .pth file with nothing "
+            "but named tensors, as torch.save writes it"
+        ) from None
+    if isinstance(loaded, dict) and set(loaded) == {"state_dict"}:
+        loaded = loaded["state_dict"]
+    if not isinstance(loaded, dict) or not loaded or not all(isinstance(value, Tensor) for value in loaded.values()):
+        raise CheckpointError(f"{path}: not a state dict (a {type(loaded).__name__} without named tensors)")
+    return loaded
+
+
+def row_ranges(
+    source: TensorSource, key: str, first_row: int, num_rows: int, device: torch.device
+) -> Iterator[RowRange]:
+    """Cut rows of a tensor into what is read at once, at multiples of ``ROW_BLOCK`` rows of the whole tensor."""
+    row_bytes = source.shape(key)[1:].numel() * source.dtype(key).itemsize
+    rows_at_once = max(1, CHUNK_BYTES // max(1, row_bytes * ROW_BLOCK)) * ROW_BLOCK
+    row, end = first_row, first_row + num_rows
+    while row < end:
+        stop = min(end, (row // rows_at_once + 1) * rows_at_once)
+        yield RowRange(key=key, rows=slice(row, stop), device=device, num_bytes=(stop - row) * row_bytes)
+        row = stop
+
+
+def stream_rows(
+    source: TensorSource, ranges: Sequence[RowRange], deltas: Sequence[WeightDelta] = ()
+) -> Iterator[tuple[RowRange, Tensor]]:
+    """The rows of each range, in order, on its device, with the deltas of its weight added (then they are fp32)."""
+    for found, rows in _read_ahead(source, ranges):
+        rows = rows.to(found.device, non_blocking=True)
+        changing = [delta for delta in deltas if found.key in delta.shapes()]
+        if changing:
+            rows = rows.float()
+            with _full_fp32_matmul():
+                for delta in changing:
+                    delta.add_to(rows, found.key, found.rows.start)
+        yield found, rows
+
+
+def _read_ahead(source: TensorSource, ranges: Sequence[RowRange]) -> Iterator[tuple[RowRange, Tensor]]:
+    """Ranges in order with their rows as stored, read by as many threads as the source allows."""
+
+    def read(wanted: RowRange) -> Tensor:
+        return source.read(wanted.key, wanted.rows, pin_memory=wanted.device.type == "cuda")
+
+    pending: deque[tuple[RowRange, Future[Tensor]]] = deque()
+    with ThreadPoolExecutor(source.max_concurrent_reads, thread_name_prefix="read-weights") as pool:
+        try:
+            for wanted in ranges:
+                pending.append((wanted, pool.submit(read, wanted)))
+                if len(pending) > source.max_concurrent_reads:
+                    first, rows = pending.popleft()
+                    yield first, rows.result()
+            while pending:
+                first, rows = pending.popleft()
+                yield first, rows.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _full_fp32_matmul() -> Iterator[None]:
+    """No TF32 and no bf16 inside fp32 products, whatever the process is set to."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -1,0 +1,171 @@
+"""Prepared weights: experts with their LoRAs merged and cast once, in one file per block. Reading and checking side.
+
+The manifest says what went in (sources, LoRAs, scales, versions) and what came out (files, sizes, hashes), so a folder
+that is half written, damaged, or older than its sources is refused. Written by ``models/wan/prepare.py``.
+
+Formats: ``float32`` and ``bfloat16`` hold every weight in the type the model computes with (norms, modulation, time
+embedding and head stay fp32), so rendering is bit-equal to rendering from the sources at that type. ``float8`` (e4m3,
+one power-of-two scale per row, as ``models.quantized_linear``) stores the linears of the blocks in half the bytes; they
+are turned back into bf16 while loading, exactly, so what is lost is what 8 bits cannot hold.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from storymem_dist.errors import CheckpointError, WeightsNotFound
+from storymem_dist.models.wan.presets import EXPERTS
+from storymem_dist.story.modes import MI2V, MM2V
+from storymem_dist.weights.loading import TensorSource
+from storymem_dist.weights.lora import STORYMEM_FOLDERS, ScaledLora
+
+MANIFEST_NAME = "storymem_prepared.json"
+FORMAT_VERSION = 1
+STORED_DTYPES = ("float32", "bfloat16", "float8")
+SCALE_SUFFIX = ".row_scale"
+
+_HASH_BLOCK_BYTES = 16 * 2**20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PreparedManifest:
+    """What a prepared folder is. ``loras`` and ``files`` are plain JSON values; paths in ``files`` are relative."""
+
+    complete: bool
+    kind: str
+    dtype: str
+    storymem_lora: str | None
+    source: Mapping[str, str]
+    loras: Mapping[str, Sequence[Mapping[str, Any]]]
+    parts: Mapping[str, str]
+    files: Mapping[str, Mapping[str, Any]]
+    versions: Mapping[str, str]
+    format_version: int = FORMAT_VERSION
+
+    def write(self, root: Path) -> None:
+        """Write the manifest into ``root``, beside and renamed."""
+        partial = root / f"{MANIFEST_NAME}.partial"
+        partial.write_text(json.dumps(asdict(self), indent=1))
+        partial.replace(root / MANIFEST_NAME)
+
+    def check_request(self, root: Path, continuation: str | None, loras: Mapping[str, Sequence[ScaledLora]]) -> None:
+        """Raise ``CheckpointError`` unless rendering as asked needs exactly what was merged here.
+
+        Args:
+            root: the folder, for messages.
+            continuation: the job's mode; None when no StoryMem LoRA is wanted (T2V).
+            loras: further LoRAs asked for, by expert; none at all means those that are merged already.
+        """
+        wanted = None if continuation is None else STORYMEM_FOLDERS[MM2V if continuation == MM2V else MI2V]
+        if self.storymem_lora != wanted:
+            raise CheckpointError(
+                f"{root}: prepared with {self.storymem_lora or 'no StoryMem LoRA'}, but this job needs "
+                f"{wanted or 'none'} (continuation={continuation}); prepare the weights for it"
+            )
+        asked = {expert: [lora.identity for lora in loras.get(expert, ())] for expert in EXPERTS}
+        merged = {
+            expert: [one["identity"] for one in self.loras[expert] if not one["is_storymem"]] for expert in EXPERTS
+        }
+        if any(asked.values()) and asked != merged:
+            raise CheckpointError(
+                f"{root}: model.loras are not the ones merged into these prepared weights; prepare them again, or "
+                "leave model.loras empty to use what is merged"
+            )
+
+
+class Float8Source:
+    """Turns rows stored as e4m3 with a power-of-two scale each back into bf16; everything else passes through."""
+
+    def __init__(self, stored: TensorSource) -> None:
+        self._stored = stored
+        self.name = stored.name
+        self.max_concurrent_reads = stored.max_concurrent_reads
+        all_keys = stored.keys()
+        self._keys = tuple(key for key in all_keys if not key.endswith(SCALE_SUFFIX))
+        self._scaled = {key.removesuffix(SCALE_SUFFIX) for key in all_keys if key.endswith(SCALE_SUFFIX)}
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of stored data read."""
+        return self._stored.bytes_read
+
+    def keys(self) -> Sequence[str]:
+        """Names of the weights; scales are hidden."""
+        return self._keys
+
+    def shape(self, key: str) -> torch.Size:
+        """Shape of the whole weight."""
+        return self._stored.shape(key)
+
+    def dtype(self, key: str) -> torch.dtype:
+        """bf16 for what is stored as float8."""
+        return torch.bfloat16 if key in self._scaled else self._stored.dtype(key)
+
+    def read(self, key: str, rows: slice | None = None, *, pin_memory: bool = False) -> Tensor:
+        """Rows in fresh memory."""
+        if key not in self._scaled:
+            return self._stored.read(key, rows, pin_memory=pin_memory)
+        scales = self._stored.read(key + SCALE_SUFFIX, rows)
+        values = (self._stored.read(key, rows).float() * scales[:, None]).bfloat16()
+        return values.pin_memory() if pin_memory else values
+
+
+def is_prepared(root: Path) -> bool:
+    """Whether ``root`` is a prepared folder, finished or not."""
+    return (root / MANIFEST_NAME).is_file()
+
+
+def read_manifest(root: Path) -> PreparedManifest:
+    """The manifest of a finished prepared folder.
+
+    Raises:
+        CheckpointError: it is unreadable, of another format version, or of a folder that is half written.
+    """
+    path = root / MANIFEST_NAME
+    try:
+        values = json.loads(path.read_text())
+        version = values["format_version"]
+    except (OSError, ValueError, TypeError, KeyError):
+        raise CheckpointError(f"{path}: not the manifest of a prepared folder; prepare the weights again") from None
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path}: prepared by another version (format {version}, this program reads {FORMAT_VERSION}); "
+            "prepare the weights again"
+        )
+    try:
+        manifest = PreparedManifest(**values)
+    except TypeError as error:
+        raise CheckpointError(f"{path}: {error}; prepare the weights again") from None
+    if not manifest.complete:
+        raise CheckpointError(f"{root}: half written (preparing was interrupted); prepare the weights again")
+    return manifest
+
+
+def check_files(root: Path, manifest: PreparedManifest, *, hashes: bool = False) -> None:
+    """Raise unless every file of the manifest is there with its size (and, if asked, its SHA-256)."""
+    for relative, expected in manifest.files.items():
+        path = root / relative
+        if not path.is_file():
+            raise WeightsNotFound(f"{path}: missing from the prepared weights; prepare them again")
+        if path.stat().st_size != expected["num_bytes"]:
+            raise CheckpointError(
+                f"{path}: has {path.stat().st_size} bytes, was written with {expected['num_bytes']}; "
+                "prepare the weights again"
+            )
+        if hashes and sha256_of(path) != expected["sha256"]:
+            raise CheckpointError(f"{path}: its SHA-256 is not that of what was written; prepare the weights again")
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a whole file, hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_HASH_BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,253 @@
+"""One safetensors file: its header, checked against its size, and reads of single rows into fresh memory.
+
+Reads use ``pread`` and not a memory map. A map hands out views that alias the file (an in-place operation on one would
+change what a later read sees), counts towards the process while it is touched, and kills the process with SIGBUS when
+the file is shorter than promised; ``pread`` copies exactly the bytes asked for, from any thread.
+
+Knows nothing about models: keys are just names.
+"""
+
+import hashlib
+import json
+import os
+import struct
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from storymem_dist.errors import CheckpointError
+
+# The 8-byte little-endian header length that starts every file, and the format's own bound on it.
+_PREFIX = struct.Struct("<Q")
+_MAX_HEADER_BYTES = 100_000_000
+# Linux moves at most this many bytes in one read call.
+_MAX_READ_BYTES = 0x7FFF_F000
+
+DTYPES: Mapping[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TensorEntry:
+    """Where one tensor lies: ``offset`` counts bytes from the start of the file."""
+
+    dtype: torch.dtype
+    shape: torch.Size
+    offset: int
+    num_bytes: int
+
+
+class SafetensorsFile:
+    """A safetensors file whose header was read and found to fit the file's size.
+
+    Opening reads the header alone. The descriptor is opened on the first read and lives as long as the object.
+
+    Raises:
+        CheckpointError: the file is not safetensors, is truncated, or its header contradicts itself.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.num_bytes = path.stat().st_size
+        self.header, data_start = _read_header(path, self.num_bytes)
+        self.metadata: dict[str, str] = self.header.get("__metadata__", {})
+        self._entries = _parse_entries(path, self.header, data_start, self.num_bytes)
+        self._lock = threading.Lock()
+        self._descriptor: int | None = None
+        self._bytes_read = 0
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        """Keys in the order of their data in the file, so that a loop over them reads forward."""
+        return iter(self._entries)
+
+    def __getitem__(self, key: str) -> TensorEntry:
+        return self._entries[key]
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of tensor data read so far."""
+        return self._bytes_read
+
+    def read(self, key: str, rows: slice | None = None, *, pin_memory: bool = False) -> Tensor:
+        """Rows of one tensor along its first dimension, in memory of their own, as stored (no cast).
+
+        ``rows`` needs step 1 and lies inside the tensor; None reads all. May be called from several threads.
+        """
+        entry = self._entries[key]
+        offset, shape = entry.offset, entry.shape
+        if rows is not None:
+            start, stop, step = rows.indices(shape[0])
+            assert step == 1 and start <= stop
+            row_bytes = entry.num_bytes // shape[0] if shape[0] else 0
+            offset += start * row_bytes
+            shape = torch.Size((stop - start, *shape[1:]))
+        raw = torch.empty(prod(shape) * entry.dtype.itemsize, dtype=torch.uint8, pin_memory=pin_memory)
+        self._fill(raw.numpy().data, offset)
+        return raw.view(entry.dtype).reshape(shape)
+
+    def _fill(self, buffer: memoryview, offset: int) -> None:
+        with self._lock:
+            if self._descriptor is None:
+                self._descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        done = 0
+        while done < len(buffer):
+            count = os.preadv(self._descriptor, [buffer[done : done + _MAX_READ_BYTES]], offset + done)
+            if count == 0:
+                raise CheckpointError(f"{self.path}: the file became shorter while it was being read")
+            done += count
+        with self._lock:
+            self._bytes_read += done
+
+    def close(self) -> None:
+        """Close the descriptor; a later read opens it again."""
+        with self._lock:
+            if self._descriptor is not None:
+                os.close(self._descriptor)
+                self._descriptor = None
+
+    def __del__(self) -> None:
+        if getattr(self, "_descriptor", None) is not None:
+            self.close()
+
+
+def _read_header(path: Path, num_bytes: int) -> tuple[dict[str, Any], int]:
+    """The parsed header and the offset of the data behind it."""
+    with path.open("rb") as file:
+        prefix = file.read(_PREFIX.size)
+        if len(prefix) < _PREFIX.size:
+            raise CheckpointError(f"{path}: not a safetensors file, or truncated: it holds {num_bytes} bytes")
+        (header_bytes,) = _PREFIX.unpack(prefix)
+        if header_bytes > _MAX_HEADER_BYTES:
+            raise CheckpointError(f"{path}: not a safetensors file (it starts with {prefix!r})")
+        if _PREFIX.size + header_bytes > num_bytes:
+            raise CheckpointError(
+                f"{path}: truncated: its header alone needs {_PREFIX.size + header_bytes} bytes, "
+                f"the file has {num_bytes}; download it again"
+            )
+        raw = file.read(header_bytes)
+    try:
+        header = json.loads(raw)
+    except ValueError:
+        header = None
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path}: not a safetensors file (its header is not a JSON object)")
+    return header, _PREFIX.size + header_bytes
+
+
+def _parse_entries(path: Path, header: dict[str, Any], data_start: int, num_bytes: int) -> dict[str, TensorEntry]:
+    entries: dict[str, TensorEntry] = {}
+    data_end = data_start
+    for key, value in header.items():
+        if key == "__metadata__":
+            continue
+        try:
+            dtype, shape = DTYPES[value["dtype"]], torch.Size(value["shape"])
+            start, stop = (data_start + offset for offset in value["data_offsets"])
+        except (KeyError, TypeError, ValueError):
+            raise CheckpointError(f"{path}: the header's entry for {key!r} cannot be used: {value!r}") from None
+        if stop - start != prod(shape) * dtype.itemsize:
+            raise CheckpointError(
+                f"{path}: {key!r} of shape {list(shape)} and type {value['dtype']} needs "
+                f"{prod(shape) * dtype.itemsize} bytes; the header gives it {stop - start}"
+            )
+        entries[key] = TensorEntry(dtype=dtype, shape=shape, offset=start, num_bytes=stop - start)
+        data_end = max(data_end, stop)
+    if data_end != num_bytes:
+        state = "truncated" if num_bytes < data_end else "longer than its header says"
+        raise CheckpointError(
+            f"{path}: {state}: its header describes {data_end} bytes, the file has {num_bytes}; download it again"
+        )
+    return dict(sorted(entries.items(), key=lambda item: item[1].offset))
+
+
+DATA_ALIGNMENT = 4096
+
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class SafetensorsWriter:
+    """A context manager; ``write`` takes rows in the order of ``entries``. Leaving with rows missing is an error.
+
+    Args:
+        path: the file to make; written beside (``.partial``) and renamed at the end.
+        entries: dtype and shape of every tensor, in the order of their data.
+        metadata: strings for the header.
+        digest: a ``hashlib`` object that is to see every byte of the file.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        entries: Mapping[str, tuple[torch.dtype, torch.Size]],
+        metadata: Mapping[str, str] | None = None,
+        digest: "hashlib._Hash | None" = None,
+    ) -> None:
+        self.path = path
+        self._digest = digest
+        self._partial = path.with_name(f"{path.name}.partial")
+        header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+        self._ends: dict[str, int] = {}
+        end = 0
+        for key, (dtype, shape) in entries.items():
+            start, end = end, end + shape.numel() * dtype.itemsize
+            header[key] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+            self._ends[key] = end
+        encoded = json.dumps(header, separators=(",", ":")).encode()
+        encoded += b" " * (-(len(encoded) + 8) % DATA_ALIGNMENT)
+        self._num_bytes = end
+        self._written = 0
+        self._entries = entries
+        self._file = self._partial.open("wb")
+        self._append(struct.pack("<Q", len(encoded)) + encoded)
+
+    def write(self, key: str, rows: Tensor) -> None:
+        """Append the next rows of ``key`` (or all of it), in its dtype."""
+        dtype = self._entries[key][0]
+        assert rows.dtype == dtype, f"{key} is announced as {dtype}, not {rows.dtype}"
+        assert self._written + rows.nbytes <= self._ends[key], f"{key} is out of order or longer than announced"
+        self._append(rows.contiguous().flatten().view(torch.uint8).numpy().data)
+        self._written += rows.nbytes
+
+    def _append(self, data: bytes | memoryview) -> None:
+        self._file.write(data)
+        if self._digest is not None:
+            self._digest.update(data)
+
+    def __enter__(self) -> "SafetensorsWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+        if kind is not None:
+            self._partial.unlink()
+            return
+        assert self._written == self._num_bytes, f"{self.path}: {self._written} of {self._num_bytes} bytes were written"
+        self._partial.replace(self.path)

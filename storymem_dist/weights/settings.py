@@ -1,0 +1,51 @@
+"""Where the weights are and in which form they are held. Knows nothing about how they are read."""
+
+from dataclasses import dataclass, field
+
+from storymem_dist.errors import require_one_of
+from storymem_dist.models.attention import BACKENDS
+from storymem_dist.models.precision import VAE_PRECISIONS
+from storymem_dist.models.quantized_linear import LINEARS
+from storymem_dist.weights.lora import LoraSettings
+
+COMPUTE_DTYPES = ("bfloat16", "float32")
+EXPERT_RESIDENCIES = ("auto", "resident", "swap")
+
+
+@dataclass(kw_only=True, slots=True)
+class ModelSettings:
+    """The ``model`` group.
+
+    ``generate`` names a preset whose seeded checkpoint is written to the user's cache on first use; the three paths are
+    then filled from it. ``loras`` are merged after the StoryMem LoRA, in order. ``experts``: both on the device
+    (``resident``), or one, and both in host memory (``swap``); ``auto`` decides by the device's memory. ``attention``
+    is one of ``models.attention.BACKENDS``. ``linears`` is what the matrix products of the blocks compute with, one of
+    ``models.quantized_linear.LINEARS``: ``float8`` and ``int8`` are lossy. ``cache_text_keys`` keeps the keys and
+    values of a shot's texts on the device (A14B: 0.84 GB) instead of computing them at every step; pixels are the same.
+    ``vae_precision`` is that of the VAE's convolutions on CUDA: ``tf32`` as torch does by itself (and so the original
+    code), or ``float32``; all other fp32 arithmetic is exact either way.
+    """
+
+    t2v_checkpoint: str | None = None
+    i2v_checkpoint: str | None = None
+    storymem_lora: str | None = None
+    loras: list[LoraSettings] = field(default_factory=list)
+    generate: str | None = None
+    generate_seed: int = 0
+    dtype: str = "bfloat16"
+    experts: str = "auto"
+    text_encoder_device: str = "auto"
+    text_encoder_dtype: str = "bfloat16"
+    attention: str = "auto"
+    linears: str = "exact"
+    cache_text_keys: bool = False
+    vae_precision: str = "tf32"
+
+    def __post_init__(self) -> None:
+        require_one_of("model.dtype", self.dtype, COMPUTE_DTYPES)
+        require_one_of("model.text_encoder_dtype", self.text_encoder_dtype, COMPUTE_DTYPES)
+        require_one_of("model.experts", self.experts, EXPERT_RESIDENCIES)
+        require_one_of("model.attention", self.attention, BACKENDS)
+        require_one_of("model.linears", self.linears, LINEARS)
+        require_one_of("model.vae_precision", self.vae_precision, VAE_PRECISIONS)
+        require_one_of("model.text_encoder_device", self.text_encoder_device, ("auto", "cpu", "cuda"))

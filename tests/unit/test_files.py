@@ -1,0 +1,80 @@
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+from storymem_dist import files
+
+
+def test_a_writer_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    files.write_bytes(path, b"old")
+    with pytest.raises(RuntimeError), files.written_beside(path) as temporary:
+        temporary.write_bytes(b"half")
+        raise RuntimeError
+    assert path.read_bytes() == b"old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_of_many_publishers_exactly_one_wins_and_its_content_stays(tmp_path: Path) -> None:
+    wins: list[int] = []
+    barrier = threading.Barrier(16)
+
+    def publish(number: int) -> None:
+        barrier.wait()
+        if files.create_exclusively(tmp_path / "record", str(number).encode() * 1000):
+            wins.append(number)
+
+    threads = [threading.Thread(target=publish, args=(number,)) for number in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(wins) == 1
+    assert (tmp_path / "record").read_bytes() == str(wins[0]).encode() * 1000
+    assert [entry.name for entry in tmp_path.iterdir()] == ["record"]
+
+
+def test_a_link_whose_answer_was_lost_still_counts_as_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An NFS client that repeats a request reports "exists" for the link that its first request made."""
+    (tmp_path / "source").write_bytes(b"x")
+    link = os.link
+
+    def link_twice(source: Path, target: Path) -> None:
+        link(source, target)
+        link(source, target)
+
+    monkeypatch.setattr(os, "link", link_twice)
+    assert files.publish_exclusively(tmp_path / "source", tmp_path / "target")
+    (tmp_path / "other").write_bytes(b"y")
+    monkeypatch.setattr(os, "link", link)
+    assert not files.publish_exclusively(tmp_path / "other", tmp_path / "target")
+
+
+def test_a_view_follows_its_source_and_leaves_no_second_name(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).write_bytes(name.encode())
+    view = tmp_path / "view"
+    for name in ("one", "one", "two", "two", "one"):
+        files.link_or_replace(tmp_path / name, view)
+        assert view.read_bytes() == name.encode()
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["one", "two", "view"]
+
+
+def test_json_is_canonical_and_refuses_nan() -> None:
+    assert files.canonical_json({"b": 1, "a": "ü"}) == '{\n  "a": "ü",\n  "b": 1\n}\n'.encode()
+    with pytest.raises(ValueError, match="Out of range"):
+        files.canonical_json({"a": float("nan")})
+
+
+def test_json_ready_turns_everything_into_json_types() -> None:
+    value = {1: (float("nan"), 2.5, None, True), "path": Path("a/b"), "nested": {"t": [float("inf")]}}
+    assert files.json_ready(value) == {"1": [None, 2.5, None, True], "path": "a/b", "nested": {"t": [None]}}
+
+
+def test_names_leaves_out_hidden_files_and_takes_a_missing_folder_for_empty(tmp_path: Path) -> None:
+    for name in ("b", "a", ".tmp-1-c"):
+        (tmp_path / name).touch()
+    assert files.names_in(tmp_path) == ["a", "b"]
+    assert files.names_in(tmp_path / "absent") == []
