@@ -1,4 +1,4 @@
-# One command each on a fresh machine: `make demo`, `make test`, `make lint` make .venv and install what they need.
+# On a fresh machine `make demo`, `make test` and `make lint` each create .venv and install what they need.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin

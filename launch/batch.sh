@@ -1,10 +1,11 @@
 # shellcheck shell=bash
-# batch.sh - sourced by the templates in slurm/: start the nodes, stop in time, go back to the queue.
+# batch.sh - sourced by the templates in slurm/: start the nodes, stop in time, requeue the job.
 #
-# A template sets START, an array with the command (srun ...) that starts node.sh on every node, and then sources this
-# file with the overrides as arguments. SLURM sends the batch script USR1 before the time is up (#SBATCH --signal); then
-# STOP.JOB appears in the run folder's logs/, every rank of this job (and of no other in that folder) finishes its
-# denoising step and saves, and the job is requeued under the same number, at most STORYMEM_MAX_REQUEUES times.
+# A template sets START, an array with the command (srun ...) that starts node.sh on every node. It then sources this
+# file with the overrides as arguments. SLURM sends USR1 to the batch script before the time is up (#SBATCH --signal).
+# The script then writes STOP.JOB into logs/ of the run folder: every rank of this job, and of no other job in that
+# folder, finishes its denoising step and saves. The job is requeued under the same number, at most
+# STORYMEM_MAX_REQUEUES times.
 here=$STORYMEM_LAUNCH
 # shellcheck source=launch/env.sh
 source "$here/env.sh"
@@ -16,17 +17,17 @@ if [ -z "$output" ]; then
 fi
 mkdir -p "$output/logs"
 own_stop=$output/logs/STOP.$SLURM_JOB_ID
-rm -f "$own_stop" # of this job before it was requeued
+rm -f "$own_stop" # from before this job was requeued
 export STORYMEM_STOP_FILES=$own_stop
 export STORYMEM_OUTPUT=$output
 # For parallel.across_nodes=true: where the nodes meet, and a port that another job on that node is unlikely to use.
 STORYMEM_HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export STORYMEM_HEAD STORYMEM_PORT=$((20000 + SLURM_JOB_ID % 20000))
-unset STORYMEM_NODE # each node finds its own
+unset STORYMEM_NODE # each node sets its own
 
 times_up=0
 trap 'times_up=1; touch "$own_stop"; echo "time is up: stopping after the running step"' USR1
-# Preemption and scancel: the same, but SLURM itself decides whether the job comes back.
+# Preemption and scancel: the same, but SLURM decides whether the job is requeued.
 trap 'touch "$own_stop"' TERM
 
 echo "job $SLURM_JOB_ID, start ${SLURM_RESTART_COUNT:-0}, on $SLURM_JOB_NODELIST: $*"
@@ -40,7 +41,7 @@ done
 state=$(storymem_state "$output")
 echo "nodes ended with $code, the batch is ${state:-unfinished}"
 if [ "$state" = "done" ]; then
-  exit 0 # also when a node was lost: the others have done its work
+  exit 0 # also after the loss of a node: the others have done its work
 fi
 if [ "$times_up" = 1 ] && [ "$state" = stopped ]; then
   if [ "${SLURM_RESTART_COUNT:-0}" -lt "${STORYMEM_MAX_REQUEUES:-20}" ]; then

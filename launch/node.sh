@@ -3,10 +3,10 @@
 #
 #   bash launch/node.sh stories=my_stories/ output=runs/night
 #
-# Nodes join through the run folder: start it on as many as you like, at any time. Exit codes, for a batch system:
+# Nodes share work through the run folder: start this on any number of nodes, at any time. Exit codes:
 #   0   done
-#   75  stopped on request, more is left: queue me again (EX_TEMPFAIL)
-#   else failed: 6 some shots, 2-5 a mistake that was told, 1 a crash that restarts did not cure (see README.md)
+#   75  stopped on request, shots are left: requeue the job (EX_TEMPFAIL)
+#   else failed: 6 some shots, 2-5 a reported mistake, 1 a crash that restarts did not cure (see docs/running.md)
 set -uo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=launch/env.sh
@@ -15,14 +15,14 @@ source "$here/env.sh"
 output=$(storymem_output "$@")
 across=()
 if [ "${SLURM_NNODES:-1}" -gt 1 ] && [ -n "${STORYMEM_HEAD:-}" ]; then
-  # Used with parallel.across_nodes=true only: otherwise nodes have no rendezvous with each other.
+  # Used with parallel.across_nodes=true only: otherwise each node's group is separate.
   across=(launch.num_nodes="$SLURM_NNODES" launch.node_rank="$SLURM_NODEID"
     launch.head="$STORYMEM_HEAD" launch.port="${STORYMEM_PORT:-29400}")
 fi
 
 "$STORYMEM_PYTHON" -m storymem_dist.cli "$@" launch=torchrun "${across[@]}" &
 render=$!
-# The launcher turns these into a stop between two denoising steps; it needs no more than one step's time.
+# The launcher turns these signals into a stop between two denoising steps, which takes at most one step.
 trap 'kill -TERM "$render" 2>/dev/null' TERM USR1
 trap 'kill -INT "$render" 2>/dev/null' INT
 while :; do

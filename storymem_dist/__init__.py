@@ -4,6 +4,7 @@ Importing the package does no work; the public names are loaded on first use.
 """
 
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
     from storymem_dist.story.loading import load_storyboard
     from storymem_dist.story.schema import Scene, Shot, Story
 
-__version__ = "0.1.0"
+    __version__: str
 
 _HOMES = {
     "Scene": "story.schema",
@@ -42,9 +43,19 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return _version()
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def _version() -> str:
+    """The installed version, from the package's metadata; ``unknown`` in a checkout that is not installed."""
+    try:
+        return version("storymem_dist")
+    except PackageNotFoundError:
+        return "unknown"
 
 
 def __dir__() -> list[str]:

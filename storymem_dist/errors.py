@@ -2,7 +2,7 @@
 
 A ``StoryMemError`` carries one complete message: what was given, what is allowed, where. The command line prints that
 message alone (no stack trace) and exits with ``exit_code``. Anything else that escapes is a bug and keeps its trace.
-Every subclass can be pickled with its message, so it can be broadcast between ranks.
+Every subclass can be pickled with its message, so it can be broadcast between ranks. Imports nothing of this package.
 """
 
 from collections.abc import Collection
@@ -15,7 +15,7 @@ class StoryMemError(Exception):
 
 
 class ConfigError(StoryMemError):
-    """A setting is unknown, ill-typed, or does not go with another."""
+    """A setting is unknown, has the wrong type, or contradicts another one."""
 
     exit_code = 2
 
@@ -27,19 +27,19 @@ class StoryboardError(StoryMemError):
 
 
 class WeightsNotFound(StoryMemError):
-    """Weights are not where the settings say; the message says what to download and the command."""
+    """Weights are missing where the settings point; the message names the download and its command."""
 
     exit_code = 4
 
 
 class CheckpointError(StoryMemError):
-    """Weights are there but wrong: truncated, of another model, keys missing or left over."""
+    """Weights exist but cannot be used: truncated, of another model, or with missing or unexpected keys."""
 
     exit_code = 4
 
 
 class LayoutError(StoryMemError):
-    """A parallel layout cannot be built on these ranks; the message says which number is wrong and which would work."""
+    """A parallel layout cannot be built on these ranks; the message names the wrong number and one that works."""
 
     exit_code = 2
 
@@ -50,14 +50,14 @@ class RunFolderError(StoryMemError):
     exit_code = 5
 
 
-class ShotFailed(StoryMemError):
-    """One shot cannot be rendered; the job goes on without it and the shots that depend on it."""
+class ShotError(StoryMemError):
+    """One shot cannot be rendered; the job continues without it and without the shots that depend on it."""
 
     exit_code = 6
 
 
 class CollectiveFailed(StoryMemError):
-    """Ranks of a replica lost each other: one hung or died. No mistake of a user; starting the ranks again may help."""
+    """A collective failed because a rank of the replica hung or died. Not a user's mistake; a restart may help."""
 
 
 class ExtraNotInstalled(StoryMemError):
@@ -73,6 +73,6 @@ def require_one_of(name: str, value: object, allowed: Collection[object]) -> Non
 
 
 def require_at_least(name: str, value: float, minimum: float) -> None:
-    """Raise ``ConfigError`` unless ``value >= minimum`` (NaN is refused too)."""
+    """Raise ``ConfigError`` unless ``value >= minimum`` (NaN is refused)."""
     if not value >= minimum:
         raise ConfigError(f"{name}={value!r} is not allowed; it must be at least {minimum}")

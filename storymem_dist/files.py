@@ -1,32 +1,35 @@
-"""Durable file operations: write beside, flush to the disk, rename; publish under a name that must be free.
+"""Durable file operations: write a temporary file, flush it, rename it; publish under a name that must be free.
 
-Every file of a run folder is made by one of these functions, so that a process killed between any two of them leaves
-either the old file or the new one, and a half-written file only under a temporary name. Safe on NFS: nothing here
-relies on locks, only on ``link`` and ``rename`` being atomic on the server.
+Every file of a run folder is written by these functions. A process that is killed at any moment leaves either the old
+file or the new one; a half-written file only has a temporary name. This is safe on NFS: it relies on ``link`` and
+``rename`` being atomic on the server, not on locks. (Only folders of weights are locked.)
 
-Knows nothing of what the files hold.
+Also computes the identity of large files. Knows nothing of their contents.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
-import math
 import os
 import secrets
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 TEMPORARY_PREFIX = ".tmp-"
-"""How the name of every half-made file begins. Such files are never read."""
+"""Prefix of the name of every half-written file. Such files are never read."""
+
+_EDGE_BYTES = 256 * 1024
+_SAMPLE_BYTES = 4096
+_NUM_SAMPLES = 64
 
 
-def temporary_beside(path: Path) -> Path:
-    """Return a fresh temporary name in the folder of ``path`` (same file system, so that a rename is atomic)."""
+def temporary_name(path: Path) -> Path:
+    """Return an unused temporary name next to ``path``: on the same file system, so that a rename is atomic."""
     return path.with_name(f"{TEMPORARY_PREFIX}{secrets.token_hex(6)}-{path.name[-80:]}")
 
 
@@ -40,18 +43,18 @@ def fsync_file(path: Path) -> None:
 
 
 def fsync_folder(path: Path) -> None:
-    """Flush a folder's entries. Best effort: some network file systems refuse it, and their server does it itself."""
+    """Flush a folder's entries. Best effort: some network file systems refuse this; their server flushes by itself."""
     with contextlib.suppress(OSError):
         fsync_file(path)
 
 
 @contextlib.contextmanager
-def written_beside(path: Path) -> Iterator[Path]:
-    """Yield a temporary path to write; on success it is flushed and becomes ``path``, on failure it is removed.
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path to write; on success it is flushed and renamed to ``path``, on failure it is removed.
 
-    The folder's entry is not flushed: who writes several files does that once, with ``fsync_folder``.
+    Does not fsync the folder; callers that write several files do that once, with ``fsync_folder``.
     """
-    temporary = temporary_beside(path)
+    temporary = temporary_name(path)
     try:
         yield temporary
         fsync_file(temporary)
@@ -64,16 +67,16 @@ def written_beside(path: Path) -> Iterator[Path]:
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Write ``data`` to ``path`` atomically and durably."""
-    with written_beside(path) as temporary:
+    with replacing(path) as temporary:
         temporary.write_bytes(data)
     fsync_folder(path.parent)
 
 
 def publish_exclusively(source: Path, path: Path) -> bool:
-    """Give the finished file ``source`` the second name ``path`` unless that name is taken; say whether it worked.
+    """Hard-link the finished file ``source`` to ``path`` unless that name is taken; return whether it was linked.
 
-    The heart of "committed exactly once": of any number of processes, on any number of machines, one gets True. A hard
-    link that an NFS server made but whose answer was lost (it then reports "exists") still counts as made.
+    This makes a commit happen exactly once: of all processes on all machines, one gets True. If the answer of an NFS
+    server is lost, its client repeats the request and gets "exists"; the link counts as made.
     """
     try:
         os.link(source, path)
@@ -87,8 +90,8 @@ def publish_exclusively(source: Path, path: Path) -> bool:
 
 
 def create_exclusively(path: Path, data: bytes, *, durable: bool = True) -> bool:
-    """Create ``path`` holding ``data`` unless it is there; say whether it worked. Readers never see it half-written."""
-    temporary = temporary_beside(path)
+    """Create ``path`` with ``data`` unless it exists; return whether it was created. Never seen half-written."""
+    temporary = temporary_name(path)
     try:
         temporary.write_bytes(data)
         if durable:
@@ -100,14 +103,14 @@ def create_exclusively(path: Path, data: bytes, *, durable: bool = True) -> bool
 
 
 def link_or_replace(source: Path, path: Path) -> None:
-    """Make ``path`` a hard link to ``source``, replacing another file of that name atomically. Does nothing when it is.
+    """Make ``path`` a hard link to ``source``, replacing any other file of that name atomically.
 
-    (Renaming one hard link over another of the same file does nothing and leaves both: that case is taken out first.)
+    Does nothing if it is one already: renaming a hard link over another one of the same file leaves both names.
     """
     with contextlib.suppress(FileNotFoundError):
         if os.path.samestat(source.stat(), path.stat()):
             return
-    temporary = temporary_beside(path)
+    temporary = temporary_name(path)
     os.link(source, temporary)
     try:
         temporary.replace(path)
@@ -116,7 +119,7 @@ def link_or_replace(source: Path, path: Path) -> None:
 
 
 def canonical_json(value: Any) -> bytes:
-    """Return the one JSON text of ``value``: keys sorted, two spaces, UTF-8, no NaN, a final newline."""
+    """Return ``value`` as canonical JSON: sorted keys, two spaces, UTF-8, a final newline. ``ValueError`` for NaN."""
     text = json.dumps(value, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False)
     return text.encode() + b"\n"
 
@@ -127,7 +130,7 @@ def read_json(path: Path) -> Any:
 
 
 def temporaries_in(folder: Path, name: str = "*") -> list[Path]:
-    """Return the half-made files for ``name`` in ``folder``: of processes that are writing, or that died doing so."""
+    """Return the temporary files for ``name`` in ``folder``, of processes that are writing or died while writing."""
     return list(folder.glob(f"{TEMPORARY_PREFIX}*-{name}"))
 
 
@@ -140,30 +143,16 @@ def names_in(folder: Path) -> list[str]:
         return []
 
 
-def json_ready(value: Any) -> Any:
-    """Return ``value`` as JSON types: mappings, tuples and lists converted, numbers that are not finite as None."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if value is None or isinstance(value, str | bool | int):
-        return value
-    if isinstance(value, Mapping):
-        return {str(key): json_ready(item) for key, item in value.items()}
-    if isinstance(value, Iterable):
-        return [json_ready(item) for item in value]
-    return str(value)
-
-
-@contextmanager
+@contextlib.contextmanager
 def locked_folder(root: Path) -> Iterator[None]:
-    """Hold an exclusive lock beside ``root`` (which need not exist); it goes away with the process, come what may."""
+    """Hold an exclusive lock on ``root``, which need not exist; the system releases it when the process ends."""
     root.parent.mkdir(parents=True, exist_ok=True)
-    with root.with_name(f".{root.name}.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with FileLock(root.with_name(f".{root.name}.lock")):
         yield
 
 
 def replace_folder(root: Path, fresh: Path) -> None:
-    """Put ``fresh`` in the place of ``root``; an old one is moved away first, so no mixture is ever seen."""
+    """Rename ``fresh`` to ``root``. An old folder is moved away first, so readers never see a mixture."""
     old = root.with_name(f".{root.name}.{uuid.uuid4().hex}")
     if root.exists():
         root.rename(old)
@@ -171,17 +160,13 @@ def replace_folder(root: Path, fresh: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-_EDGE_BYTES = 256 * 1024
-
-
-_SAMPLE_BYTES = 4096
-
-
-_NUM_SAMPLES = 64
-
-
 def file_identity(path: Path) -> str:
-    """Hex digest of one file's size and samples of its content; at most 0.8 MB are read. Its name does not matter."""
+    """Return a hex digest of a file's size and samples of its content: a cheap test whether a large file changed.
+
+    Covers the size, the first bytes (a safetensors header lies there), the last bytes (a ``.pth`` archive keeps the
+    checksums of its tensors there) and evenly spaced samples between: at most 0.8 MB are read. The name does not
+    matter. No protection against a deliberate change.
+    """
     num_bytes = path.stat().st_size
     digest = hashlib.sha256(str(num_bytes).encode())
     with path.open("rb") as file:
@@ -196,7 +181,7 @@ def file_identity(path: Path) -> str:
 
 
 def folder_identity(root: Path, files: Iterable[Path]) -> str:
-    """Hex digest over the identities of ``files`` and their names relative to ``root``, in any order."""
+    """Return a hex digest over the identities of ``files`` and their names relative to ``root``, in any order."""
     digest = hashlib.sha256()
     for path in sorted(set(files)):
         digest.update(f"{path.relative_to(root).as_posix()} {file_identity(path)}\n".encode())

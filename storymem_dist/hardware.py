@@ -1,6 +1,6 @@
-"""What devices can do at best, and how much memory device and host have.
+"""Peak throughput of known devices, and the memory of device and host.
 
-Works without a GPU, and without torch in the process (device figures are then None).
+Works without a GPU, and without torch in the process (device values are then None). Knows nothing of ranks or models.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ PEAK_BF16_TFLOPS = (
     ("L40S", 362.0),
     ("RTX 4090", 165.0),
 )
-"""Dense bf16 TFLOP/s with fp32 accumulation, from the makers' data sheets. The first entry that fits counts."""
+"""Dense bf16 TFLOP/s with fp32 accumulation, from data sheets. The first name inside a device's name applies."""
 
 
 def peak_tflops(device_name: str) -> float | None:
@@ -37,20 +37,20 @@ def peak_tflops(device_name: str) -> float | None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DeviceMemory:
-    """Memory of one device in GiB: what torch holds of it, and the most that tensors have taken. None: not known."""
+    """Memory of one device in GiB: reserved by torch now, and the peak that tensors have used. None: not known."""
 
     held_gib: float | None = None
     peak_gib: float | None = None
 
 
 def current_device() -> int | None:
-    """The number of this thread's accelerator, None where torch has none (or is not in the process)."""
+    """Return the index of this thread's accelerator, None if torch has none or is not in the process."""
     torch: Any = sys.modules.get("torch")
     return torch.accelerator.current_device_index() if torch is not None and torch.accelerator.is_available() else None
 
 
 def device_memory(device: int | None) -> DeviceMemory:
-    """What torch's allocator has counted on ``device`` in this process (see ``current_device``)."""
+    """Return what torch's allocator counted on ``device`` in this process (see ``current_device``)."""
     if device is None:
         return DeviceMemory()
     try:
@@ -65,7 +65,7 @@ def device_memory(device: int | None) -> DeviceMemory:
 
 
 def device_memory_bytes(device: Any) -> int | None:
-    """All memory of a ``torch.device``, free or not; None for a CPU, which has the host's."""
+    """Return the total memory of a ``torch.device`` in bytes; None for a CPU, which uses host memory."""
     if device.type == "cpu":
         return None
     total: int = sys.modules["torch"].get_device_module(device).get_device_properties(device).total_memory
@@ -73,7 +73,7 @@ def device_memory_bytes(device: Any) -> int | None:
 
 
 def host_memory_bytes(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
-    """Physical memory, or the limit of this process's control group (a container's, a SLURM job's) where it is less."""
+    """Return physical memory in bytes, or the limit of this process's control group (container, SLURM job) if lower."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for folder, file in _memory_groups(proc, cgroups):
         for level in (folder, *folder.parents):
@@ -85,8 +85,8 @@ def host_memory_bytes(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/
 
 
 def _memory_groups(proc: Path, cgroups: Path) -> Iterator[tuple[Path, str]]:
-    """Folders of the groups that this process is in, inside ``cgroups``, and the name of the file with the limit."""
-    yield cgroups, "memory.max"  # what a container sees of its own
+    """Yield the folder inside ``cgroups`` of each group of this process, and the name of the file with its limit."""
+    yield cgroups, "memory.max"  # inside a container: its own group
     yield cgroups / "memory", "memory.limit_in_bytes"
     with contextlib.suppress(OSError):
         for line in (proc / "self" / "cgroup").read_text().splitlines():

@@ -1,7 +1,7 @@
-"""The Python API: single clips from Python, with the same parts that the batch renderer is made of.
+"""The Python API: renders single clips with the components of the batch renderer.
 
 ``StoryMemPipeline`` renders one clip per call and keeps the experts it loaded last. Batches of storyboards, resuming
-and many GPUs side by side are the command line's business. Videos are float32 ``[B, C, F, H, W]`` in [-1, 1] with
+and replicas on several GPUs need the command line. Videos are float32 ``[B, C, F, H, W]`` in [-1, 1] with
 B = 1; ``storymem_to_comfyui`` and ``comfyui_to_storymem`` convert from and to ComfyUI's ``[B, F, H, W, C]`` in [0, 1].
 """
 
@@ -31,14 +31,14 @@ MAX_RECALLED = 10  # StoryMem is trained with at most ten memory keyframes
 
 
 class StoryMemPipeline:
-    """Text, memory and frames to clips.
+    """Renders clips from text, memory keyframes and given frames.
 
     Args:
         t2v_checkpoint_dir: folder of Wan2.2-T2V-A14B, native or -Diffusers layout. None: ``generate_t2v`` is not used.
         i2v_checkpoint_dir: folder of Wan2.2-I2V-A14B. None: only ``generate_t2v`` is used.
         m2v_lora_path: folder of the StoryMem LoRAs; needed by all but ``generate_t2v``.
-        device: "auto" (a GPU where there is one), "cuda" or "cpu".
-        enable_offload: keep experts in host memory where the device has no room for both, and drop the text encoder
+        device: "auto" (a GPU if there is one), "cuda" or "cpu".
+        enable_offload: keep experts in host memory if the device has no room for both, and drop the text encoder
             after use.
         t5_cpu: run the text encoder on the CPU.
         use_fsdp: shard the experts over the ranks that torchrun or ``accelerate launch`` started; every rank calls the
@@ -46,8 +46,8 @@ class StoryMemPipeline:
         dtype: "bfloat16" or "float32": number format of matrix products and attention.
         linears: "exact", or "float8" or "int8" for faster, smaller and lossy layers inside the transformer blocks.
 
-    Nothing is read before the first ``generate_*`` call. Missing weights raise ``WeightsNotFound``, naming what to
-    download and the command.
+    Nothing is read before the first ``generate_*`` call. These calls raise ``ConfigError`` for bad arguments and
+    ``WeightsNotFound`` for missing weights, naming the download and its command.
     """
 
     def __init__(
@@ -89,10 +89,10 @@ class StoryMemPipeline:
         cfg_scale: float | tuple[float, float] = 3.5,
         negative_prompt: str | None = None,
     ) -> Tensor:
-        """A clip from text alone: float32 ``[1, 3, num_frames, height, width]`` in [-1, 1].
+        """Render a clip from text alone: float32 ``[1, 3, num_frames, height, width]`` in [-1, 1].
 
-        ``num_frames`` is 4n+1, sizes are multiples of 16. ``cfg_scale`` is one guidance scale, or one for the low-noise
-        and one for the high-noise expert; 1 leaves the unconditional pass out.
+        ``num_frames`` is 4n+1, sizes are multiples of 16. ``cfg_scale`` is one guidance scale, or a pair: for
+        the low-noise and for the high-noise expert. 1 skips the unconditional pass.
         """
         sampler = _sampler(num_frames, height, width, steps, cfg_scale, negative_prompt)
         return self._generate(T2V, prompt, seed, sampler)
@@ -109,7 +109,7 @@ class StoryMemPipeline:
         cfg_scale: float | tuple[float, float] = 3.5,
         negative_prompt: str | None = None,
     ) -> Tensor:
-        """A new shot (a cut) that remembers ``memory_frames``, oldest first; result as of ``generate_t2v``."""
+        """Render a new shot (a cut) with at most ten ``memory_frames``, oldest first; result as of ``generate_t2v``."""
         sampler = _sampler(num_frames, height, width, steps, cfg_scale, negative_prompt)
         return self._generate(M2V, prompt, seed, sampler, memory_frames=memory_frames)
 
@@ -126,7 +126,7 @@ class StoryMemPipeline:
         cfg_scale: float | tuple[float, float] = 3.5,
         negative_prompt: str | None = None,
     ) -> Tensor:
-        """A shot that goes on from ``first_frame`` (which the result begins with); result as of ``generate_t2v``."""
+        """Render a shot that continues from ``first_frame``, its first frame; otherwise as ``generate_m2v``."""
         sampler = _sampler(num_frames, height, width, steps, cfg_scale, negative_prompt)
         return self._generate(
             MI2V, prompt, seed, sampler, memory_frames=memory_frames, first_frame=to_image_tensor(first_frame)
@@ -145,7 +145,7 @@ class StoryMemPipeline:
         cfg_scale: float | tuple[float, float] = 3.5,
         negative_prompt: str | None = None,
     ) -> Tensor:
-        """A shot that goes on from the five ``motion_frames`` (which the result begins with)."""
+        """Render a shot that continues from five ``motion_frames``, its first frames; otherwise as ``generate_m2v``."""
         needed = NUM_GIVEN_FRAMES[MM2V]
         if len(motion_frames) != needed:
             raise ConfigError(f"motion_frames has {len(motion_frames)} frames; generate_mm2v takes {needed}")
@@ -203,7 +203,7 @@ class StoryMemPipeline:
         return engine.clips.sample(replace(request, prompt=embeds))[None]
 
     def _engine_for(self, mode: str, sampler: SamplerSettings) -> Engine:
-        """The engine whose LoRA fits ``mode``; a different one replaces it."""
+        """Return the engine whose LoRA fits ``mode``; closes an engine with another LoRA."""
         kind = KIND_OF_MODE[mode]
         continuation = MM2V if mode == MM2V else MI2V
         key = (kind, continuation if kind == M2V else "")
@@ -238,7 +238,7 @@ def _sampler(
 
 
 def to_image_tensor(image: ImageLike) -> Tensor:
-    """Any accepted image as uint8 ``[3, H, W]``. Raises ``ConfigError`` for another shape or dtype."""
+    """Convert any accepted image to uint8 ``[3, H, W]``. Raises ``ConfigError`` for another shape or dtype."""
     if isinstance(image, Image.Image):
         image = np.asarray(image.convert("RGB"))
     if isinstance(image, np.ndarray):
@@ -258,13 +258,13 @@ def to_image_tensor(image: ImageLike) -> Tensor:
 
 
 def storymem_to_comfyui(video_BCFHW: Tensor) -> Tensor:
-    """``[B, C, F, H, W]`` in [-1, 1] to ComfyUI's ``[B, F, H, W, C]`` in [0, 1], float32, clamped."""
+    """Convert ``[B, C, F, H, W]`` in [-1, 1] to ComfyUI's ``[B, F, H, W, C]`` in [0, 1], float32, clamped."""
     _require_video(video_BCFHW, channel_dim=1, layout="[B, 3, F, H, W]")
     return video_BCFHW.float().add(1).div(2).clamp(0, 1).permute(0, 2, 3, 4, 1).contiguous()
 
 
 def comfyui_to_storymem(video_BFHWC: Tensor) -> Tensor:
-    """ComfyUI's ``[B, F, H, W, C]`` in [0, 1] to ``[B, C, F, H, W]`` in [-1, 1], float32, clamped."""
+    """Convert ComfyUI's ``[B, F, H, W, C]`` in [0, 1] to ``[B, C, F, H, W]`` in [-1, 1], float32, clamped."""
     _require_video(video_BFHWC, channel_dim=4, layout="[B, F, H, W, 3]")
     return video_BFHWC.float().clamp(0, 1).mul(2).sub(1).permute(0, 4, 1, 2, 3).contiguous()
 
@@ -276,7 +276,7 @@ def _require_video(video: Tensor, *, channel_dim: int, layout: str) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Availability:
-    """Whether clips can be rendered; ``missing`` says what is not there and how to get it. True when nothing is."""
+    """True if clips can be rendered; ``missing`` names what is missing and how to get it."""
 
     missing: tuple[str, ...]
 

@@ -1,13 +1,15 @@
-"""Where the files that belong to the program lie: ``conf/``, ``launch/`` and ``slurm/``."""
+"""Where the files that belong to the program lie: ``conf/``, ``examples/``, ``launch/`` and ``slurm/``."""
 
 from pathlib import Path
 
+PACKAGE_FOLDER = Path(__file__).resolve().parent
+"""The folder of the package's modules; its parent is what Python must find to import it."""
+
 
 def assets_folder(name: str) -> Path:
-    """``conf``, ``launch`` or ``slurm``: inside an installed package, or next to the package in a checkout."""
-    package = Path(__file__).resolve().parent
-    installed = package / "assets" / name
-    return installed if installed.is_dir() else package.parent / name
+    """``conf``, ``examples``, ``launch`` or ``slurm``: inside an installed package, or next to it in a checkout."""
+    installed = PACKAGE_FOLDER / "assets" / name
+    return installed if installed.is_dir() else PACKAGE_FOLDER.parent / name
 
 
 def config_folder() -> Path:

@@ -1,1 +1,1 @@
-"""What a run leaves on disk: run folder, records, videos."""
+"""The files of a run: run folder, shots, records, videos, prompt embeddings. Knows nothing of replicas or models."""

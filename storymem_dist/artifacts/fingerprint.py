@@ -1,7 +1,7 @@
-"""Fingerprints: one hash of everything that changes the pixels of a shot, and the story of what changed.
+"""Fingerprints: one hash over everything that changes the pixels of a shot, and a description of what changed.
 
-As in a build system: a shot's fingerprint covers its own inputs and its predecessor's fingerprint, so an edited prompt
-changes that shot and all that follow, and nothing else. Knows JSON values only, nothing of what they mean.
+As in a build system, a shot's fingerprint covers its own inputs and its predecessor's fingerprint: an edited prompt
+changes that shot and all after it, and nothing else. Knows JSON values only, nothing of what they mean.
 """
 
 import hashlib
@@ -13,19 +13,19 @@ from storymem_dist.errors import StoryboardError
 from storymem_dist.files import canonical_json
 
 FINGERPRINT_FORMAT = 1
-"""Part of every fingerprint. Raised when the code begins to make other pixels from the same inputs."""
+"""Part of every fingerprint. Increase it when the same inputs must get another fingerprint."""
 
 _LONGEST_VALUE = 60
 
 
 def fingerprint(inputs: Mapping[str, Any], predecessor: str | None) -> str:
-    """Return 64 hex digits over JSON-able ``inputs`` and the fingerprint of the shot before (None for the first)."""
+    """Return 64 hex digits over ``inputs`` (JSON values) and the predecessor's fingerprint (None: the first shot)."""
     value = {"format": FINGERPRINT_FORMAT, "inputs": inputs, "predecessor": predecessor}
     return hashlib.sha256(canonical_json(value)).hexdigest()
 
 
 def hash_of(value: Any) -> str:
-    """Return 16 hex digits over one JSON-able value, for instance a resolved configuration."""
+    """Return 16 hex digits over one JSON value, for instance a resolved configuration."""
     return hashlib.sha256(canonical_json(value)).hexdigest()[:16]
 
 
@@ -44,7 +44,7 @@ def reference_image_digest(path: Path) -> str:
 
 
 def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """Say what changed between two sets of inputs, one phrase for each difference: ``seed changed from 3 to 4``."""
+    """Return what changed between two sets of inputs, a phrase for each difference: ``seed changed from 3 to 4``."""
     return list(_differences("", before, after))
 
 

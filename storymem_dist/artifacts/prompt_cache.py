@@ -1,10 +1,10 @@
-"""Prompt embeddings on disk, found by content: what the text encoder is and what the prompt says.
+"""Prompt embeddings on disk, keyed by the identity of the text encoder and the prompt.
 
-One safetensors file per prompt, so that ranks, replicas, nodes and later jobs share the work. Files are written beside
-and renamed, and equal entries are equal bytes: any number of writers may meet. Each file carries a checksum; a damaged
-one counts as missing and is written again.
+One safetensors file per prompt, so that ranks, replicas, nodes and later jobs share the work. Files appear by atomic
+rename and equal entries have equal bytes, so any number of processes may write one. Each file has a checksum; a damaged
+file counts as missing and is written again.
 
-Knows nothing about how embeddings are made, by whom, or for which shots.
+Knows nothing of how embeddings are made or for which shots.
 """
 
 import hashlib
@@ -30,26 +30,26 @@ logger = logging.getLogger(__name__)
 
 
 class PromptCache:
-    """Embeddings of prompts made by one encoder. Prompts are told apart as the encoder sees them: cleaned."""
+    """Embeddings of prompts made by one encoder. Prompts are compared as the encoder sees them: cleaned."""
 
     def __init__(self, folder: Path, encoder_identity: str) -> None:
-        """``folder`` is made when the first entry is written; encoders of any identity may share it."""
+        """``folder`` is created with the first entry; encoders of any identity may share it."""
         self._folder = folder
         self._encoder_identity = encoder_identity
 
     def path(self, prompt: str) -> Path:
-        """Where the entry of ``prompt`` is or will be."""
-        said = f"{FORMAT_VERSION}\n{self._encoder_identity}\n{clean_prompt(prompt)}"
-        return self._folder / f"{hashlib.sha256(said.encode()).hexdigest()}.safetensors"
+        """Return the path of the entry of ``prompt``, which need not exist."""
+        key = f"{FORMAT_VERSION}\n{self._encoder_identity}\n{clean_prompt(prompt)}"
+        return self._folder / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
 
     def find(self, prompt: str) -> Tensor | None:
-        """The embedding ``[num_tokens, text_dim]`` on the CPU, in the encoder's dtype; None if missing or damaged.
+        """Return the embedding ``[num_tokens, text_dim]`` on the CPU, in the encoder's dtype.
 
-        Raises ``RunFolderError`` when the cache cannot be read at all.
+        None when the entry is missing or damaged. Raises ``RunFolderError`` when the cache cannot be read at all.
         """
         path = self.path(prompt)
         try:
-            data = path.read_bytes()  # at once: safe_open would open it twice, and it may be replaced in between
+            data = path.read_bytes()  # one read: safe_open opens the file twice, and it may be replaced between
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -80,7 +80,7 @@ class PromptCache:
 
 
 def _metadata(data: bytes) -> dict[str, str]:
-    """The metadata of a valid safetensors file: in the JSON header, whose length comes first."""
+    """The metadata of a valid safetensors file: part of the JSON header, whose length comes first."""
     length = int.from_bytes(data[:8], "little")
     metadata: dict[str, str] = json.loads(data[8 : 8 + length]).get("__metadata__", {})
     return metadata

@@ -1,8 +1,8 @@
-"""The record of a committed shot: what was rendered, from what, what was remembered, and which files hold it.
+"""The record of a committed shot: its inputs, what the memory decided, and the files of the result.
 
-A record is one JSON file. Apart from its ``timing`` and ``host`` parts it depends on the shot's inputs and pixels
-alone: two undisturbed runs write the same bytes there. Knows the schema and how to check a record against its files;
-where records lie is the run folder's business.
+A record is one JSON file. Except for ``timing`` and ``host`` it depends on the shot's inputs and pixels alone: two
+undisturbed runs write the same bytes. Knows the schema and how to check a record against its files, not where records
+are.
 """
 
 from collections.abc import Mapping
@@ -17,12 +17,12 @@ RECORD_FORMAT = 1
 
 
 class DamagedRecord(Exception):
-    """A record that cannot be used: not JSON, not complete, or its files are missing or changed. The message says."""
+    """A record cannot be used: it is not JSON or not complete, or its files are missing or changed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoredFile:
-    """A file of a shot: its size and content."""
+    """A file of a shot: its size, and the SHA-256 of its content in hex digits."""
 
     num_bytes: int
     sha256: str
@@ -30,7 +30,7 @@ class StoredFile:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoredKeyframe:
-    """A keyframe that the shot added to the memory bank: number among its keyframes, frame in its clip, PNG file."""
+    """A keyframe that the shot added to the memory bank: its number (``slot``), its frame in the clip, its PNG file."""
 
     slot: int
     frame_index: int
@@ -42,7 +42,7 @@ class ShotRecord:
     """One committed shot.
 
     ``kind`` is the base model (``t2v`` or ``m2v``), ``mode`` how it was conditioned (``t2v``, ``m2v``, ``mi2v``,
-    ``mm2v``). ``num_frames`` counts the saved clip (given frames dropped). ``memory`` holds what the memory decided, as
+    ``mm2v``). ``num_frames`` counts the saved clip (without given frames). ``memory`` holds what the memory decided, as
     JSON (``recalled``: which keyframes the shot saw and why; ``decisions``: which frames were kept, duplicate or
     dropped, with scores). ``inputs`` are all inputs of ``fingerprint``, ``predecessor`` is the fingerprint of the shot
     before. ``files`` maps names in the attempt's folder to size and content; ``clip`` and ``tail`` (the last frames, in
@@ -80,7 +80,7 @@ class ShotRecord:
 
     @property
     def attempt_id(self) -> str:
-        """Folder of the attempt whose files this record names."""
+        """Name of the attempt's folder, which holds the files of this record."""
         return str(self.host["attempt_id"])
 
     def to_json(self) -> bytes:
@@ -113,7 +113,7 @@ class ShotRecord:
         return record
 
     def check_files(self, folder: Path, *, contents: bool) -> None:
-        """Raise ``DamagedRecord`` unless every file is in ``folder`` with its size (and, on demand, its content)."""
+        """Raise ``DamagedRecord`` unless every file is in ``folder`` with its size (``contents``: and its hash)."""
         for name, stored in self.files.items():
             try:
                 num_bytes = (folder / name).stat().st_size
@@ -126,5 +126,5 @@ class ShotRecord:
 
 
 def describe_file(path: Path) -> StoredFile:
-    """Measure a finished file. Raises ``OSError``."""
+    """Return size and hash of a finished file. Raises ``OSError``."""
     return StoredFile(num_bytes=path.stat().st_size, sha256=file_digest(path))

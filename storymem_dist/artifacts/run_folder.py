@@ -1,22 +1,22 @@
 """The run folder: the single source of truth of a batch, shared by all its replicas, jobs and restarts.
 
-    storymem_run.json                     marker: format, run id; a folder without it is only taken when it is empty
+    storymem_run.json                     marker: format, run id; a folder without it is used only if it is empty
     config/<config hash>.yaml             resolved configurations that were used
-    stories/<story>/storyboard.json       what was read
+    stories/<story>/storyboard.json       the story as it was read
     stories/<story>/<shot>/...            attempts and records (``shot_folder.py``)
     stories/<story>/<shot>.mp4, .json     the current clip and record of a shot
     stories/<story>/keyframes/            its current keyframes
     stories/<story>/story.mp4             the whole story
-    leases/                               who is alive and who renders what (``dispatch/leases.py``)
+    leases/                               heartbeats and leases (``dispatch/leases.py``)
     failures/<story>.<shot>.<fp>.json     shots that failed, with reasons
-    checkpoints/<story>/<shot>/           running shots, between two denoising steps
-    rerender/<story>.<shot>.<n>.json      forced re-renders: the shot's generation is their number
-    seeds/<name>.json                     seeds that were drawn because a negative one was given
-    events/<writer>.jsonl, cache/         written by others
+    checkpoints/<story>/<shot>/           denoising states of running shots
+    rerender/<story>.<shot>.<n>.json      forced re-renders; their number is the shot's generation
+    seeds/<name>.json                     seeds drawn where a negative one was given
+    events/<writer>.jsonl, cache/         written by other modules
     STOP                                  made by a person or a script: all replicas stop after the running step
     stop.json                             how the last replica ended
 
-Knows names and how to make files safely. Decides nothing about what is rendered, and when.
+Knows names and how to write files safely; does not decide what is rendered.
 """
 
 import contextlib
@@ -40,18 +40,18 @@ MARKER = "storymem_run.json"
 STOP_FILE = "STOP"
 
 SMALL_FOLDERS = ("config", "seeds", "rerender")
-"""Folders of a few files each, written at the start of jobs."""
+"""Folders with a few files each, written at the start of jobs."""
 
-# What may lie in a folder before it becomes a run folder: things that launchers and people put there first.
+# Names that a folder may hold before it becomes a run folder: launchers and people put them there.
 _HARMLESS = {"logs", "STOP"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Failure:
+class FailureRecord:
     """Why a shot could not be rendered.
 
-    ``error_type`` is the exception's name. ``is_final`` is False while the shot is to be tried again by itself, with
-    ``low_memory`` (after it ran out of memory). ``job_id``: the job in which it happened.
+    ``error_type`` is the exception's name. ``is_final``: False if the shot is retried automatically, with
+    ``low_memory`` (after it ran out of memory). ``job_id``: the job in which it failed. ``details``: the stack trace.
     """
 
     story_id: str
@@ -66,7 +66,7 @@ class Failure:
 
 
 class RunFolder:
-    """Paths and safe operations of one run folder. Making the object touches nothing; ``open`` does."""
+    """Paths and safe operations of one run folder. Creating the object touches no file; ``open`` does."""
 
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root).absolute()
@@ -78,12 +78,12 @@ class RunFolder:
 
     @property
     def leases_folder(self) -> Path:
-        """Folder of leases and signs of life."""
+        """Folder of leases and heartbeats."""
         return self.root / "leases"
 
     @property
     def failures_folder(self) -> Path:
-        """Folder of failed shots."""
+        """Folder of failure marks."""
         return self.root / "failures"
 
     @property
@@ -93,7 +93,7 @@ class RunFolder:
 
     @property
     def cache_folder(self) -> Path:
-        """Folder of things that can be computed again."""
+        """Folder of values that can be computed again."""
         return self.root / "cache"
 
     @property
@@ -110,15 +110,15 @@ class RunFolder:
         return ShotFolder(self.story_folder(story_id), shot_id)
 
     def story_video(self, story_id: str) -> Path:
-        """The joined video of a story."""
+        """Path of the video of a whole story."""
         return self.story_folder(story_id) / "story.mp4"
 
     def checkpoint(self, story_id: str, shot_id: str, fingerprint: str) -> Path:
-        """Where the denoising state of a running shot is saved."""
+        """Path of the denoising state of a running shot."""
         return self.root / "checkpoints" / story_id / shot_id / f"{fingerprint[:16]}.safetensors"
 
     def remove_checkpoints(self, story_id: str, shot_id: str, fingerprint: str) -> None:
-        """Remove what was saved of a shot that is committed now, half-written files too."""
+        """Remove the checkpoints of a committed shot, half-written files too."""
         folder = self.checkpoint(story_id, shot_id, fingerprint).parent
         if folder.is_dir():
             for path in folder.glob(f"*{fingerprint[:16]}.*"):
@@ -127,9 +127,9 @@ class RunFolder:
                 folder.rmdir()
 
     def finish_commit(self, record: ShotRecord) -> None:
-        """Do what follows the publishing of a record: its views, and nothing left of the way there.
+        """Do what follows the publishing of a record: update its views, remove its checkpoints and failure mark.
 
-        May be repeated, by anyone. Raises ``OSError``.
+        Idempotent; any process may call it. Raises ``OSError``.
         """
         self.shot(record.story_id, record.shot_id).repair_views(record)
         self.remove_checkpoints(record.story_id, record.shot_id, record.fingerprint)
@@ -138,7 +138,7 @@ class RunFolder:
     # -- the folder itself ---------------------------------------------------------------------------------------------
 
     def open(self) -> str:
-        """Make the run folder, or check that it is one; return its run id. Any number of processes may do so at once.
+        """Create the run folder, or check that it is one; return its run id. Several processes may do so at once.
 
         Raises ``RunFolderError`` when it cannot be made, holds something else, or is of another format.
         """
@@ -184,14 +184,14 @@ class RunFolder:
             )
 
     def write_config(self, config_hash: str, text: str) -> None:
-        """Keep a resolved configuration under its hash, once."""
+        """Write a resolved configuration under its hash unless it is there. Raises ``OSError``."""
         path = self.root / "config" / f"{config_hash}.yaml"
         if not path.exists():
             path.parent.mkdir(exist_ok=True)
             write_bytes(path, text.encode())
 
     def write_storyboard(self, story: Story) -> None:
-        """Keep what was read of a story, when it is new or has changed."""
+        """Write a story as it was read, if it is new or has changed. Raises ``OSError``."""
         path = self.story_folder(story.story_id) / "storyboard.json"
         data = canonical_json(json.loads(json.dumps(asdict(story), default=str)))
         try:
@@ -204,14 +204,24 @@ class RunFolder:
     # -- decisions that are made once per run --------------------------------------------------------------------------
 
     def drawn_seed(self, name: str) -> int:
-        """Return the seed drawn for ``name`` in this run: drawn by whoever asks first, the same for all ever after."""
-        path = self.root / "seeds" / f"{name}.json"
+        """Return the seed of ``name`` in this run, 0 to 2**31 - 1: drawn at the first call, then always the same."""
+        path = self._seed_path(name)
         path.parent.mkdir(exist_ok=True)
         create_exclusively(path, canonical_json({"seed": secrets.randbelow(2**31)}))
         return int(read_json(path)["seed"])
 
+    def known_seed(self, name: str) -> int | None:
+        """Return the seed drawn for ``name`` in this run, or None. Draws none."""
+        try:
+            return int(read_json(self._seed_path(name))["seed"])
+        except FileNotFoundError:
+            return None
+
+    def _seed_path(self, name: str) -> Path:
+        return self.root / "seeds" / f"{name}.json"
+
     def rerender(self, shots: Iterable[tuple[str, str]], request_id: str) -> None:
-        """Raise the generation of each (story, shot) by one, once per ``request_id`` (a job, with all its restarts)."""
+        """Increase the generation of each (story, shot) by one, once per ``request_id`` (a job with its restarts)."""
         folder = self.root / "rerender"
         folder.mkdir(exist_ok=True)
         for story_id, shot_id in shots:
@@ -235,15 +245,15 @@ class RunFolder:
 
     # -- failures ------------------------------------------------------------------------------------------------------
 
-    def write_failure(self, failure: Failure) -> None:
-        """Mark a shot as failed. Replaces an earlier mark for the same fingerprint."""
+    def write_failure(self, failure: FailureRecord) -> None:
+        """Mark a shot as failed; replaces the mark of the same fingerprint. Raises ``OSError``."""
         write_bytes(self._failure_path(failure.story_id, failure.shot_id, failure.fingerprint), failure_json(failure))
 
-    def read_failure(self, story_id: str, shot_id: str, fingerprint: str) -> Failure | None:
+    def read_failure(self, story_id: str, shot_id: str, fingerprint: str) -> FailureRecord | None:
         """Return the failure mark of a shot, if there is one. A damaged mark counts as none and is removed."""
         path = self._failure_path(story_id, shot_id, fingerprint)
         try:
-            return Failure(**read_json(path))
+            return FailureRecord(**read_json(path))
         except FileNotFoundError:
             return None
         except (OSError, ValueError, TypeError):
@@ -251,7 +261,7 @@ class RunFolder:
             return None
 
     def remove_failure(self, story_id: str, shot_id: str, fingerprint: str) -> None:
-        """Forget that a shot failed."""
+        """Remove the failure mark of a shot, if there is one."""
         self._failure_path(story_id, shot_id, fingerprint).unlink(missing_ok=True)
 
     @staticmethod
@@ -264,16 +274,16 @@ class RunFolder:
 
     # -- the end -------------------------------------------------------------------------------------------------------
 
-    def write_stop(self, state: str, **details: Any) -> None:
+    def write_outcome(self, state: str, **details: Any) -> None:
         """Write ``stop.json``: ``state`` is ``done``, ``stopped`` (resumable) or ``failed``."""
         write_bytes(self.root / "stop.json", canonical_json({"state": state, "written": time.time(), **details}))
 
-    def remove_stop(self) -> None:
-        """Remove ``stop.json`` of an earlier job, so that nobody takes it for the end of this one."""
+    def remove_outcome(self) -> None:
+        """Remove ``stop.json`` of an earlier job, so that it is not read as the end of this one."""
         (self.root / "stop.json").unlink(missing_ok=True)
 
 
-def failure_json(failure: Failure) -> bytes:
+def failure_json(failure: FailureRecord) -> bytes:
     """Return the JSON text of a failure mark."""
     return canonical_json(asdict(failure))
 
@@ -281,7 +291,7 @@ def failure_json(failure: Failure) -> bytes:
 def shot_ids(names: Sequence[str], known: Iterable[tuple[str, Sequence[str]]]) -> list[tuple[str, str]]:
     """Resolve ``STORY:SHOT`` names (``ocean:shot_03`` or ``ocean:3``) against the known stories and their shot ids.
 
-    Raises ``RunFolderError`` naming the first that does not exist and what does.
+    Raises ``RunFolderError`` with the first unknown name and the known ones.
     """
     stories = dict(known)
     resolved = []
@@ -289,12 +299,12 @@ def shot_ids(names: Sequence[str], known: Iterable[tuple[str, Sequence[str]]]) -
         story_id, _, shot = name.rpartition(":")
         if story_id not in stories:
             raise RunFolderError(
-                f"rerender={name}: no story {story_id!r}; there are: {', '.join(sorted(stories)[:20])}"
+                f"dispatch.rerender={name}: no story {story_id!r}; there are: {', '.join(sorted(stories)[:20])}"
             )
         shot_id = f"shot_{int(shot):02d}" if shot.isdecimal() else shot
         if shot_id not in stories[story_id]:
             raise RunFolderError(
-                f"rerender={name}: {story_id} has no shot {shot!r}; it has {', '.join(stories[story_id])}"
+                f"dispatch.rerender={name}: {story_id} has no shot {shot!r}; it has {', '.join(stories[story_id])}"
             )
         resolved.append((story_id, shot_id))
     return resolved

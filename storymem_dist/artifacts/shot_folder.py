@@ -1,11 +1,11 @@
-"""One shot on disk: attempts, the records that were published, and the views that people open.
+"""One shot on disk: attempts, published records, and the views that people open.
 
     <shot>/attempts/<attempt>/{clip.mp4, keyframe_<slot>.png, tail_<n>.png, record.json}
     <shot>/records/<first 16 digits of the fingerprint>.json      exclusive hard link of one attempt's record.json
     <shot>.mp4  <shot>.json  keyframes/<shot>_<slot>.png          hard links to the current files, repaired on demand
 
 An attempt writes its files first and its record last; publishing is one ``link`` that fails when the name is taken. So
-a shot is committed exactly once for each fingerprint, whatever dies or wakes up late. Knows nothing of who renders.
+each fingerprint is committed exactly once, even if processes die or resume late. Knows nothing of leases or rendering.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ _RECORD_NAME = re.compile(r"[0-9a-f]{16}\.json")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClipFiles:
-    """What an attempt saves: pixels, and where the keyframes come from.
+    """The pixels that an attempt saves.
 
     ``clip``: uint8 ``[F, 3, H, W]``; ``keyframes``: (slot, frame index, uint8 ``[3, H, W]``); ``tail``: uint8
     ``[n, 3, H, W]``, the clip's last frames in order.
@@ -65,10 +65,10 @@ class ShotFolder:
     def save_attempt(
         self, attempt_id: str, files: ClipFiles, settings: VideoSettings, check: Callable[[], None] = lambda: None
     ) -> Mapping[str, StoredFile]:
-        """Write the files of an attempt into its own folder; return their sizes and contents. Raises ``OSError``.
+        """Write the files of an attempt into its own folder; return their sizes and hashes. Raises ``OSError``.
 
         They are durable once the attempt's record is written, which flushes the folder. ``check`` is called before
-        every frame and image; what it raises ends the writing.
+        every frame and image; an exception from it ends the writing.
         """
         folder = self.attempt_folder(attempt_id)
         folder.mkdir(parents=True)
@@ -82,9 +82,9 @@ class ShotFolder:
         return {name: describe_file(folder / name) for name in names_in(folder)}
 
     def publish(self, record: ShotRecord, *, may_publish: Callable[[], bool]) -> bool:
-        """Write the attempt's record and publish it under its fingerprint; say whether this attempt is the one.
+        """Write the attempt's record and publish it under its fingerprint; return whether that succeeded.
 
-        ``may_publish`` is asked at the last moment. When the answer is no, or another attempt was published first, this
+        ``may_publish`` is called just before. If it returns False, or another attempt was published first, this
         attempt's folder is removed. Raises ``OSError``.
         """
         own = self.files_of(record) / "record.json"
@@ -99,8 +99,8 @@ class ShotFolder:
     def discard_attempt(self, attempt_id: str) -> None:
         """Remove an attempt unless a record names it.
 
-        Its ``record.json`` goes first: from then on its owner, should it be alive after all, cannot publish it any
-        more. If it was published before that, the record is put back and nothing is removed.
+        Removes its ``record.json`` first, so that its owner, if still alive, can no longer publish it. If it was
+        published before that, puts ``record.json`` back and removes nothing else.
         """
         folder = self.attempt_folder(attempt_id)
         own = folder / "record.json"
@@ -116,7 +116,7 @@ class ShotFolder:
     def discard_orphans(self, fingerprint: str) -> list[str]:
         """Remove all attempts at ``fingerprint`` that no record names; return their ids.
 
-        Only for who holds the shot's lease, or when it is committed: then no other attempt can be published.
+        Only for the holder of the shot's lease, or after its commit: then no other attempt can be published.
         """
         attempts = [name for name in names_in(self._attempts) if name.startswith(f"{fingerprint[:16]}-")]
         current = self._published_attempt(fingerprint)
@@ -135,10 +135,13 @@ class ShotFolder:
         """Whether a record is published for ``fingerprint``. Looks at the name only."""
         return self._record_path(fingerprint).exists()
 
-    def read_record(self, fingerprint: str, *, check_contents: bool = False) -> ShotRecord | None:
+    def read_record(
+        self, fingerprint: str, *, check_contents: bool = False, set_aside: bool = True
+    ) -> ShotRecord | None:
         """Return the published record of ``fingerprint`` after checking its files, or None.
 
-        Raises ``DamagedRecord`` after setting a record aside that cannot be used; the shot then counts as not rendered.
+        Raises ``DamagedRecord`` after it has set aside an unusable record; the shot then counts as not rendered. With
+        ``set_aside=False`` nothing is written: the damaged record stays where it is.
         """
         path = self._record_path(fingerprint)
         try:
@@ -151,12 +154,14 @@ class ShotFolder:
                 raise DamagedRecord(f"it is of fingerprint {record.fingerprint!r}")
             record.check_files(self.files_of(record), contents=check_contents)
         except DamagedRecord as damage:
+            if not set_aside:
+                raise DamagedRecord(f"the record {path} cannot be used: {damage}") from damage
             self._set_aside(path, data)
             raise DamagedRecord(f"the record {path} was set aside: {damage}") from damage
         return record
 
     def require_record(self, fingerprint: str, *, check_contents: bool = False) -> ShotRecord:
-        """Return the record of a shot that was seen committed. Raises ``DamagedRecord`` also when it is gone."""
+        """Return the record of a committed shot. Raises ``DamagedRecord`` when it is unusable or gone."""
         record = self.read_record(fingerprint, check_contents=check_contents)
         if record is None:
             raise DamagedRecord(f"the record {self._record_path(fingerprint)} has disappeared")
@@ -165,7 +170,7 @@ class ShotFolder:
     def read_images(self, record: ShotRecord) -> tuple[list[Tensor], Tensor | None]:
         """Return the keyframes' images, uint8 ``[3, H, W]``, and the tail, uint8 ``[n, 3, H, W]``, of a record.
 
-        Raises ``DamagedRecord`` after setting the record aside when one cannot be decoded.
+        If an image cannot be decoded, sets the record aside and raises ``DamagedRecord``.
         """
         folder = self.files_of(record)
         try:
@@ -178,7 +183,7 @@ class ShotFolder:
         return keyframes, torch.stack(tail) if tail else None
 
     def newest_other_record(self, fingerprint: str) -> ShotRecord | None:
-        """Return the latest record made from other inputs than ``fingerprint``'s, to tell what changed."""
+        """Return the latest record of another fingerprint, or None: its inputs show what changed."""
         others = []
         for name in self.record_names():
             if name != self._record_path(fingerprint).name:
@@ -189,7 +194,7 @@ class ShotFolder:
     # -- views ---------------------------------------------------------------------------------------------------------
 
     def repair_views(self, record: ShotRecord) -> None:
-        """Make the files that people open show ``record``. Does nothing when they do. Raises ``OSError``."""
+        """Link the files that people open to those of ``record``, where they are not yet. Raises ``OSError``."""
         files = self.files_of(record)
         link_or_replace(files / record.clip, self._story_folder / f"{self.shot_id}.mp4")
         link_or_replace(self._record_path(record.fingerprint), self._story_folder / f"{self.shot_id}.json")
@@ -216,7 +221,7 @@ class ShotFolder:
     def _set_aside(self, path: Path, data: bytes) -> None:
         """Rename the bad record that holds ``data``, unless another process has replaced it in the meantime.
 
-        Contents are compared, not inode numbers, which a file system may use again at once.
+        Compares contents, not inode numbers, which a file system may reuse at once.
         """
         aside = path.with_name(f"{path.stem}.damaged-{secrets.token_hex(4)}")
         try:

@@ -1,8 +1,8 @@
-"""Clips as MP4 files and frames as PNG files, the same bytes every time.
+"""Clips as MP4 files and frames as PNG files, with the same bytes every time.
 
-Writes uint8 RGB frames with PyAV (no ffmpeg program needed), joins clips by copying packets, and reads both back. The
-bytes depend on frames and settings alone: one encoder thread (x264's output depends on their number), no time stamps,
-bit-exact scaling and muxing. Files are written beside and renamed.
+Writes uint8 RGB frames with PyAV (no ffmpeg program needed), concatenates clips by copying packets, and reads both
+back. The bytes depend on frames and settings alone: one encoder thread (x264's output depends on their number), no time
+stamps, bit-exact scaling and muxing. Files appear by atomic rename.
 
 Knows nothing of shots, stories or run folders. Legend: F = frames, C = 3 colours (RGB), H, W = pixels.
 """
@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from storymem_dist.errors import ConfigError, RunFolderError, require_one_of
-from storymem_dist.files import written_beside
+from storymem_dist.files import replacing
 
 CODECS = ("libx264", "libvpx-vp9")
 PRESETS = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow")
@@ -37,8 +37,8 @@ class VideoSettings:
     """How clips are encoded. The defaults (H.264) play in every browser and player; VP9 plays in current browsers.
 
     ``crf``: constant quality, 0 (best) to 51 (H.264) or 63 (VP9). ``preset``: x264's names, from fast to small; for
-    VP9 they set the corresponding speed. Fast by default, because the GPUs of a replica wait while it saves a clip
-    ("medium" takes 2.5 times as long for files of about the same size). ``pixel_format``: yuv420p plays everywhere,
+    VP9 they set the corresponding speed. Fast by default, because the GPUs of a replica may wait for a save ("medium"
+    takes 2.5 times as long for files of about the same size). ``pixel_format``: yuv420p plays everywhere,
     yuv444p keeps the full colour resolution but few browsers show it.
     """
 
@@ -64,10 +64,11 @@ class VideoSettings:
 def write_clip(
     path: Path, frames_FCHW: Tensor, fps: int, settings: VideoSettings, check: Callable[[], None] = lambda: None
 ) -> None:
-    """Encode uint8 RGB frames ``[F, 3, H, W]`` to an MP4 at ``fps`` frames per second, beside and then renamed.
+    """Encode uint8 RGB frames ``[F, 3, H, W]`` to an MP4 at ``fps`` frames per second; it appears by atomic rename.
 
-    H and W must be multiples of 16 (no padding or cropping happens). ``check`` is called before every frame; what it
-    raises ends the writing. Raises ``ConfigError`` for other input and ``OSError`` when the file cannot be written.
+    H and W must be multiples of 16 (no padding or cropping happens). ``check`` is called before every frame; an
+    exception from it ends the writing. Raises ``ConfigError`` for other input and ``OSError`` when the file cannot be
+    written.
     """
     _check_frames(frames_FCHW)
     try:
@@ -79,7 +80,7 @@ def write_clip(
 def _encode(path: Path, frames_FCHW: Tensor, fps: int, settings: VideoSettings, check: Callable[[], None]) -> None:
     height, width = frames_FCHW.shape[-2:]
     with (
-        written_beside(path) as temporary,
+        replacing(path) as temporary,
         av.open(str(temporary), "w", format="mp4", options=_MUXER_OPTIONS) as container,
     ):
         stream = container.add_stream(settings.codec, rate=Fraction(fps), options=_encoder_options(settings))
@@ -106,40 +107,40 @@ def _encode(path: Path, frames_FCHW: Tensor, fps: int, settings: VideoSettings, 
 
 
 def concat_clips(clips: Sequence[Path], path: Path) -> int:
-    """Join MP4 clips of one size, rate and encoding by copying their packets (nothing is encoded again).
+    """Concatenate MP4 clips of one size, rate and encoding by copying their packets (nothing is encoded again).
 
-    Frame counts add up exactly; returns the sum. Raises ``RunFolderError`` naming the first clip that does not match
-    the first one or cannot be read.
+    Returns the number of frames, which is exactly the sum of the clips'. Raises ``RunFolderError`` with the name of the
+    first clip that differs from ``clips[0]`` or cannot be read, and ``ConfigError`` without clips.
     """
     if not clips:
         raise ConfigError("concat_clips was given no clips")
     first = _probe(clips[0])
-    reorder_delay = 0  # frames by which decoding must run ahead of showing (B-frames)
+    reorder_delay = 0  # frames by which decoding runs ahead of display (B-frames)
     for clip in clips:
         probed = _probe(clip)
         if probed.traits != first.traits:
             raise RunFolderError(
-                f"{clip} cannot be joined to {clips[0]}: its size, rate or encoder settings differ; "
+                f"{clip} cannot be concatenated with {clips[0]}: its size, rate or encoder settings differ; "
                 "render both with the same settings"
             )
         reorder_delay = max(reorder_delay, probed.reorder_delay)
     num_frames = 0
     with (
-        written_beside(path) as temporary,
-        av.open(str(temporary), "w", format="mp4", options=_MUXER_OPTIONS) as joined,
+        replacing(path) as temporary,
+        av.open(str(temporary), "w", format="mp4", options=_MUXER_OPTIONS) as container,
     ):
         target = None
         for clip in clips:
             with av.open(str(clip)) as source:
                 stream = source.streams.video[0]
-                target = target or joined.add_stream_from_template(stream)
+                target = target or container.add_stream_from_template(stream)
                 packets = [packet for packet in source.demux(stream) if packet.size]
                 for index, packet in enumerate(packets):
                     assert packet.pts is not None
                     packet.pts += num_frames * first.ticks_per_frame
                     packet.dts = (num_frames + index - reorder_delay) * first.ticks_per_frame
                     packet.stream = target
-                    joined.mux(packet)
+                    container.mux(packet)
                 num_frames += len(packets)
     return num_frames
 
@@ -171,11 +172,14 @@ def count_frames(path: Path) -> int:
 
 
 def write_png(path: Path, image_CHW: Tensor) -> None:
-    """Write a uint8 RGB image ``[3, H, W]`` losslessly, beside and then renamed."""
+    """Write a uint8 RGB image ``[3, H, W]`` losslessly; it appears by atomic rename.
+
+    Raises ``ConfigError`` for another dtype or shape, ``OSError`` when the file cannot be written.
+    """
     if image_CHW.dtype != torch.uint8 or image_CHW.ndim != 3 or image_CHW.shape[0] != 3:
         raise ConfigError(f"an image must be uint8 [3, H, W], not {image_CHW.dtype} {list(image_CHW.shape)}")
     pixels = np.ascontiguousarray(image_CHW.permute(1, 2, 0).cpu().numpy())
-    with written_beside(path) as temporary:
+    with replacing(path) as temporary:
         Image.fromarray(pixels).save(temporary, format="PNG", compress_level=6)
 
 
@@ -197,11 +201,11 @@ def _check_frames(frames_FCHW: Tensor) -> None:
 
 
 def _encoder_options(settings: VideoSettings) -> dict[str, str]:
-    """Options that give the wanted quality and bytes that repeat.
+    """Encoder options for the chosen quality and reproducible bytes.
 
-    One thread: the bytes depend on their number. No macroblock tree in x264: with it, core 165 gives other bytes from
-    run to run on processors with AVX-512 (30 runs of one 80-frame clip, 16 results; one result with ``asm=0`` and one
-    without the tree), at the price of files larger by a third or so at one ``crf``.
+    One thread: the bytes depend on the number of threads. No macroblock tree in x264: with it, core 165 writes other
+    bytes from run to run on processors with AVX-512 (30 runs of one 80-frame clip: 16 results; one with ``asm=0``, and
+    one without the tree). Without it, files are about a third larger at the same ``crf``.
     """
     options = {"crf": str(settings.crf), "threads": "1"}
     if settings.codec == "libx264":
@@ -213,9 +217,9 @@ def _encoder_options(settings: VideoSettings) -> dict[str, str]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Probed:
-    """What must be known of a clip before it is joined to others.
+    """What ``concat_clips`` needs to know of a clip.
 
-    ``traits``: all that must be equal for packets of two clips to follow each other in one MP4.
+    ``traits``: everything that must be equal for packets of two clips to follow each other in one MP4.
     """
 
     traits: tuple[object, ...]
@@ -230,7 +234,7 @@ def _probe(clip: Path) -> _Probed:
             context = stream.codec_context
             rate, time_base = stream.average_rate, stream.time_base
             if not rate or not time_base or (1 / (rate * time_base)).denominator != 1:
-                raise RunFolderError(f"{clip} cannot be joined: its frames are not evenly spaced (rate {rate})")
+                raise RunFolderError(f"{clip} cannot be concatenated: its frames are not evenly spaced (rate {rate})")
             ticks = int(1 / (rate * time_base))
             packets = [packet for packet in container.demux(stream) if packet.size]
             delays = [index - (packet.pts or 0) // ticks for index, packet in enumerate(packets)]

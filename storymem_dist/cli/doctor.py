@@ -1,4 +1,4 @@
-"""``storymem-doctor``: runs the checks and prints them as a page or as JSON. Ends with 1 if there is a problem."""
+"""``storymem-doctor``: runs the checks of ``doctor``, prints them as a page or as JSON; exit code 1 for a problem."""
 
 import argparse
 import json
@@ -25,10 +25,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of ``storymem-doctor``."""
     parser = argparse.ArgumentParser(
         prog="storymem-doctor",
-        description="One page about this machine and a configuration: what is right, what is not, and the fix.",
+        description="Check this machine and a configuration: what is right, what is not, and how to fix it.",
         epilog="Overrides are those of storymem-render, for example: storymem-doctor model=tiny output=/data/runs/x",
     )
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="the configuration to look at")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="the configuration to check")
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
     args = parser.parse_args(arguments)
     try:
@@ -62,20 +62,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def examine(checks: Sequence[Check]) -> list[Finding]:
-    """The findings of all checks. A check that fails itself becomes a warning: the page is printed in any case."""
+    """Return the findings of all checks. A check that raises becomes a warning, so that the page is always printed."""
     findings: list[Finding] = []
     for check in checks:
         try:
             findings.extend(check())
-        except Exception as error:  # a doctor that dies on a strange machine is of no use
+        except Exception as error:  # an unusual machine must not end the other checks
             name = getattr(check, "__name__", None) or getattr(check, "func", check).__name__
-            value = f"could not look: {type(error).__name__}: {error}"
+            value = f"the check failed: {type(error).__name__}: {error}"
             findings.append(warning("doctor", name, value, "please report this line"))
     return findings
 
 
 def print_page(findings: Sequence[Finding], console: Console) -> None:
-    """A table, the fixes under their lines, and the count of what needs attention."""
+    """Print a table with each fix below its finding, and the number of problems and warnings."""
     table = Table(Column(no_wrap=True), Column(no_wrap=True), Column(no_wrap=True), Column(overflow="fold"), box=None)
     table.show_header = False
     for finding in findings:

@@ -1,6 +1,6 @@
 """``storymem-render``: the Hydra application, from a command line to settings, ranks and an exit code.
 
-Knows nothing about models. A user's mistake ends here as one message on standard error, without a stack trace.
+Knows nothing of models. A user's mistake becomes one message on standard error here, without a stack trace.
 """
 
 import io
@@ -32,7 +32,7 @@ _OTHER_RANKS_WAIT_SECONDS = 3.0
 
 
 class Application:
-    """What Hydra calls with a composed configuration. ``arguments``: the command line, as it was typed."""
+    """The callable to which Hydra passes a composed configuration. ``arguments``: the command line as typed."""
 
     def __init__(self, arguments: Sequence[str]) -> None:
         self.arguments = list(arguments)
@@ -41,12 +41,12 @@ class Application:
         self.on_begin: Callable[[], None] | None = None
 
     def __call__(self, config: DictConfig) -> int:
-        """Render one configuration: a job of its own, or a point of a multirun that another launcher started."""
+        """Render one configuration: a whole job, or a point of a multirun that another launcher started."""
         self.begin()
-        register_schema()  # a cluster's launcher calls this in a process that never saw ``main``
+        register_schema()  # a cluster's launcher calls this in a process that did not run ``main``
         hydra_config = HydraConfig.get()
         if hydra_config.mode != RunMode.MULTIRUN:
-            self.exit_code = self._attempt(lambda: self.render([point_of(config)]))
+            self.exit_code = self._exit_code_of(lambda: self.render([point_of(config)]))
             return self.exit_code
         name = hydra_config.job.override_dirname
         forget_error(config.output, name)
@@ -60,19 +60,18 @@ class Application:
                 )
             return self.render([point], sweep=Path(config.output).name)
 
-        return self._attempt(render_point, on_error=lambda error: keep_error(config.output, name, error))
+        return self._exit_code_of(render_point, on_error=lambda error: keep_error(config.output, name, error))
 
     def begin(self) -> None:
-        """Note that the configuration is composed: from here on errors are this program's own."""
+        """Note that the configuration is composed: errors from now on are this program's, not Hydra's."""
         self.has_begun = True
         if self.on_begin is not None:
             self.on_begin()
 
     def render(self, points: Sequence[Point], *, sweep: str | None = None) -> int:
-        """Render ``points`` as one job, in the way that ``launch`` says; return its exit code.
+        """Render ``points`` as one job, started as ``launch`` sets; return its exit code.
 
-        Raises ``StoryMemError`` when the job cannot begin. Heavy imports come only now, when the settings are known to
-        be good.
+        Raises ``StoryMemError`` when the job cannot begin. Heavy imports come here, after the settings are validated.
         """
         launch = points[0].settings.launch
         if launch.dry_run and launch.mode != "slurm":
@@ -92,11 +91,11 @@ class Application:
 
         return render_job(points, sweep=sweep)
 
-    def tell(self, error: StoryMemError) -> None:
-        """Print an error once, however many ranks found it.
+    def print_error(self, error: StoryMemError) -> None:
+        """Print an error, usually once, however many ranks found it.
 
-        The first rank speaks at once; its end makes torchrun end the others, so that they speak only of errors that the
-        first one did not meet. Ranks that lost each other have agreed on who speaks.
+        The first rank prints at once; its end makes torchrun end the others, so they print only errors that the first
+        one did not meet. Ranks that lost each other have agreed which one prints.
         """
         rank = os.environ.get("RANK", "0")
         if rank != "0" and not isinstance(error, CollectiveFailed):
@@ -104,20 +103,20 @@ class Application:
         where = "" if rank == "0" else f" [rank {rank}]"
         print(f"storymem-render: error{where}: {error}", file=sys.stderr, flush=True)
 
-    def _attempt(self, render: Callable[[], int], on_error: Callable[[StoryMemError], None] | None = None) -> int:
+    def _exit_code_of(self, render: Callable[[], int], on_error: Callable[[StoryMemError], None] | None = None) -> int:
         try:
             return render()
         except StoryMemError as error:
             if on_error is not None:
                 on_error(error)
-            self.tell(error)
+            self.print_error(error)
             return error.exit_code
 
 
 def point_stories_at_paths(arguments: list[str], stories_folder: Path) -> list[str]:
     """Rewrite ``stories=VALUE`` to ``stories.path=VALUE`` unless ``VALUE`` names a file of the ``stories`` group.
 
-    Hydra would look for a configuration called VALUE; people mean their storyboard file, folder or glob.
+    Hydra would look for a configuration named VALUE, but people mean their storyboard file, folder or glob.
     """
     options = {path.stem for path in stories_folder.glob("*.yaml")}
     rewritten = []
@@ -133,14 +132,14 @@ def point_stories_at_paths(arguments: list[str], stories_folder: Path) -> list[s
 
 
 def name_points_by_what_is_swept(arguments: Sequence[str]) -> list[str]:
-    """Add to a multirun's arguments that Hydra names each point by the swept settings alone, not by all overrides."""
+    """Add an argument to a multirun: Hydra names each point by the swept settings alone, not by all overrides."""
     if not any(argument in _MULTIRUN_FLAGS for argument in arguments):
         return list(arguments)
     overrides = [argument for argument in arguments if "=" in argument and not argument.startswith("-")]
     try:
         parsed = OverridesParser.create().parse_overrides(overrides)
     except OverrideParseException:
-        return list(arguments)  # Hydra will say it
+        return list(arguments)  # Hydra reports it
     is_swept = {one.key_or_group: one.is_sweep_override() for one in parsed if not one.is_hydra_override()}
     listed = ",".join(f"'{key}'" for key, swept in is_swept.items() if not swept)
     return [*arguments, f"hydra.job.config.override_dirname.exclude_keys=[{listed}]"]
@@ -160,27 +159,28 @@ def main() -> None:
 
 @contextmanager
 def _composing(application: Application) -> Iterator[None]:
-    """Make Hydra's own errors exit with the code of ``ConfigError``, and be told once, however many ranks meet them.
+    """Make Hydra's own errors exit with the code of ``ConfigError``, printed once however many ranks meet them.
 
-    Ranks other than the first hold back what Hydra says, like ``Application.tell``, and let it write its files nowhere.
+    Ranks other than the first delay what Hydra prints, as ``Application.print_error`` does, and give it a temporary
+    folder for its files.
     """
     rank = os.environ.get("RANK", "0")
-    stderr, said = sys.stderr, io.StringIO()
+    stderr, printed = sys.stderr, io.StringIO()
     with ExitStack() as cleaning:
         if rank != "0":
             if any(argument in _MULTIRUN_FLAGS for argument in sys.argv):
                 nowhere = cleaning.enter_context(tempfile.TemporaryDirectory(prefix="storymem-hydra-"))
                 sys.argv.append(f"hydra.sweep.dir={nowhere}")
-            cleaning.enter_context(redirect_stderr(said))
+            cleaning.enter_context(redirect_stderr(printed))
             application.on_begin = partial(setattr, sys, "stderr", stderr)
         try:
             yield
         except SystemExit as end:
             if application.has_begun or end.code != 1:
                 raise
-            if said.getvalue():
+            if printed.getvalue():
                 time.sleep(_OTHER_RANKS_WAIT_SECONDS)
-                stderr.write(said.getvalue())
+                stderr.write(printed.getvalue())
             sys.exit(ConfigError.exit_code)
 
 

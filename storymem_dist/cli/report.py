@@ -1,4 +1,4 @@
-"""``storymem-report``: writes the report of a run, or compares two."""
+"""``storymem-report``: writes the report of a run, or compares two. ``observe.report`` makes the pages."""
 
 import argparse
 import sys
@@ -9,17 +9,17 @@ from storymem_dist.observe.report import write_comparison, write_report
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Write a page about one or two run folders and say where it is; returns the exit code."""
+    """Write a page about one or two run folders and print its path; return the exit code."""
     parser = argparse.ArgumentParser(
         prog="storymem-report",
         description="Write report.html into a run folder (also while it is being rendered), or compare two runs.",
     )
-    parser.add_argument("run", type=Path, help="run folder: what was output= of a render")
+    parser.add_argument("run", type=Path, help="run folder (output= of a render)")
     parser.add_argument("other", type=Path, nargs="?", help="second run folder: compare the two side by side")
     parser.add_argument(
         "-o", "--output", type=Path, help="the page (default: RUN/report.html, or comparison.html here)"
     )
-    parser.add_argument("--embed", action="store_true", help="put the videos into the page (runs below 50 MiB)")
+    parser.add_argument("--embed", action="store_true", help="embed the videos in the page (runs below 50 MiB)")
     given = parser.parse_args(arguments)
     try:
         if given.other is None:

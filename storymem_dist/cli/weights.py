@@ -1,7 +1,7 @@
 """``storymem-weights``: download, verify, inspect and prepare weights from a terminal.
 
-Turns arguments into calls and results into tables; the work is done in ``weights_hub`` and ``models/wan``. A user's
-mistake ends as one line on standard error and an exit code.
+Turns arguments into calls and results into tables; ``weights`` does the work. A user's mistake becomes one line on
+standard error and an exit code.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from rich.table import Column, Table
 
 from storymem_dist.errors import ConfigError, StoryMemError
 from storymem_dist.models.wan.presets import EXPERTS
-from storymem_dist.resources import config_folder
+from storymem_dist.resources import PACKAGE_FOLDER
 from storymem_dist.story.modes import CONTINUATIONS, MI2V, T2V
 from storymem_dist.weights.checkpoints import open_checkpoint
 from storymem_dist.weights.hub import Hub, check_space, download, plan_download, read_state, verify_hashes
@@ -37,12 +37,12 @@ from storymem_dist.weights.prepare import prepare_checkpoint
 from storymem_dist.weights.prepared import STORED_DTYPES, check_files
 
 DEFAULT_NAMES = ("t2v", "i2v", "storymem")
-"""What a renderer needs at least."""
+"""The minimum that a renderer needs."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Published:
-    """One entry of ``conf/weights/published.yaml``."""
+    """One entry of ``storymem_dist/weights/published.yaml``."""
 
     repo: str
     revision: str
@@ -62,8 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def published_weights(path: Path | None = None) -> dict[str, Published]:
-    """The download list, by name. Raises ``ConfigError`` when the file is not what it should be."""
-    path = path or config_folder() / "weights" / "published.yaml"
+    """Return the download list, by name. Raises ``ConfigError`` when an entry lacks a key or has an unknown one."""
+    path = path or PACKAGE_FOLDER / "weights" / "published.yaml"
     values = yaml.safe_load(path.read_text())
     try:
         return {name: Published(**entry) for name, entry in values.items()}
@@ -76,13 +76,13 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="storymem-weights", description="Get, check and prepare weights.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    fetch = commands.add_parser("download", help="fetch published weights; goes on where an earlier one stopped")
+    fetch = commands.add_parser("download", help="fetch published weights; continues an interrupted download")
     fetch.add_argument("names", nargs="*", metavar="NAME", help=f"what to fetch (default: {' '.join(DEFAULT_NAMES)})")
     fetch.add_argument("--to", type=Path, default=Path("weights"), help="folder for all of them (default: weights)")
     fetch.add_argument("--only", nargs="+", default=[], metavar="GLOB", help="only these files, e.g. '*_noise_model/*'")
-    fetch.add_argument("--dry-run", action="store_true", help="say what would be fetched, and whether it fits")
+    fetch.add_argument("--dry-run", action="store_true", help="print what would be fetched, and check that it fits")
     fetch.add_argument("--endpoint", help="a mirror's URL (default: HF_ENDPOINT, else huggingface.co)")
-    fetch.add_argument("--revision", help="a branch, tag or commit instead of the one in conf/weights/published.yaml")
+    fetch.add_argument("--revision", help="a branch, tag or commit instead of the pinned one")
     fetch.add_argument("--workers", type=int, default=4, help="files at a time (default: 4)")
     fetch.set_defaults(run=_download)
 
@@ -91,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--hashes", action="store_true", help="read every file and compare its hash (minutes)")
     verify.set_defaults(run=_verify)
 
-    inspect = commands.add_parser("inspect", help="say what a file or folder is")
+    inspect = commands.add_parser("inspect", help="print what a file or folder is")
     inspect.add_argument("path", type=Path)
     inspect.add_argument("--json", action="store_true")
     inspect.set_defaults(run=_inspect)
@@ -159,12 +159,11 @@ def _verify(args: argparse.Namespace) -> None:
             console.print(f"{path}: {len(manifest.files)} hashes are right")
         elif state is None:
             raise ConfigError(
-                f"{path}: there is nothing to compare hashes with; only what storymem-weights downloaded or prepared "
-                "has them"
+                f"{path}: no hashes are known; only folders that storymem-weights downloaded or prepared have them"
             )
         else:
             absent = verify_hashes(path, state, lambda file: console.print(f"  {file.path}", highlight=False))
-            console.print(f"{path}: {len(state.files) - len(absent)} hashes are right, {len(absent)} files not there")
+            console.print(f"{path}: {len(state.files) - len(absent)} hashes are right, {len(absent)} files are missing")
 
 
 def _inspect(args: argparse.Namespace) -> None:
@@ -213,7 +212,7 @@ def _prepare(args: argparse.Namespace) -> None:
 
 
 def _lora_settings(text: str) -> LoraSettings:
-    """``PATH[,KEY=VALUE...]`` as settings. Raises ``ConfigError`` for unknown keys and values that are not numbers."""
+    """Parse ``PATH[,KEY=VALUE...]``. Raises ``ConfigError`` for unknown keys and values that are not numbers."""
     path, *options = text.split(",")
     allowed = [one.name for one in fields(LoraSettings) if one.name != "path"]
     values: dict[str, Any] = {}
@@ -230,7 +229,7 @@ def _lora_settings(text: str) -> LoraSettings:
 
 @contextmanager
 def _bytes_bar(what: str, console: Console) -> Iterator[tuple[Callable[[int], None], Callable[[int], None]]]:
-    """A bar with GB/s; yields a function that adds to its total and one that adds to what is done."""
+    """Show a progress bar; yield a function that adds bytes to its total and one that adds bytes done."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

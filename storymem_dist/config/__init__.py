@@ -1,5 +1,6 @@
 """The configuration: every group's settings in one typed schema, composed by Hydra from ``conf/``.
 
-The settings of a group live next to the code they set; only those of the whole job (``schema``) and of launching
-(``launch``) live here.
+``schema`` is the whole of it, ``launch`` one group, ``composing`` turns a command line into settings, ``points`` holds
+the configurations of one job, ``former_names`` keeps old names of presets working. The other groups' settings live next
+to the code they set.
 """

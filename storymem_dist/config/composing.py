@@ -1,4 +1,4 @@
-"""A configuration without a job: the settings that given overrides stand for."""
+"""Between Hydra and settings: what Hydra must know before it composes, and what it composed as plain dataclasses."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,9 +9,10 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from storymem_dist.config.former_names import register_former_names
 from storymem_dist.config.schema import RenderConfig
 from storymem_dist.errors import ConfigError, StoryMemError
-from storymem_dist.resources import config_folder
+from storymem_dist.resources import assets_folder, config_folder
 
 
 def compose_settings(overrides: Sequence[str]) -> RenderConfig:
@@ -30,13 +31,12 @@ def compose_settings(overrides: Sequence[str]) -> RenderConfig:
 
 
 def register_schema() -> None:
-    """Make known to Hydra what ``conf/render.yaml`` names: the schema, and the launcher of multiruns."""
+    """Make known to Hydra what ``conf/`` names but does not hold: schema, launcher, examples, former names."""
+    register_former_names()
     ConfigStore.instance().store(name="render_schema", node=RenderConfig)
     launcher = {"_target_": "hydra_plugins.storymem_launcher.SweepLauncher"}
     ConfigStore.instance().store(group="hydra/launcher", name="storymem", node=launcher, provider="storymem_dist")
-    OmegaConf.register_new_resolver(
-        "storymem_examples", lambda: str(config_folder() / "stories" / "examples"), replace=True
-    )
+    OmegaConf.register_new_resolver("storymem_examples", lambda: str(assets_folder("examples")), replace=True)
 
 
 def to_settings(config: DictConfig | ListConfig) -> RenderConfig:

@@ -1,6 +1,7 @@
-"""The ``launch`` group: how the ranks of a job are started. None of its settings changes a pixel.
+"""The ``launch`` group: how the ranks of a job start. None of its settings changes a pixel.
 
-Plain values only; ``torchrun.py`` and ``slurm.py`` act on them.
+Plain values only; ``launch/torchrun.py`` and ``launch/slurm.py`` act on them. They live here because the schema of a
+whole job needs them and ``launch`` lies above it.
 """
 
 import re
@@ -18,7 +19,7 @@ class SlurmSettings:
 
     ``template``: ``render`` (one job over ``nodes`` nodes), ``render_array`` (``tasks`` independent one-node tasks that
     join one run folder), or the path of your own copy. ``max_requeues``: how often a job that ran out of time goes back
-    to the queue by itself. ``options``: further options of sbatch, as you would type them. ``report``: also submit a
+    to the queue by itself. ``options``: further options of sbatch, as on its command line. ``report``: also submit a
     job that writes the report when the render has ended.
     """
 
@@ -73,8 +74,8 @@ class LaunchSettings:
 
     ``mode``: ``inline`` renders in this process, which is alone or one of the ranks that torchrun or accelerate
     started; ``torchrun`` starts one rank per GPU of this node (``processes_per_node`` overrides that; 1 without GPUs)
-    and starts them again up to ``max_restarts`` times when one dies; ``slurm`` submits a job. ``dry_run`` only says
-    what would be started or submitted.
+    and starts them again up to ``max_restarts`` times when one dies; ``slurm`` submits a job. ``dry_run`` only prints
+    what is left to render or would be submitted.
 
     One replica over several nodes (``parallel.across_nodes=true``): the same command runs on each of ``num_nodes``
     nodes with its own ``node_rank``; they meet at ``port`` of the host ``head``, which is the node of rank 0.

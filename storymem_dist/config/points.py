@@ -1,4 +1,4 @@
-"""Points: configurations to render, each into a run folder of its own. A job has one, a joined sweep several."""
+"""Points: configurations to render, each into a run folder of its own; as plain values, and which of them can join."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ class Point:
 
 
 def points_to_plain(points: Sequence[Point], sweep: str | None) -> dict[str, Any]:
-    """Points, and the name of their sweep, as plain values that another process can take."""
+    """Points, and the name of their sweep, as plain values for another process."""
     return {"sweep": sweep, "points": [{"name": point.name, "config": point.plain} for point in points]}
 
 
@@ -38,7 +38,7 @@ def points_from_plain(plain: Mapping[str, Any]) -> tuple[list[Point], str | None
 
 
 def can_join(one: RenderConfig, other: RenderConfig) -> bool:
-    """Whether two points can be parts of one job: same weights, same layout, same way of working."""
+    """Whether two points can be parts of one job: same weights, layout, dispatch and debug settings."""
 
     def shared(settings: RenderConfig) -> tuple[object, ...]:
         # the continuation chooses the StoryMem LoRA, which is merged into the weights

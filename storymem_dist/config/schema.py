@@ -1,7 +1,7 @@
-"""The command line's configuration: every group's settings composed into one typed schema.
+"""The settings of a whole job as one typed schema: a field per configuration group.
 
-The settings themselves live beside the code they set. Hydra and omegaconf appear only here, in ``cli`` and in
-``build``: everything below receives plain dataclasses.
+A group's settings are defined next to the code that they set; here are those of no single part. Plain dataclasses:
+``composing`` fills them from a command line.
 """
 
 from dataclasses import dataclass, field
@@ -19,6 +19,7 @@ from storymem_dist.parallel.settings import ParallelSettings
 from storymem_dist.weights.settings import ModelSettings
 
 SWEEPS = ("joined", "separate")
+LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -40,7 +41,7 @@ class StoriesSettings:
                 require_at_least(f"stories.{key}", value, 1)
 
     def paths(self) -> list[str]:
-        """The given paths as a list; an absent one is the user's mistake, told with an example."""
+        """The given paths as a list. Raises ``ConfigError`` with an example when there is none."""
         given = self.path if isinstance(self.path, list | tuple) else [self.path]
         if not all(isinstance(path, str | Path) and str(path) for path in given) or not given:
             raise ConfigError(
@@ -52,11 +53,19 @@ class StoriesSettings:
 
 @dataclass(kw_only=True, slots=True)
 class DebugSettings:
-    """The ``debug`` group: aids for finding faults. None of them changes pixels, except ``deterministic`` on GPUs."""
+    """The ``debug`` group: aids for finding faults. None of them changes pixels, except ``deterministic`` on GPUs.
+
+    ``deterministic`` makes torch choose kernels that give the same bits at every run and warn where it has none.
+    ``verify_records`` compares the files of finished shots with the hashes in their records. ``log_level``: which log
+    lines the ranks write to standard error; ``debug`` shows every event of every rank.
+    """
 
     deterministic: bool = False
     verify_records: bool = False
     log_level: str = "warning"
+
+    def __post_init__(self) -> None:
+        require_one_of("debug.log_level", self.log_level, LOG_LEVELS)
 
 
 @dataclass(kw_only=True, slots=True)

@@ -1,4 +1,7 @@
-"""The two passes of guidance by name, and what a cache needs to tell them apart. Knows nothing of what is cached."""
+"""Names of the two guidance passes, and the base class of caches that keep them apart.
+
+Knows nothing about what is cached.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,14 +11,14 @@ UNCOND = "uncond"
 
 
 class ByBranch:
-    """Something inside an expert that behaves by guidance branch: whoever runs a forward says which one it is."""
+    """A part of an expert that depends on the guidance branch, which the caller of a forward sets."""
 
     def __init__(self) -> None:
         self._branch: str | None = None
 
     @contextmanager
     def during(self, branch: str) -> Iterator[None]:
-        """The forward inside belongs to ``branch`` (``COND`` or ``UNCOND``)."""
+        """Forwards inside the ``with`` block belong to ``branch`` (``COND`` or ``UNCOND``)."""
         self._branch = branch
         try:
             yield
@@ -24,7 +27,7 @@ class ByBranch:
 
     @property
     def branch(self) -> str:
-        """The branch of the forward that goes on. Raises ``RuntimeError`` when nobody has said it."""
+        """The branch of the running forward. Raises ``RuntimeError`` outside ``during``."""
         if self._branch is None:
-            raise RuntimeError("a forward with a cache must say which guidance branch it is (Expert.run does)")
+            raise RuntimeError("a forward with a cache needs its guidance branch; run it with Expert.run")
         return self._branch

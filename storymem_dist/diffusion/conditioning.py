@@ -1,7 +1,7 @@
-"""What a memory-to-video shot is told besides its prompt: memory keyframes, given frames, and the mask that marks them.
+"""Builds the condition of a memory-to-video shot: memory keyframes, given frames, and the mask that marks them.
 
-Turns 8-bit images into the 20 extra input channels of the DiT (mask 4, latents 16) through a VAE that it is given. It
-does not know where images come from, nor which frames are memory-worthy.
+Turns 8-bit images into the 20 extra input channels of the DiT (mask 4, latents 16), with the caller's VAE. Knows
+nothing about where images come from or how keyframes are chosen.
 
 Legend: C channels, F frames, H/W pixels, K memory keyframes, T latent times of the clip, h/w latent size.
 """
@@ -13,16 +13,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from storymem_dist.diffusion.latent_grid import LATENT_CHANNELS, VAE_TIME_STRIDE, LatentGrid
+from storymem_dist.diffusion.latent_grid import VAE_TIME_STRIDE, LatentGrid
 from storymem_dist.errors import ConfigError, require_one_of
 from storymem_dist.story.modes import CONDITIONED_MODES, MI2V, MM2V, NUM_GIVEN_FRAMES
 
 MASK_CHANNELS = 4
-CONDITION_CHANNELS = MASK_CHANNELS + LATENT_CHANNELS
 
 
 class LatentEncoder(Protocol):
-    """The half of a VAE that conditioning needs; pixels in [-1, 1], latents normalized, both float32."""
+    """The encoder half of a VAE; pixels in [-1, 1], latents normalized, both float32."""
 
     def encode(self, pixels_CFHW: Tensor) -> Tensor:
         """Encode one clip ``[3, F, H, W]`` to ``[16, T, h, w]``."""
@@ -34,7 +33,7 @@ class LatentEncoder(Protocol):
 
 
 class ConditionBuilder:
-    """Builds the condition of every shot; keeps the latents of the empty clip, which depend on the size alone."""
+    """Builds the conditions of shots; keeps the latents of empty clips, which depend on the size only."""
 
     def __init__(self, vae: LatentEncoder, device: torch.device | str) -> None:
         self._vae = vae
@@ -59,7 +58,7 @@ class ConditionBuilder:
         The mask is 1 on memory and on given latents, else 0; ``num_fixed`` marks memory from that index on with 2
         (the original program's ``fix_mem``, which its pipeline never sets).
 
-        Raises ``ConfigError`` when the mode and what is given do not go together.
+        Raises ``ConfigError`` when images or frames do not fit ``mode`` or ``grid``.
         """
         require_one_of("mode", mode, CONDITIONED_MODES)
         if len(memory_images) != grid.num_memory:
@@ -98,9 +97,9 @@ def prepare_image(image_CHW: Tensor, height: int, width: int) -> Tensor:
 
 
 def cover_crop(image_CHW: Tensor, height: int, width: int) -> Tensor:
-    """Scale a uint8 image ``[3, H, W]`` until it covers ``height`` x ``width`` and cut out the middle: uint8.
+    """Scale a uint8 image ``[3, H, W]`` to cover ``height`` x ``width`` and cut out the middle: uint8, that size.
 
-    For a user's reference images (MR2V), whose shape need not be the clip's. Bicubic with antialiasing.
+    For a user's reference images (MR2V), which may have any shape. Bicubic with antialiasing.
     """
     _check_image(image_CHW)
     scale = max(height / image_CHW.shape[1], width / image_CHW.shape[2])
@@ -111,7 +110,7 @@ def cover_crop(image_CHW: Tensor, height: int, width: int) -> Tensor:
 
 
 def _mask(num_given_frames: int, grid: LatentGrid, num_fixed: int | None) -> Tensor:
-    """``[4, K+T, h, w]``; the channels stand for the four frames that one latent packs and are always equal here."""
+    """``[4, K+T, h, w]``. The channels are the four frames that one latent packs; here they are always equal."""
     num_given = -(-(num_given_frames - 1) // VAE_TIME_STRIDE) + 1 if num_given_frames else 0
     mask = torch.zeros(MASK_CHANNELS, grid.num_latents, grid.latent_height, grid.latent_width)
     mask[:, : grid.num_memory + num_given] = 1.0
@@ -126,11 +125,13 @@ def _given_frames(
     """The frames that the mode puts at the start of the clip, uint8 ``[n, 3, H, W]``, or None for a cut."""
     if (first_frame is not None) != (mode == MI2V):
         raise ConfigError(
-            f"mode {mode} with first_frame={'given' if first_frame is not None else None}: mi2v takes one"
+            f"mode {mode} with first_frame={'given' if first_frame is not None else None}; mi2v needs it, no other "
+            "mode takes it"
         )
     if (motion_frames is not None) != (mode == MM2V):
         raise ConfigError(
-            f"mode {mode} with motion_frames={'given' if motion_frames is not None else None}: mm2v takes them"
+            f"mode {mode} with motion_frames={'given' if motion_frames is not None else None}; mm2v needs them, no "
+            "other mode takes them"
         )
     given = first_frame[None] if first_frame is not None else motion_frames
     if given is None:

@@ -1,14 +1,12 @@
-"""The denoise loop of one shot: from noise to latents, with a way to stop between steps and to go on later.
+"""The denoise loop of one shot: from noise to latents. It can stop between steps and resume later.
 
-Knows solver, experts and guidance by their interfaces only; nothing of ranks, files it was not told of, or what the
-latents show. Every rank of a replica runs the same loop on the same full latents.
-
-Nothing inside a step waits for the device: finiteness is noted on the device and read every few steps.
+Knows solver, experts and guidance by their interfaces only; knows nothing about ranks or run folders. Every rank of a
+replica runs the same loop on the same full latents. Nothing inside a step waits for the device: the check for NaN runs
+on the device, and the host reads its results every few steps.
 
 Legend: C channels, K+T latent times of memory and clip, h/w latent size, L text tokens, E text width.
 """
 
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,7 +21,8 @@ from storymem_dist.diffusion.experts import ExpertPair
 from storymem_dist.diffusion.guidance import Guidance
 from storymem_dist.diffusion.latent_grid import LATENT_CHANNELS, LatentGrid
 from storymem_dist.diffusion.solver import Solver
-from storymem_dist.errors import RunFolderError, ShotFailed
+from storymem_dist.errors import RunFolderError, ShotError
+from storymem_dist.files import write_bytes
 
 _STATE_FORMAT = "storymem-denoise-state-1"
 _CHECK_FINITE_EVERY = 8
@@ -39,10 +38,10 @@ class PromptEmbeds:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepInfo:
-    """One finished step. ``step`` counts from 1; ``reused`` says that the step cache left most of its work out.
+    """One finished step. ``step`` counts from 1; ``reused``: the step cache skipped most of its work.
 
-    ``elapsed_seconds`` is the time between this step's end and the one before it, as the host sees it: a device that
-    works asynchronously may lag behind by less than a step.
+    ``elapsed_seconds`` is the host's time since the end of the previous step; an asynchronous device may lag behind by
+    less than a step.
     """
 
     step: int
@@ -55,10 +54,10 @@ class StepInfo:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DenoiseState:
-    """A shot between two steps: everything needed to go on, bit for bit, in this process or another.
+    """A shot between two steps: all that is needed to resume it, bit for bit, in this process or another.
 
-    The solvers are deterministic, so there is no random state beyond the noise that the latents came from.
-    ``fingerprint`` names the shot and all settings that change its pixels.
+    The solvers are deterministic, so there is no random state. ``fingerprint`` identifies the shot and all settings
+    that change its pixels.
     """
 
     latents: Tensor
@@ -69,11 +68,11 @@ class DenoiseState:
 
     @property
     def step(self) -> int:
-        """Number of finished steps, which is the index of the next one."""
+        """Number of finished steps, which is also the index of the next step."""
         return int(self.solver_state["step_index"])
 
     def save(self, path: Path) -> None:
-        """Write one safetensors file beside ``path``, flush it to the disk, rename. Raises ``RunFolderError``."""
+        """Write one safetensors file, atomically and durably. Raises ``RunFolderError`` when that fails."""
         tensors = {"latents": self.latents} | {f"solver.{key}": value for key, value in self.solver_state.items()}
         metadata = {
             "format": _STATE_FORMAT,
@@ -82,27 +81,16 @@ class DenoiseState:
             "num_steps": str(self.num_steps),
         }
         data = save({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, metadata)
-        beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
-            with beside.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            beside.replace(path)
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+            write_bytes(path, data)
         except OSError as error:
-            beside.unlink(missing_ok=True)
             raise RunFolderError(f"the step checkpoint {path} cannot be written: {error}") from error
 
     @classmethod
     def load(cls, path: Path, *, fingerprint: str) -> "DenoiseState":
         """Read a state back (tensors on the CPU).
 
-        Raises ``RunFolderError`` when the file is missing, damaged, or of another shot or other settings.
+        Raises ``RunFolderError`` when the file is missing, damaged, or belongs to another shot or other settings.
         """
         try:
             with safe_open(path, framework="pt") as file:
@@ -127,7 +115,7 @@ class DenoiseState:
 
 
 class DenoiseStopped(Exception):
-    """Not an error: the loop was asked to stop between two steps; ``state`` continues it."""
+    """Not an error: ``should_stop`` ended the loop between two steps; ``state`` resumes it."""
 
     def __init__(self, state: DenoiseState) -> None:
         super().__init__(f"stopped after {state.step} of {state.num_steps} steps")
@@ -155,15 +143,16 @@ def denoise(
     """Denoised latents of memory and clip, float32 ``[16, K+T, h, w]`` on ``device``.
 
     ``noise`` is ``[16, K+T, h, w]``; ``condition`` is ``[20, K+T, h, w]`` (mask, then latents), or None for T2V. Memory
-    positions are denoised like the rest (``grid.clip_latents`` drops them). The solver is put at its first step, or
-    where ``resume`` was; from there on all is as if nothing had happened, bit for bit, unless steps are reused: what a
-    step cache held is not saved (gigabytes), so the first step after a stop is computed in full.
+    positions are denoised like the rest (``grid.clip_latents`` drops them). The solver starts at its first step, or at
+    the step of ``resume``. A resumed shot gives the same bits as an uninterrupted one, unless steps are reused: the
+    contents of a step cache are not saved (gigabytes), so the first step after a resume is computed in full.
 
-    ``should_stop`` is asked before every step. ``on_checkpoint`` gets the state after every ``checkpoint_every_steps``
-    steps (0: never), except after the last. A state that is handed out never holds NaN or infinity.
+    ``should_stop`` is called before every step. ``on_checkpoint`` receives the state after every
+    ``checkpoint_every_steps`` steps (0: never), except after the last. A state never holds NaN or infinity.
 
-    Raises ``DenoiseStopped`` with the state when asked to stop, ``ShotFailed`` naming step and expert when latents are
-    not finite, ``RunFolderError`` when ``resume`` does not belong to this shot.
+    Raises ``DenoiseStopped`` with the state when ``should_stop`` is true, ``ShotError`` naming step and expert when
+    latents are not finite, ``RunFolderError`` when ``resume`` does not belong to this shot, ``ValueError`` for a wrong
+    shape of ``noise`` or ``condition``.
     """
     device = torch.device(device)
     experts.begin_shot()
@@ -215,7 +204,7 @@ def denoise(
 
 
 class _FiniteWatch:
-    """Notes on the device, after every step, whether latents are finite; reads the notes now and then."""
+    """Records on the device after every step whether latents are finite; the host reads it every few steps."""
 
     def __init__(self, experts: ExpertPair, timesteps: list[int], device: torch.device) -> None:
         self._experts = experts
@@ -231,7 +220,7 @@ class _FiniteWatch:
         finite = self._finite.tolist()
         if not all(finite):
             index = finite.index(False)
-            raise ShotFailed(
+            raise ShotError(
                 f"latents are not finite (NaN or infinity) after step {index + 1} of {len(finite)}, timestep "
                 f"{self._timesteps[index]}, {self._experts.name_at(self._timesteps[index])} expert"
             )
@@ -245,7 +234,7 @@ def _start(
     resume: DenoiseState | None,
     fingerprint: str,
 ) -> Tensor:
-    """Put the solver at its place and return the latents to go on from."""
+    """Set the solver to the first step or that of ``resume``; return the latents of that step."""
     if tuple(noise.shape) != grid.latent_shape:
         raise ValueError(f"noise has shape {list(noise.shape)}; expected {list(grid.latent_shape)}")
     if resume is None:
@@ -263,7 +252,7 @@ def _start(
 
 
 def _model_input(condition: Tensor | None, grid: LatentGrid, device: torch.device) -> Tensor:
-    """The DiT's input ``[1, 16 or 36, K+T, h, w]``, noise part not yet filled."""
+    """The DiT's input ``[1, 16 or 36, K+T, h, w]``; the first 16 channels are not filled yet."""
     if condition is None:
         return torch.empty((1, *grid.latent_shape), device=device)
     if condition.shape[1:] != grid.latent_shape[1:]:

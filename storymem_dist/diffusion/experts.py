@@ -1,7 +1,7 @@
-"""The two experts of Wan2.2, which of them works at a timestep, and where their weights are while they do not.
+"""The two experts of Wan2.2: which one runs at a timestep, and where the weights of the other one are.
 
-An ``ExpertPair`` chooses; a ``Residency`` makes the chosen expert ready: ``AllResident``, where all are on the device,
-or ``host_swap.HostSwap``. Knows nothing of prompts, latents or ranks.
+An ``ExpertPair`` chooses the expert; a ``Residency`` makes it ready. ``AllResident`` keeps all experts on the device,
+``host_swap.HostSwap`` one at a time. Knows nothing about prompts, latents or ranks.
 """
 
 import gc
@@ -22,7 +22,7 @@ from storymem_dist.models.wan.presets import HIGH_NOISE, LOW_NOISE
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Expert:
-    """One expert, ready to run: a ``WanDiT`` (or what stands for it) and the guidance scale that it is used with."""
+    """One expert: a ``WanDiT`` (or a module with its interface), its guidance scale and its caches."""
 
     name: str
     module: nn.Module
@@ -33,7 +33,7 @@ class Expert:
     def run(
         self, branch: str, x_BCTHW: Tensor, timestep_B: Tensor, context_BSE: Tensor, temporal_positions_T: Tensor
     ) -> Tensor:
-        """One pass of guidance branch ``branch`` ("cond" or "uncond"): the velocity, as ``WanDiT.forward`` gives it."""
+        """One pass of guidance branch ``branch`` ("cond" or "uncond"); returns the velocity of ``WanDiT.forward``."""
         with ExitStack() as caches:
             for cache in self._caches:
                 caches.enter_context(cache.during(branch))
@@ -41,7 +41,7 @@ class Expert:
             return velocity
 
     def forget(self) -> None:
-        """Free what the caches hold; the next step is computed in full."""
+        """Clear the caches; the next step is computed in full."""
         for cache in self._caches:
             cache.forget()
 
@@ -51,7 +51,7 @@ class Expert:
 
     @property
     def reused(self) -> bool:
-        """Whether the step that began last reuses an earlier one (lossy; see ``step_cache``)."""
+        """Whether the latest step reuses an earlier one (lossy; see ``step_cache``)."""
         return self.step_cache is not None and self.step_cache.reused
 
 
@@ -59,27 +59,27 @@ class Residency(Protocol):
     """Decides where the experts' weights are."""
 
     def activate(self, name: str) -> None:
-        """Make expert ``name`` ready for forwards on the device; called before every step, so it must be cheap then."""
+        """Make expert ``name`` ready on the device. Called before every step: cheap for an expert that is ready."""
         ...
 
     def end_shot(self) -> None:
-        """The experts are not needed before the next shot's first step."""
+        """Called after a shot: the experts are not needed before the next shot's first step."""
         ...
 
     def idle(self) -> None:
-        """Take the experts off the device until the next ``activate``, as far as this residency can."""
+        """Free the experts' device memory until the next ``activate``, as far as this residency can."""
         ...
 
     def release(self) -> None:
-        """Let go of all weights, on the device and in host memory."""
+        """Free all weights, on the device and in host memory."""
         ...
 
 
 class AllResident:
-    """All experts already are where they run, and stay there, unless they are asked to idle.
+    """All experts stay on the device until the first ``idle``.
 
-    ``make_swap`` sends all of them away and returns a residency that has one at a time on the device: ``idle`` goes
-    over to it for good. Without, ``idle`` does nothing.
+    ``make_swap`` moves all of them to host memory and returns a residency with one expert on the device at a time;
+    ``idle`` switches to it permanently. Without ``make_swap``, ``idle`` does nothing.
     """
 
     def __init__(self, make_swap: Callable[[], Residency] | None = None) -> None:
@@ -87,24 +87,24 @@ class AllResident:
         self._swap: Residency | None = None
 
     def activate(self, name: str) -> None:
-        """Nothing to do, or as the swap does after the first ``idle``."""
+        """Nothing to do before the first ``idle``; then the swap's ``activate``."""
         if self._swap is not None:
             self._swap.activate(name)
 
     def end_shot(self) -> None:
-        """Nothing to do, or as the swap does after the first ``idle``."""
+        """Nothing to do before the first ``idle``; then the swap's ``end_shot``."""
         if self._swap is not None:
             self._swap.end_shot()
 
     def idle(self) -> None:
-        """See the class."""
+        """Switch to the swap if there is one."""
         if self._swap is not None:
             self._swap.idle()
         elif self._make_swap is not None:
             self._swap = self._make_swap()
 
     def release(self) -> None:
-        """Let go of the experts."""
+        """Free the experts."""
         self._make_swap = None
         if self._swap is not None:
             self._swap.release()
@@ -113,8 +113,8 @@ class AllResident:
 class ExpertPair:
     """High-noise and low-noise expert of one base model.
 
-    The high-noise expert works at timesteps >= ``boundary_ratio * 1000``, the other below. A
-    ``step_cache_threshold`` above 0 is for experts with a step cache around their blocks (``attach_step_cache``).
+    The high-noise expert runs at timesteps >= ``boundary_ratio * 1000``, the other one below. A
+    ``step_cache_threshold`` above 0 needs experts with a step cache around their blocks (``attach_step_cache``).
     """
 
     def __init__(
@@ -153,7 +153,7 @@ class ExpertPair:
         guidance_scale_low: float,
         step_cache_threshold: float = 0.0,
     ) -> "ExpertPair":
-        """The same experts, in the same memory, chosen and guided in another way."""
+        """The same experts in the same memory, with other sampling settings."""
         return ExpertPair(
             high_noise=self._experts[HIGH_NOISE].module,
             low_noise=self._experts[LOW_NOISE].module,
@@ -165,9 +165,9 @@ class ExpertPair:
         )
 
     def begin_shot(self) -> None:
-        """Forget what caches hold of another shot.
+        """Clear what the caches hold of the previous shot.
 
-        Raises ``ConfigError`` when steps are to be reused and an expert has no step cache.
+        Raises ``ConfigError`` when ``step_cache_threshold`` is above 0 and an expert has no step cache.
         """
         for expert in self._experts.values():
             if expert.text_cache is not None:
@@ -181,11 +181,11 @@ class ExpertPair:
                 )
 
     def name_at(self, timestep: int) -> str:
-        """Name of the expert that works at ``timestep`` (0..1000)."""
+        """Name of the expert that runs at ``timestep`` (0..1000)."""
         return HIGH_NOISE if timestep >= self._boundary else LOW_NOISE
 
     def select(self, timestep: int) -> Expert:
-        """The expert for ``timestep``, made ready to run one step."""
+        """The expert for ``timestep``, ready to run one step. Raises ``RuntimeError`` after ``release``."""
         name = self.name_at(timestep)
         if name not in self._experts:
             raise RuntimeError(f"the {name} expert was released")
@@ -198,13 +198,13 @@ class ExpertPair:
         return self._experts[name]
 
     def end_shot(self) -> None:
-        """The shot is denoised: let the device have what is not needed before the next one's first step."""
+        """Call it after a shot: frees what is not needed before the next shot's first step."""
         for expert in self._experts.values():
             expert.forget()
         self._residency.end_shot()
 
     def idle(self) -> None:
-        """Make room on the device until the next ``select``, as far as the residency can."""
+        """Free device memory until the next ``select``, as far as the residency can."""
         for expert in self._experts.values():
             expert.forget()
         self._residency.idle()
@@ -212,7 +212,7 @@ class ExpertPair:
             torch.cuda.empty_cache()
 
     def release(self) -> None:
-        """Drop the experts and free what they held; the pair cannot be used afterwards."""
+        """Free the experts; the pair cannot be used afterwards."""
         self._experts.clear()
         self._residency.release()
         gc.collect()

@@ -1,7 +1,7 @@
-"""Classifier-free guidance: one velocity out of the conditional and the unconditional one.
+"""Classifier-free guidance: combines the conditional and the unconditional velocity. Knows nothing about ranks.
 
-``LocalGuidance`` runs both passes one after the other on this device. A layout that runs them side by side implements
-the same protocol elsewhere and shares ``guide``, so that both give the same numbers.
+``LocalGuidance`` runs both passes on this device, one after the other. ``parallel/guidance.py`` implements the same
+protocol for passes on different ranks; it uses the same ``guide``, so both give the same numbers.
 """
 
 from typing import Protocol
@@ -14,7 +14,7 @@ from storymem_dist.errors import ConfigError
 
 
 class Guidance(Protocol):
-    """How an expert is asked for a velocity."""
+    """Runs the guidance passes of an expert."""
 
     def velocity(
         self,
@@ -34,7 +34,7 @@ class Guidance(Protocol):
 
 
 class LocalGuidance:
-    """Both passes on this device, the conditional one first; scale 1 leaves the unconditional one out."""
+    """Both passes on this device, the conditional one first; scale 1 skips the unconditional one."""
 
     def velocity(
         self,
@@ -60,7 +60,7 @@ def guide(cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
 
 
 def require_uncond(uncond_BSE: Tensor | None, expert: Expert) -> Tensor:
-    """The unconditional embedding, or ``ConfigError`` when guidance needs one that was not encoded."""
+    """Return ``uncond_BSE``; raise ``ConfigError`` when it is None, because it was not encoded."""
     if uncond_BSE is None:
         raise ConfigError(
             f"guidance_scale={expert.guidance_scale} of the {expert.name} expert needs the embedding of the negative "

@@ -1,9 +1,9 @@
-"""Experts that take turns on the device: both are kept in host memory, and the one that computes is copied in.
+"""Experts that take turns on the device: host memory keeps both, and the active one is copied to the device.
 
-Weights never change, so nothing is ever copied back: a parameter's memory on the device is taken before its expert
-computes and given back after. Memory on the host is page-locked when the device is a CUDA one. Copies run on a stream
-of their own, block after block, while the first step with the expert runs: a block waits for its own weights only.
-Works on any device that torch knows streams of (a CPU's do nothing). Knows nothing of prompts, ranks or sharding.
+Weights never change, so nothing is copied back: device memory is allocated before the expert runs and freed after it.
+For a CUDA device, host memory is page-locked. Copies run block by block on their own stream, while the expert's first
+step runs: a block waits for its own weights only. Works on any device for which torch has streams (those of a CPU do
+nothing). Knows nothing about prompts, ranks or sharding.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -24,18 +24,18 @@ class HostSwap:
         self._active: str | None = None
 
     def activate(self, name: str) -> None:
-        """Bring ``name`` onto the device, after sending the other one away."""
+        """Copy ``name`` to the device, after freeing the other expert there."""
         if name != self._active:
             self.idle()
-            self._active = name  # now: if memory runs out half-way, what has been taken is given back later
+            self._active = name  # set first: if memory runs out half-way, ``idle`` frees what was allocated
             self._weights[name].enter_device()
 
     def end_shot(self) -> None:
-        """As ``idle``: shots begin with the other expert, and what comes between can use the memory."""
+        """As ``idle``: the next shot begins with the other expert, and work between shots can use the memory."""
         self.idle()
 
     def idle(self) -> None:
-        """Send the active expert away; the device then holds none."""
+        """Free the active expert's device memory; the device then holds no expert."""
         if self._active is not None:
             self._weights[self._active].leave_device()
         self._active = None
@@ -47,11 +47,12 @@ class HostSwap:
 
 
 class HostWeights:
-    """The weights of one expert, kept in host memory from now on; its parameters are without memory until they enter.
+    """The weights of one expert in host memory; its parameters have no device memory until ``enter_device``.
 
-    Parameters stay the objects they are, on the ``device`` they are on. ``local_of`` gives the part of a parameter that
-    this process holds. With ``by_block``, a module whose ``blocks`` are a ``BlockStack`` may run before all of its
-    weights have arrived; without (where others read weights ahead, on streams of their own) they are all waited for.
+    Parameters stay the same objects on the same ``device``. ``local_of`` returns the part of a parameter that this
+    process holds. With ``by_block``, a module whose ``blocks`` are a ``BlockStack`` may run before all of its weights
+    have arrived. Without it, the module waits for all weights; this is for code that reads weights ahead on its own
+    streams.
     """
 
     def __init__(
@@ -78,10 +79,10 @@ class HostWeights:
         }
 
     def enter_device(self) -> None:
-        """Queue all copies; what runs before the first block is waited for on the current stream, and no more."""
+        """Queue all copies. The current stream waits only for the weights that are used before the first block."""
         for kept in chain.from_iterable(self._parts.values()):
             kept.allocate()
-        # Memory was taken from what the current stream used until now, so the copies come after all of that.
+        # The current stream may still use the memory that was allocated, so the copies wait for that stream.
         self._copies.wait_stream(self._streams.current_stream(self._device))
         with self._streams.stream(self._copies):
             for part, tensors in self._parts.items():
@@ -92,7 +93,7 @@ class HostWeights:
         self._wait_for(next(iter(self._parts)))
 
     def leave_device(self) -> None:
-        """Give the memory on the device back. No copy, and nothing that reads a copy, may then be under way."""
+        """Free the device memory, after all copies and all reads of the weights."""
         if not self._by_block:
             self._streams.synchronize(self._device)
         self._streams.current_stream(self._device).wait_stream(self._copies)
@@ -118,13 +119,13 @@ def _tensors_of(module: nn.Module) -> list[Tensor]:
 
 
 class _Kept:
-    """A tensor whose values are in host memory, and whose own memory comes and goes."""
+    """A tensor whose values are kept in host memory; its own storage is allocated and freed."""
 
     def __init__(self, tensor: Tensor, memory: "HostMemory") -> None:
         self._tensor = tensor
         self._num_bytes = tensor.untyped_storage().nbytes()
         self._host = memory.keep(tensor)
-        self.free()  # at once, so that never more than one tensor exists twice
+        self.free()  # at once, so that only one tensor at a time exists twice
 
     def allocate(self) -> None:
         self._tensor.untyped_storage().resize_(self._num_bytes)
@@ -137,10 +138,10 @@ class _Kept:
 
 
 class HostMemory:
-    """Hands out host tensors; page-locked ones, for ``device`` a CUDA one, are cut from large slabs.
+    """Makes host copies of tensors; for a CUDA ``device`` they are page-locked and cut from large slabs.
 
-    CUDA's page-locked allocator rounds every allocation up to a power of two, which nearly doubles matrices of 135 MiB;
-    slabs of a power of two waste only their last part.
+    CUDA's page-locked allocator rounds every allocation up to a power of two, which nearly doubles matrices of 135 MiB.
+    Slabs whose size is a power of two waste only their last part.
     """
 
     _SLAB_BYTES = 2**30
@@ -152,7 +153,7 @@ class HostMemory:
         self._used = 0
 
     def keep(self, tensor: Tensor) -> Tensor:
-        """A host copy of ``tensor``, contiguous."""
+        """A contiguous host copy of ``tensor``."""
         num_bytes = tensor.numel() * tensor.element_size()
         if not self._pinned:
             return tensor.contiguous().to("cpu", copy=True)

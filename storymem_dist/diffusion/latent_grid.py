@@ -1,6 +1,6 @@
-"""The sizes of one shot in latent space, and where its latents sit in time.
+"""The sizes of one shot in latent space, and the temporal positions of its latents.
 
-Pure arithmetic; no tensors other than the position vector, no model.
+Pure arithmetic: knows nothing about models or devices.
 """
 
 from dataclasses import dataclass
@@ -22,8 +22,8 @@ MEMORY_STRIDE = 5  # StoryMem's corrected release: memory keyframes lie 5 latent
 class LatentGrid:
     """A clip of ``num_frames`` frames of ``height`` x ``width`` pixels behind ``num_memory`` memory keyframes.
 
-    Legend: K = memory keyframes, T = latent times of the clip. Raises ``ConfigError`` for sizes that are no whole
-    number of tokens.
+    Legend: K = memory keyframes, T = latent times of the clip. Raises ``ConfigError`` for sizes that do not make a
+    whole number of tokens.
     """
 
     num_frames: int
@@ -38,7 +38,7 @@ class LatentGrid:
 
     @property
     def num_clip_latents(self) -> int:
-        """T: latent times of the clip alone; the first frame is one, then every 4 frames."""
+        """T: latent times of the clip alone: one for the first frame, then one for every 4 frames."""
         return (self.num_frames - 1) // VAE_TIME_STRIDE + 1
 
     @property
@@ -72,5 +72,5 @@ class LatentGrid:
         return torch.cat([memory, torch.arange(self.num_clip_latents, dtype=torch.int64)])
 
     def clip_latents(self, latents_CTHW: Tensor) -> Tensor:
-        """The clip's part of denoised ``[16, K+T, h, w]`` latents: memory is dropped before decoding."""
+        """The clip's part ``[16, T, h, w]`` of denoised latents ``[16, K+T, h, w]``."""
         return latents_CTHW[:, self.num_memory :]

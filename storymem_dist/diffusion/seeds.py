@@ -1,6 +1,7 @@
-"""Where randomness comes from: one seed per shot, one draw per shot.
+"""All randomness of a render: one seed per shot, one draw per shot. Knows nothing about ranks or models.
 
-A shot's noise depends on its seed and size alone, never on the number of GPUs or on what was rendered before.
+A shot's noise depends only on its seed, its size and the kind of noise device, never on the number of GPUs or on
+earlier shots.
 """
 
 from collections.abc import Sequence
@@ -17,8 +18,8 @@ def shot_seed(job_seed: int, shot: Shot, story: Story, rule: str) -> int:
     """Seed of one shot: the story's own seed, or else the job's, plus the shot's index.
 
     ``rule="index_in_scene"`` counts from the start of the scene, as StoryMem does (so the first shots of all scenes
-    share a seed and results are comparable); ``"per_shot"`` counts through the whole story. A negative seed means
-    "draw one", which happens once per job, before this is called: here it raises ``ConfigError``.
+    share a seed and results are comparable); ``"per_shot"`` counts through the whole story. A negative seed means "draw
+    one"; the job replaces it before this call, so here it raises ``ConfigError``.
     """
     require_one_of("sampler.seed_rule", rule, SEED_RULES)
     base = job_seed if story.seed is None else story.seed

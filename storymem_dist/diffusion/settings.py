@@ -1,7 +1,7 @@
 """How clips are sampled: sizes, solver, schedule, guidance, seeds.
 
-Plain values, checked when they are made; every message begins with the dotted path of the setting. This module knows
-nothing of models, devices or Hydra.
+Plain values, checked when they are made; every message begins with the dotted path of the setting. Knows nothing about
+models, devices or Hydra.
 """
 
 from dataclasses import dataclass, field
@@ -22,7 +22,7 @@ WAN_NEGATIVE_PROMPT = (
 )
 
 _MAX_SEED = 2**62  # torch generators take 64 bits; the shot's index is added on top
-_MAX_FLOW_SHIFT = 1000.0  # beyond it the first UniPC sigma comes so near 1 that log(1 - sigma) loses its digits
+_MAX_FLOW_SHIFT = 1000.0  # above it, the first UniPC sigma is so close to 1 that log(1 - sigma) loses its digits
 _MAX_STEPS = 1000  # the models know 1000 training timesteps
 
 
@@ -33,10 +33,10 @@ class SamplerSettings:
     Defaults are the model card's and the StoryMem release's: 81 frames of 832x480 at 16 frames per second, 40 UniPC
     steps, flow shift 12 (T2V) and 4 (M2V), boundary 0.875 and 0.9, guidance 3.5 for both experts.
 
-    ``sigmas`` gives the noise levels of ``solver="euler"`` outright (each in (0, 1], falling, one per step, the final
-    zero left out; not shifted again), for models distilled to a few fixed levels. Empty means evenly spaced levels
-    under the flow shift. ``step_cache_threshold`` above zero lets steps reuse the work of earlier ones
-    (``diffusion.step_cache``): faster, no longer exact.
+    ``sigmas`` are the noise levels of ``solver="euler"``: each in (0, 1], falling, one per step, without the final
+    zero, not shifted again. They are for models distilled to a few fixed levels. Empty means evenly spaced levels under
+    the flow shift. With ``step_cache_threshold`` above zero, steps may reuse the work of earlier ones
+    (``diffusion.step_cache``): faster, but not exact.
     """
 
     num_inference_steps: int = 40
@@ -106,7 +106,7 @@ class SamplerSettings:
         return self.flow_shift_t2v if kind == T2V else self.flow_shift_m2v
 
     def boundary_ratio(self, kind: str) -> float:
-        """Share of the 1000 timesteps at and above which the high-noise expert of ``kind`` works."""
+        """The high-noise expert of ``kind`` runs at timesteps >= this ratio * 1000."""
         require_one_of("kind", kind, KINDS)
         return self.boundary_ratio_t2v if kind == T2V else self.boundary_ratio_m2v
 
@@ -117,7 +117,7 @@ class SamplerSettings:
 
 
 def check_frame_sizes(num_frames: int, height: int, width: int, *, where: str = "") -> None:
-    """Raise ``ConfigError`` unless the VAE and the DiT can cut such a clip into whole tokens.
+    """Raise ``ConfigError`` unless the VAE and the DiT can divide such a clip into whole tokens.
 
     The VAE packs 4 frames into one latent after the first (so 4n+1 frames) and 8x8 pixels into one latent cell; the
     DiT takes 2x2 latent cells per token (so multiples of 16 pixels, in either orientation).

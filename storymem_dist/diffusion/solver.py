@@ -1,13 +1,11 @@
 """The flow-matching solvers: from a velocity at one noise level to the latents at the next.
 
-Every solver used here (UniPC, DPM-Solver++ 2M, Euler; diffusers' implementations) is linear: the next latents are a
-weighted sum of the present latents, the velocity and a few tensors kept from earlier steps, and the weights depend on
-the schedule alone. So diffusers' scheduler is run once, on the CPU, on unit vectors, which yields the weights of all
-steps; a step is then a handful of fused multiply-adds on the device. What that buys: no host synchronisation inside a
-step (diffusers' UniPC moves scalars to the device and solves a 2x2 system there, both of which wait), and a state that
-is just those few tensors and a step number, so that a denoise can go on in another process bit for bit.
-
-This module does not know models, guidance or devices.
+UniPC, DPM-Solver++ 2M and Euler (diffusers' implementations) are linear: the next latents are a weighted sum of the
+present latents, the velocity and a few tensors kept from earlier steps. The weights depend on the schedule only. So
+diffusers' scheduler runs once, on the CPU, on unit vectors; this gives the weights of all steps. A step is then a few
+fused multiply-adds on the device and never waits for it (diffusers' UniPC does: it moves scalars to the device and
+solves a 2x2 system there). The state is those few tensors and a step number, so a denoise can resume in another process
+bit for bit. Knows nothing about models, guidance or devices.
 """
 
 from collections.abc import Mapping, Sequence
@@ -45,8 +43,8 @@ def flow_schedule(
     """Timesteps int64 ``[n]`` and sigmas float32 ``[n+1]`` (final zero included) of a schedule.
 
     Base levels fall evenly towards 0 from 1 - 1/1000 rounded to float32 (UniPC: Wan's largest training sigma) or from
-    1 (the others), and are shifted by ``s*x / (1 + (s-1)*x)``. ``sigmas`` replaces all that by given levels. A
-    timestep is ``sigma * 1000`` cut to an integer, for the model and the choice of expert; the solver works on sigma.
+    1 (the others), and are shifted by ``s*x / (1 + (s-1)*x)``. Explicit ``sigmas`` replace these levels. A timestep is
+    ``sigma * 1000`` cut to an integer, for the model and the choice of expert; the solver uses sigma.
     """
     require_one_of("sampler.solver", solver, SOLVERS)
     if len(sigmas):
@@ -61,11 +59,11 @@ def flow_schedule(
 
 
 class Solver:
-    """One shot's walk down the noise levels; build a new one (or call ``reset``) for every shot.
+    """Takes one shot through the noise levels; make a new one (or call ``reset``) for every shot.
 
     ``timesteps`` is int64 ``[num_steps]`` and ``sigmas`` float32 ``[num_steps + 1]``, both on the CPU. ``step_index``
-    is the step that comes next. UniPC has order 2 ("bh2") with predictor and corrector, first order on its first and
-    last step; DPM++ is 2M midpoint, first order on its first and last step; Euler has no memory.
+    is the next step. UniPC has order 2 ("bh2") with predictor and corrector, first order on its first and last step;
+    DPM++ is 2M midpoint, first order on its first and last step; Euler keeps no tensors.
     """
 
     def __init__(self, name: str, *, num_steps: int, flow_shift: float, sigmas: Sequence[float] = ()) -> None:
@@ -76,7 +74,7 @@ class Solver:
 
     @property
     def num_steps(self) -> int:
-        """How many steps the whole walk has."""
+        """Number of steps of the schedule."""
         return len(self.timesteps)
 
     def reset(self) -> None:
@@ -87,8 +85,9 @@ class Solver:
     def step(self, velocity: Tensor, latents: Tensor) -> Tensor:
         """The latents after this step, float32; both inputs have one shape and lie on one device.
 
-        ``velocity`` is the model's at ``timesteps[step_index]``, guidance included. Nothing is changed in place, and
-        the caller must not change ``latents`` in place afterwards either: UniPC keeps a reference.
+        ``velocity`` is the model's at ``timesteps[step_index]``, guidance included. Nothing is changed in place. The
+        caller must not change ``latents`` in place afterwards: UniPC keeps a reference. Raises ``IndexError`` after the
+        last step.
         """
         if self.step_index >= self.num_steps:
             raise IndexError(f"all {self.num_steps} steps are done")
@@ -99,14 +98,14 @@ class Solver:
         return _weighted_sum(weights.latents, columns)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All that the steps so far have left behind: the step number (int64) and the kept tensors (float32)."""
+        """The state after the steps so far: the step number (int64) and the kept tensors (float32)."""
         kept = {f"kept.{i}": tensor for i, tensor in enumerate(self._kept) if tensor is not None}
         return {"step_index": torch.tensor(self.step_index), **kept}
 
     def load_state_dict(self, state: Mapping[str, Tensor], device: torch.device | str | None = None) -> None:
-        """Continue where ``state`` was taken, with the kept tensors on ``device`` (None: where they lie).
+        """Continue from ``state``, with the kept tensors on ``device`` (None: the device they are on).
 
-        Raises ``ValueError`` when the state is not of this solver and number of steps.
+        Raises ``ValueError`` when the state belongs to another solver or number of steps.
         """
         step_index = int(state["step_index"])
         if not 0 <= step_index <= self.num_steps:
@@ -122,7 +121,7 @@ class Solver:
 
 
 def _weighted_sum(row: _Row, columns: Sequence[Tensor | None]) -> Tensor:
-    """Sum of the row's columns, as one multiplication and in-place multiply-adds; a lone column is passed through."""
+    """Sum of the row's columns: one product, then in-place multiply-adds. A single column of weight 1 is returned."""
     total: Tensor | None = None
     for index, weight in row:
         column = columns[index]
@@ -151,7 +150,7 @@ def _diffusers_scheduler(name: str, timesteps: Tensor, sigmas: Tensor) -> Any:
 
 
 def _tabulate(scheduler: Any, timesteps: Tensor) -> list[_StepWeights]:
-    """Run a scheduler on unit vectors and read off the weights of every step."""
+    """Run a scheduler on unit vectors; its results are the weights of every step."""
     num_columns = _NUM_INPUTS + len(_kept_tensors(scheduler))
     unit = torch.eye(num_columns, dtype=torch.float64).unsqueeze(1)  # one [1, num_columns] "batch" per column
     table = []
@@ -172,7 +171,7 @@ def _row(vector: Tensor) -> _Row:
 
 
 def _kept_tensors(scheduler: Any) -> list[Tensor | None]:
-    """What a scheduler carries from step to step: UniPC's last corrected sample and the last predictions of x0."""
+    """Tensors that a scheduler keeps between steps: UniPC's last corrected sample and the last predictions of x0."""
     kept: list[Tensor | None] = [scheduler.last_sample] if hasattr(scheduler, "last_sample") else []
     return kept + list(getattr(scheduler, "model_outputs", ()))
 

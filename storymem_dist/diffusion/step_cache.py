@@ -1,13 +1,13 @@
-"""Step cache: leave out most blocks of a forward when the first one says that little has changed (lossy, opt-in).
+"""Step cache: skips most blocks of a forward when the first block's result has changed little (lossy, opt-in).
 
-Method ("first-block cache"): what the first block adds to the tokens, compared with what it added at the last step that
-was computed in full. Is the relative change small, the other blocks' sum of that step is added again instead of being
-computed. The change is always measured against a full step, so that small changes cannot add up unseen.
+Method ("first-block cache"): compare the residual that the first block adds to the tokens with its residual in the last
+step that was computed in full. If the relative change is small, add the other blocks' residual of that step again
+instead of computing it. The reference is always a full step, so small changes cannot accumulate unnoticed.
 
-Each expert has its own cache, with separate entries for the conditional and the unconditional pass. The conditional
-pass decides for both passes of a step, and sums are taken over all ranks that share the step (``add_over_ranks``), so
-every rank decides alike and a layout does not change the decision. Reading the decision is the one place where the host
-waits for the device, and only while a threshold is set. Knows nothing about ranks, prompts or solvers.
+Each expert has its own cache, with one entry per guidance pass. The conditional pass decides for both passes of a step.
+Changes are summed over all ranks of the step (``add_over_ranks``), so every rank decides alike in every layout. Only
+reading the decision makes the host wait for the device, and only while a threshold is set. Knows nothing about ranks,
+prompts or solvers.
 
 Legend: B batch, L tokens (of this rank), D width, P rotary pairs.
 """
@@ -27,14 +27,14 @@ AddOverRanks = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Entry:
-    """What one pass of the last full step left: the sum added by the first block, and by all the others."""
+    """Residuals of one pass of the last full step: of the first block, and of all other blocks together."""
 
     first_BLD: Tensor
     rest_BLD: Tensor
 
 
 class StepCache(ByBranch):
-    """What one expert remembers of the last step that it computed in full, and when to use it."""
+    """One expert's residuals of its last full step, and the decision whether a step reuses them."""
 
     def __init__(self, *, dtype: torch.dtype, add_over_ranks: AddOverRanks = lambda sums: sums) -> None:
         super().__init__()
@@ -51,33 +51,33 @@ class StepCache(ByBranch):
 
     @property
     def reused(self) -> bool:
-        """Whether the step that began last reuses the one before it (False until its first pass has decided)."""
+        """Whether the latest step reuses an earlier one (False until its first pass has decided)."""
         return bool(self._decision)
 
     @property
     def num_bytes(self) -> int:
-        """Device memory held: per guidance branch two tensors of this rank's tokens in the expert's dtype."""
+        """Bytes of device memory held: per guidance branch two tensors of this rank's tokens in the expert's dtype."""
         return sum(entry.first_BLD.nbytes + entry.rest_BLD.nbytes for entry in self._entries.values())
 
     def begin_shot(self, threshold: float) -> None:
-        """Forget the shot before; reuse steps whose relative change is below ``threshold`` (0: never)."""
+        """Clear the cache for a new shot; reuse steps whose relative change is below ``threshold`` (0: never)."""
         self._threshold = threshold
         self.forget()
 
     def begin_step(self) -> None:
-        """A new step: its first pass will decide."""
+        """Begin a step; its first pass will decide."""
         self._decision = None
 
     def forget(self) -> None:
-        """Free what is remembered; the next step is computed in full."""
+        """Clear the cache; the next step is computed in full."""
         self._entries.clear()
         self._decision = None
 
     def recall(self, first_BLD: Tensor) -> Tensor | None:
-        """The other blocks' remembered sum if this step reuses it, else None.
+        """The stored residual ``[B, L, D]`` of the other blocks if this step reuses it, else None.
 
-        ``first_BLD`` is what the first block added in this pass. The step's first pass decides; where another branch's
-        pass runs on other ranks at the same time, those ranks take part in the sum without adding to it.
+        ``first_BLD`` is the first block's residual in this pass. The step's first pass decides. Ranks that run the
+        unconditional pass at the same time take part in the sum with zeros.
         """
         entry = self._entries.get(self.branch)
         if entry is None:
@@ -92,12 +92,12 @@ class StepCache(ByBranch):
         return entry.rest_BLD if entry is not None and self._decision else None
 
     def renew(self, first_BLD: Tensor) -> Tensor:
-        """Forget this branch's last full step, for the one that has begun; return ``first_BLD`` as it will be kept."""
+        """Drop this branch's entry before a full step; return ``first_BLD`` in the dtype in which it is stored."""
         self._entries.pop(self.branch, None)
         return first_BLD.to(self._dtype)
 
     def remember(self, first_BLD: Tensor, rest_BLD: Tensor) -> None:
-        """Keep what a pass of a full step added, in the expert's matmul dtype."""
+        """Store the residuals of a pass of a full step, in the expert's matmul dtype."""
         self._entries[self.branch] = _Entry(first_BLD=first_BLD.to(self._dtype), rest_BLD=rest_BLD.to(self._dtype))
 
 
@@ -128,10 +128,11 @@ class CachedBlockStack(BlockStack):
 
 
 def attach_step_cache(dit: WanDiT, add_over_ranks: AddOverRanks = lambda sums: sums) -> StepCache:
-    """Put a step cache, disabled for now, around the blocks of ``dit`` and return it.
+    """Put a step cache, disabled until a shot sets a threshold, around the blocks of ``dit`` and return it.
 
-    To be called before hooks are put on the block stack (so before ``parallelize``): they would stay on the old one.
-    ``add_over_ranks`` must span all ranks that run a step together, those of both guidance branches included.
+    Call it before hooks are put on the block stack (so before ``parallelize``): hooks would stay on the old stack, and
+    a stack with hooks raises ``RuntimeError``. ``add_over_ranks`` must span all ranks that run a step together, those
+    of both guidance branches included.
     """
     if dit.blocks._forward_hooks or dit.blocks._forward_pre_hooks:
         raise RuntimeError("a step cache must be attached before hooks are put on the block stack")

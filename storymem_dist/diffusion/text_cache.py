@@ -1,8 +1,8 @@
 """Text cache: keys and values of the text in every block's cross-attention, computed once per prompt (exact, opt-in).
 
-They depend on the prompt and the weights alone, so all steps of a shot share them. Saves 0.13% of A14B's FLOPs at
-832x480 on one rank, and more the more ranks share the tokens (every rank projects all of the text); holds 0.42 GB per
-guidance branch in bf16. Each expert has its own. Knows nothing about ranks or what a prompt is.
+They depend only on the prompt and the weights, so all steps of a shot share them. Saves 0.13% of A14B's FLOPs at
+832x480 on one rank, and a larger part when ranks share the tokens (every rank projects the whole text). Takes 0.42 GB
+per guidance branch in bf16. Each expert has its own cache. Knows nothing about ranks or prompts.
 """
 
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from storymem_dist.models.wan.dit import TextKeys, WanDiT
 
 
 class TextCache(ByBranch):
-    """What one expert's blocks made of the texts of the running shot, by guidance branch."""
+    """Keys and values of the running shot's texts in one expert's blocks, by guidance branch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -20,15 +20,15 @@ class TextCache(ByBranch):
 
     @property
     def num_bytes(self) -> int:
-        """Device memory held."""
+        """Bytes of device memory held."""
         return sum(keys.nbytes + values.nbytes for keys, values in self._kept.values())
 
     def forget(self) -> None:
-        """Free what is kept: the next shot has other texts."""
+        """Clear the cache: the next shot has other texts."""
         self._kept.clear()
 
     def run_block(self, block: nn.Module, tokens_BLD: Tensor, *shared: Tensor) -> Tensor:
-        """As ``dit.run_block``, with the kept keys and values in the place of the text from the second call on."""
+        """As ``dit.run_block``; from the second call on with the kept keys and values instead of the text."""
         *tables, context_BSD = shared
         place = (self.branch, block)
         if place in self._kept:
@@ -39,7 +39,7 @@ class TextCache(ByBranch):
 
 
 def attach_text_cache(dit: WanDiT) -> TextCache:
-    """Give ``dit`` a text cache and return it. To be called after ``attach_step_cache``, which makes a new stack."""
+    """Give ``dit`` a text cache and return it. Call it after ``attach_step_cache``, which makes a new stack."""
     cache = TextCache()
     dit.blocks.run_block = cache.run_block
     return cache

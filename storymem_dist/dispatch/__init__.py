@@ -1,7 +1,8 @@
-"""Which shot is rendered next and by whom: planned shots, leases in the run folder, saving, and the end of a batch.
+"""Assigns shots to replicas and commits the results: plan, leases in the run folder, saving, end of the batch.
 
 Read in this order: ``plan`` (shots and their fingerprints), ``graph`` (which shots are ready), ``leases`` and ``queue``
-(claiming one), ``coordinator`` (one replica's view of the batch), ``saving`` (a rendered shot becomes a committed one),
-``story_video`` (the end of a story), ``cleanup`` (what dead processes left). ``protocol`` holds the types that the
-render loop and this package exchange, ``cost`` the expected work of a shot.
+(claiming one), ``opening`` (start or resume), ``coordinator`` (one replica's view of the batch), ``saving`` (a rendered
+shot becomes a committed one), ``story_video`` (all clips of a story in one file), ``cleanup`` (what dead processes
+left). ``protocol`` holds the types that the render loop and this package exchange, ``cost`` estimates the work of a
+shot. Knows nothing of ranks or models.
 """

@@ -1,9 +1,9 @@
-"""The events of the batch loop, made from what it knows. Pure: values in, an event out."""
+"""Makes the events of the batch loop. Pure functions: values in, events out; knows no observers."""
 
 from collections.abc import Mapping
 
 from storymem_dist.artifacts.records import ShotRecord
-from storymem_dist.artifacts.run_folder import Failure
+from storymem_dist.artifacts.run_folder import FailureRecord
 from storymem_dist.diffusion.denoise import DenoiseState
 from storymem_dist.dispatch.graph import Chain, ShotGraph
 from storymem_dist.dispatch.plan import BatchPart, PlannedShot
@@ -31,9 +31,9 @@ def shot_started(job: ShotJob, part: BatchPart, history: ShotHistory) -> ShotSta
     if job.kind == M2V:
         num_memory = min(cost.max_keyframes, len(job.story.reference_images) + len(history.keyframes))
     return ShotStarted(
-        story_id=job.story.story_id,
-        shot_id=job.shot.shot_id,
-        shot_index=job.shot.index,
+        story_id=job.story_id,
+        shot_id=job.shot_id,
+        shot_index=job.index,
         mode=job.mode,
         seed=job.seed,
         attempt_id=job.attempt_id,
@@ -50,10 +50,8 @@ def shot_started(job: ShotJob, part: BatchPart, history: ShotHistory) -> ShotSta
 
 
 def shot_resumed(job: ShotJob, state: DenoiseState) -> ShotResumed:
-    """An attempt goes on where an earlier one was left."""
-    return ShotResumed(
-        story_id=job.story.story_id, shot_id=job.shot.shot_id, step=state.step, num_steps=state.num_steps
-    )
+    """An attempt continues where an earlier one stopped."""
+    return ShotResumed(story_id=job.story_id, shot_id=job.shot_id, step=state.step, num_steps=state.num_steps)
 
 
 def queue_sampled(graph: ShotGraph) -> ThroughputSampled:
@@ -80,7 +78,7 @@ def shot_finished(
     )
 
 
-def shot_failed(failure: Failure, attempt_id: str) -> ShotFailed:
+def shot_failed(failure: FailureRecord, attempt_id: str) -> ShotFailed:
     """An attempt failed; it is tried again unless the failure is final."""
     return ShotFailed(
         story_id=failure.story_id,
@@ -92,16 +90,16 @@ def shot_failed(failure: Failure, attempt_id: str) -> ShotFailed:
     )
 
 
-def given_up(failure: Failure, chain: Chain) -> tuple[ShotFailed | ShotSkipped | StoryFinished, ...]:
-    """A shot is not tried again, although no attempt at it has come to its end here."""
+def given_up(failure: FailureRecord, chain: Chain) -> tuple[ShotFailed | ShotSkipped | StoryFinished, ...]:
+    """A shot is marked failed without a failed attempt in this process."""
     return (shot_failed(failure, ""), *chain_blocked(chain, failure.reason))
 
 
 def shot_lost(shot: PlannedShot, attempt_id: str) -> ShotFailed:
-    """An attempt was given up because another replica has taken the shot over."""
+    """An attempt ended because another replica has taken the shot over."""
     return ShotFailed(
-        story_id=shot.story.story_id,
-        shot_id=shot.shot.shot_id,
+        story_id=shot.story_id,
+        shot_id=shot.shot_id,
         reason="taken over by another replica, because this one showed no sign of life for too long",
         error_type="LeaseLost",
         attempt_id=attempt_id,
@@ -113,9 +111,9 @@ def chain_blocked(chain: Chain, reason: str) -> tuple[ShotSkipped | StoryFinishe
     """The front of ``chain`` failed: none of the shots after it can be rendered."""
     failed, *later = chain.shots[chain.front :]
     skipped = [
-        ShotSkipped(story_id=chain.story_id, shot_id=shot.shot.shot_id, reason="predecessor failed") for shot in later
+        ShotSkipped(story_id=chain.story_id, shot_id=shot.shot_id, reason="predecessor failed") for shot in later
     ]
-    message = f"{failed.shot.shot_id} failed: {reason}"
+    message = f"{failed.shot_id} failed: {reason}"
     story = StoryFinished(story_id=chain.story_id, outcome="failed", num_shots=len(chain.shots), message=message)
     return (*skipped, story)
 

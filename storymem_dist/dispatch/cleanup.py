@@ -1,21 +1,21 @@
-"""Removes what processes that died left behind in a run folder: half-made files, and leases on committed shots.
+"""Removes what dead processes left in a run folder: half-made files, and leases on committed shots.
 
-Done by who comes first and by who leaves last: by nobody while another process may be alive. A sweep looks where
-half-made files of this job's stories can lie, and that is all their folders; who leaves does so only when somebody has
-died since the last sweep. (Attempts have rules of their own.) Knows leases and names of files; nothing of ranks.
+Run by the first process to open the folder and the last to leave, never while another may be alive. The last to leave
+does so only if a process has died since the last clean-up. Looks in all folders of this job's stories; ``shot_folder``
+removes attempts. Knows leases and names of files; nothing of ranks.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
 
 from storymem_dist.artifacts.run_folder import SMALL_FOLDERS, RunFolder
-from storymem_dist.dispatch.graph import Chain, ShotState
+from storymem_dist.dispatch.graph import Chain, ShotStatus
 from storymem_dist.dispatch.leases import LeaseFolder
 from storymem_dist.dispatch.queue import ShotQueue, lease_key, parse_lease_key
 from storymem_dist.files import temporaries_in
 
 
-def sweep(
+def clean_up(
     run: RunFolder,
     leases: LeaseFolder,
     chains: Sequence[Chain],
@@ -23,19 +23,19 @@ def sweep(
     *,
     only_after_deaths: bool = False,
 ) -> None:
-    """Remove what the dead left of ``chains`` in ``run``, if nobody else may be alive. Raises ``OSError``.
+    """Remove what dead processes left of ``chains`` in ``run``, if no other may be alive. Raises ``OSError``.
 
-    Everything is listed first and removed if this process turns out to be alone after that. So nothing of a living
-    process can be on the list: each shows a sign of life before it makes any file here. Leases on shots that are still
-    to be rendered stay, because they count the deaths, and so do those on stories of other jobs.
+    Lists all files first, and removes them only if this process is still alone after that. So the list has no file of
+    a living process: each writes a heartbeat before it makes any file here. Leases on shots that are still to be
+    rendered stay, because they count deaths; so do leases on stories of other jobs.
     """
-    leases.bury_dead_owners()
+    leases.mark_dead_owners()
     dead = leases.dead_owners()
     if not leases.is_alone() or (only_after_deaths and not dead):
         return
     half_made = _half_made_files(run, chains)
     shots = {lease_key(shot): shot for chain in chains for shot in chain.shots}
-    wanted = {key for key, shot in shots.items() if queue.graph.state(shot) is not ShotState.COMMITTED}
+    wanted = {key for key, shot in shots.items() if queue.graph.state(shot) is not ShotStatus.COMMITTED}
     stories = {chain.story_id for chain in chains}
     left_leases = {
         path: key for path, key in leases.lease_files().items() if key not in wanted and _story_of(key) in stories
@@ -43,7 +43,7 @@ def sweep(
     if not leases.is_alone():
         return
     for key in shots.keys() & left_leases.values():
-        queue.finish_commit(shots[key])  # its holder may have died before the end of it
+        queue.finish_commit(shots[key])  # its holder may have died in the middle of it
     for path in [*half_made, *left_leases, *dead]:
         path.unlink(missing_ok=True)
 
@@ -52,7 +52,7 @@ def _half_made_files(run: RunFolder, chains: Sequence[Chain]) -> list[Path]:
     folders = [run.leases_folder, run.failures_folder, *(run.root / name for name in SMALL_FOLDERS)]
     for chain in chains:
         folders += [run.story_folder(chain.story_id), run.story_folder(chain.story_id) / "keyframes"]
-    found = temporaries_in(run.root, "stop.json")  # not the marker's: it is made before the first sign of life
+    found = temporaries_in(run.root, "stop.json")  # not the marker's: it is made before the first heartbeat
     return found + [path for folder in folders for path in temporaries_in(folder)]
 
 

@@ -1,11 +1,11 @@
-"""The leader's desk: everything of a batch that touches the run folder.
+"""One replica's view of a batch: its leader claims shots, saves them and reports failures in the run folder.
 
-``render_batch`` runs on all ranks of a replica; what it asks of the desk goes through ``leader_decides``, so only the
-leader's desk is ever opened. Every method returns plain values that can be sent to the other ranks, tensors on the CPU.
+``render.batch`` runs on all ranks of a replica and calls the ``Coordinator`` through ``leader_decides``, so only the
+leader's is ever opened. Every method returns plain values that can be sent to the other ranks, tensors on the CPU.
 
-A rendered shot is saved in a thread of its own (``background.py``) while the replica goes on with another story; the
-desk takes note of the outcome when it is asked the next time, at the latest before the next step. So a replica has two
-shots at most, the running one and the one that is being saved. Where the latter is all it could go on from, it waits.
+A thread (``saving``) saves a rendered shot while the replica renders a shot of another story. The coordinator handles
+the outcome at its next call, at the latest before the next step. So a replica holds at most two shots: the running one
+and the one being saved. It waits for the save when no other shot is ready.
 
 Knows the queue, the run folder and the observers; nothing of ranks, models or how a shot is rendered.
 """
@@ -18,7 +18,7 @@ from functools import partial
 from storymem_dist.artifacts.shot_folder import new_attempt_id
 from storymem_dist.diffusion.denoise import DenoiseState
 from storymem_dist.dispatch import announcing
-from storymem_dist.dispatch.graph import ShotState
+from storymem_dist.dispatch.graph import ShotStatus
 from storymem_dist.dispatch.history import DamagedHistory, read_checkpoint, read_history
 from storymem_dist.dispatch.leases import Owner
 from storymem_dist.dispatch.opening import OpenBatch, open_batch, why_again
@@ -28,17 +28,17 @@ from storymem_dist.dispatch.queue import Claim, ShotQueue, failure_at
 from storymem_dist.dispatch.saving import BackgroundSave, HeldShot, SaveEnd
 from storymem_dist.dispatch.settings import DispatchSettings
 from storymem_dist.dispatch.stop import StopSwitch
-from storymem_dist.dispatch.story_video import Joined, StoryJoiner
+from storymem_dist.dispatch.story_video import StoryVideoMaker, StoryVideoState
 from storymem_dist.dispatch.summary import DONE, FAILED, STOPPED, BatchSummary, Replica, Tally, summarize
 from storymem_dist.errors import RunFolderError
 from storymem_dist.events import ReplicaWaited, StopRequested, WarningIssued
 
-_LONGEST_PAUSE = 4.0  # between two looks while there is nothing to do, in units of poll_seconds
-_LEASE_LOOK_SECONDS = 1.0  # between two looks at the own lease while a shot is rendered
+_LONGEST_PAUSE = 4.0  # between two claims while no shot is ready, in units of poll_seconds
+_LEASE_CHECK_SECONDS = 1.0  # between two checks of the lease of the running shot
 
 
-class Desk:
-    """The leader's view of a batch. Making one touches nothing; ``open`` does."""
+class Coordinator:
+    """The leader's view of a batch. Creating one touches no file; ``open`` does."""
 
     def __init__(
         self,
@@ -59,7 +59,7 @@ class Desk:
         self._running: HeldShot | None = None
         self._saving: BackgroundSave | None = None
         self._lost = False
-        self._next_lease_look = 0.0
+        self._next_lease_check = 0.0
         self._end: End | None = None
         self._announced_stop = False
         self._tally = Tally()
@@ -68,8 +68,8 @@ class Desk:
     # -- begin and end -------------------------------------------------------------------------------------------------
 
     def open(self) -> None:
-        """Open the run folders and find out what is to do. Raises as ``open_batch``."""
-        self._stop.reason()  # a stop file that is there at the first look belongs to an earlier job
+        """Open the run folders and plan the batch. Raises as ``open_batch``."""
+        self._stop.start_watching()  # changes nothing where the job has done so already
         self._batch = open_batch(
             self._parts,
             self._settings,
@@ -82,13 +82,13 @@ class Desk:
         if self._replica.index == 0:
             for part, leases in zip(self._parts, self._batch.leases, strict=True):
                 if not leases.others_working():
-                    part.run.remove_stop()
+                    part.run.remove_outcome()  # of the job before this one
 
     def finish(self, end: End) -> BatchSummary:
-        """Write ``stop.json``, tell the observers, release what is held, and sum up."""
+        """Write ``stop.json``, notify the observers, release all leases, and return the summary."""
         summary = self._summary(end)
-        for number, part in enumerate(self._parts):
-            of_part = self._summary(end, number)
+        for part_index, part in enumerate(self._parts):
+            of_part = self._summary(end, part_index)
             details = {
                 "reason": end.reason,
                 "job_id": self._owner.job_id,
@@ -99,7 +99,7 @@ class Desk:
                 "num_blocked": of_part.num_blocked,
             }
             try:
-                part.run.write_stop(of_part.state, **details)
+                part.run.write_outcome(of_part.state, **details)
             except OSError as error:
                 self._warn(part, f"stop.json cannot be written: {error}", "save")
             part.observers.notify(announcing.job_finished(summary))
@@ -107,17 +107,17 @@ class Desk:
         return summary
 
     def close(self, *, crashed: bool = False, at_once: bool = False) -> None:
-        """Let the save under way come to its end (``at_once``: abandon it), then release everything that is held.
+        """Wait for the save in progress, or abandon it with ``at_once``, then release all leases.
 
-        After a crash the running shot's lease is left behind, so that the next one can count it.
+        After a crash the running shot's lease stays: the next process to claim the shot then knows that one died on it.
         """
         if self._batch is None:
             return
         if self._saving is not None and at_once:
-            self._saving.abandon()
+            self._saving.abandon()  # it ends at its next file, so the wait below is short
         try:
             self._collect_saved(wait=True)
-        except Exception as error:  # something else has gone wrong already, and that is what is to be told
+        except Exception as error:  # must not replace the error that ends the batch
             self._warn(self._parts[0], f"a shot could not be saved: {type(error).__name__}: {error}", "save")
         self._batch.leave(crashed=crashed)
         self._batch = None
@@ -125,7 +125,7 @@ class Desk:
     # -- the next shot -------------------------------------------------------------------------------------------------
 
     def next_assignment(self, loaded: str | None) -> Assignment | End:
-        """Wait for a shot that this replica can render; ``loaded`` is the kind whose experts it has."""
+        """Wait for a shot that this replica can render, or for the end. ``loaded``: the kind of its loaded experts."""
         waited, pause = 0.0, self._settings.poll_seconds
         self._collect_saved()
         while self._end is None:
@@ -143,11 +143,11 @@ class Desk:
                         continue
                     self._note_wait(waited)
                     return assignment
-                if self._queue.graph.is_finished and self._join_what_is_left():
+                if self._queue.graph.is_finished and self._make_missing_story_videos():
                     self._end = self._outcome()
                     break
             except OSError as error:
-                self._end = End(state=FAILED, reason=f"the run folder cannot be used any more: {error}")
+                self._end = End(state=FAILED, reason=f"the run folder can no longer be used: {error}")
                 break
             if self._saving is not None:
                 self._saving.wait(pause)
@@ -162,16 +162,16 @@ class Desk:
         return self._end
 
     def _assign(self, claim: Claim) -> Assignment | None:
-        """Gather what rendering the claimed shot needs; None when a record before it turned out to be damaged."""
+        """Collect what rendering the claimed shot needs; None when a record before it is damaged."""
         shot, part = claim.shot, self._parts[claim.shot.part]
-        part.run.shot(shot.story.story_id, shot.shot.shot_id).discard_orphans(shot.fingerprint)
+        part.run.shot(shot.story_id, shot.shot_id).discard_orphans(shot.fingerprint)
         part.run.write_storyboard(shot.story)
         try:
-            history = read_history(part.run, self._queue.graph.chain_of(shot), shot.shot.index)
+            history = read_history(part.run, self._queue.graph.chain_of(shot), shot.index)
         except DamagedHistory as damage:
             self._warn(part, f"{damage}; the shot is rendered again", "resume")
-            self._queue.release(claim, ShotState.WAITING)
-            self._queue.graph.set_state(damage.shot, ShotState.WAITING)
+            self._queue.release(claim, ShotStatus.WAITING)
+            self._queue.graph.set_state(damage.shot, ShotStatus.WAITING)
             return None
         began, attempt_id = time.monotonic(), new_attempt_id(shot.fingerprint, self._owner.owner_id)
         why = why_again(part, shot)
@@ -192,10 +192,10 @@ class Desk:
         try:
             resume = read_checkpoint(part.run, shot)
         except RunFolderError as error:
-            self._warn(part, f"{error}; the shot starts again", "resume")
+            self._warn(part, f"{error}; the shot starts at its first step", "resume")
         resumed_at = None if resume is None else resume.step
         self._running = HeldShot(claim=claim, attempt_id=attempt_id, resumed_at=resumed_at, began=began)
-        self._lost, self._next_lease_look = False, 0.0
+        self._lost, self._next_lease_check = False, 0.0
         if resume is not None:
             part.observers.notify(announcing.shot_resumed(job, resume))
         return Assignment(job=job, history=history, resume=resume, low_memory=claim.low_memory)
@@ -203,15 +203,15 @@ class Desk:
     # -- while a shot is rendered --------------------------------------------------------------------------------------
 
     def should_stop(self) -> bool:
-        """Whether the running shot is to be left between two steps: a stop was asked for, another replica has it, or
-        saving the shot before it showed that nothing can be saved any more.
+        """Whether to stop the running shot between two steps: a stop was requested, another replica has taken it over,
+        or saving the shot before it failed in a way that ends the batch.
         """
         if self._saving is not None and self._saving.has_crashed:
-            return True  # what happened is told where the running shot is not blamed for it
+            return True  # a later call raises the error, so that the running shot is not blamed for it
         self._collect_saved()
         now = time.monotonic()
-        if now >= self._next_lease_look and not self._lost:
-            self._next_lease_look = now + _LEASE_LOOK_SECONDS
+        if now >= self._next_lease_check and not self._lost:
+            self._next_lease_check = now + _LEASE_CHECK_SECONDS
             self._lost = not self._queue.still_held(self._held.claim)
         if reason := self._stop.reason():
             self._announce_stop(reason)
@@ -219,17 +219,17 @@ class Desk:
         return self._lost or self._end is not None
 
     def save_checkpoint(self, state: DenoiseState) -> None:
-        """Save the running shot between two steps. A failure is a warning: the render goes on without."""
+        """Save the running shot between two steps. A failure is only a warning."""
         shot, part = self._held.shot, self._parts[self._held.shot.part]
-        path = part.run.checkpoint(shot.story.story_id, shot.shot.shot_id, shot.fingerprint)
+        path = part.run.checkpoint(shot.story_id, shot.shot_id, shot.fingerprint)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             state.save(path)
         except (OSError, RunFolderError) as error:
-            self._warn(part, f"{error}; the render goes on without this step checkpoint", "save")
+            self._warn(part, f"{error}; the render continues without this step checkpoint", "save")
 
     def note_prepared(self, elapsed_seconds: float, *, swapped: bool) -> None:
-        """Learn how long loading experts took; ``swapped``: others were there before."""
+        """Note how long loading experts took; ``swapped``: whether they replaced others."""
         self._tally.add_stages({"load": elapsed_seconds})
         if swapped:
             self._queue.note_swapped(elapsed_seconds)
@@ -237,16 +237,16 @@ class Desk:
     # -- how a shot ended ----------------------------------------------------------------------------------------------
 
     def shot_stopped(self, state: DenoiseState) -> None:
-        """The running shot was left between two steps: save it for later, unless another replica has taken it over."""
+        """The running shot stopped between two steps: save its state, unless another replica has taken it over."""
         held = self._held
         if not self._queue.still_held(held.claim):
             self._give_up_lost_shot(held)
             return
         self.save_checkpoint(state)
-        self._let_go(held, ShotState.WAITING)
+        self._release(held, ShotStatus.WAITING)
 
     def shot_rendered(self, rendered: RenderedShot) -> None:
-        """Begin to save and publish a rendered shot; when that turns out to be impossible, the shot has failed."""
+        """Start to save and publish a rendered shot. If it cannot be saved, the shot has failed."""
         self._collect_saved(wait=True)
         held, self._running = self._held, None
         self._queue.note_saving(held.claim)
@@ -255,7 +255,7 @@ class Desk:
             rendered,
             part=self._parts[held.shot.part],
             chain=self._queue.graph.chain_of(held.shot),
-            joiner=self._joiner,
+            story_videos=self._story_videos,
             host={"replica": self._replica.index, "job_id": self._owner.job_id, "resumed_at_step": held.resumed_at},
             may_publish=partial(self._queue.still_held, held.claim),
             release=partial(self._queue.release_lease, held.claim),
@@ -264,7 +264,7 @@ class Desk:
             self._collect_saved(wait=True)
 
     def _collect_saved(self, *, wait: bool = False) -> None:
-        """Take note of a save that has ended; ``wait`` for it. Raises what no shot is to blame for."""
+        """Handle a save that has ended; ``wait`` for its end. Raises an error that is not the fault of one shot."""
         save = self._saving
         if save is None or not (wait or save.has_ended):
             return
@@ -277,7 +277,7 @@ class Desk:
                 self._tally.num_resumed += held.resumed_at is not None
                 self._tally.add_stages(saved.stage_seconds)
                 self._queue.note_rendered(held.shot, saved.elapsed_seconds)
-                self._let_go(held, ShotState.COMMITTED)
+                self._release(held, ShotStatus.COMMITTED)
                 for shot in saved.damaged:
                     self._queue.mark_damaged(shot)
             case SaveEnd.LOST:
@@ -286,7 +286,7 @@ class Desk:
                 self._fail(held, f"the shot cannot be saved: {saved.error}", type(saved.error).__name__)
 
     def shot_failed(self, reason: str, error_type: str, *, details: str = "", low_memory_next: bool = False) -> None:
-        """The running shot cannot be rendered: mark it and so all after it, or have it tried again with less memory."""
+        """The running shot cannot be rendered: mark it failed, which blocks all after it, or retry with less memory."""
         self._fail(self._held, reason, error_type, details=details, low_memory_next=low_memory_next)
 
     def _fail(
@@ -305,59 +305,59 @@ class Desk:
             self._queue.mark_failed(failure, shot)
         except OSError as error:
             where = f"{failure.story_id}:{failure.shot_id}"
-            self._end = End(state=FAILED, reason=f"{where}: {reason}; nor can that be noted: {error}")
-        self._let_go(held, ShotState.FAILED if failure.is_final else ShotState.WAITING)
+            self._end = End(state=FAILED, reason=f"{where}: {reason}; the failure cannot be recorded: {error}")
+        self._release(held, ShotStatus.FAILED if failure.is_final else ShotStatus.WAITING)
         chain = self._queue.graph.chain_of(shot)
         if chain.is_blocked:
             for event in announcing.chain_blocked(chain, reason):
                 part.observers.notify(event)
 
     def note_out_of_memory(self, assignment: Assignment, reason: str) -> None:
-        """Leave a note for after the restart: try the shot with less memory, or not at all if that was it.
+        """Record for the restart: retry the shot with less memory, or not at all if it already had less.
 
-        The one thing that any rank may write, because the rank that ran out of memory is the only one that knows.
+        Any rank may write this and nothing else, because only the rank that ran out of memory knows.
         """
         job = assignment.job
         failure = failure_at(
             job, reason, "OutOfMemoryError", self._owner.job_id, is_final=assignment.low_memory, low_memory=True
         )
         self._parts[job.part].observers.notify(announcing.shot_failed(failure, job.attempt_id))
-        with contextlib.suppress(OSError):  # then the restarted job tries once more as before
+        with contextlib.suppress(OSError):  # then the restarted job retries it unchanged
             self._parts[job.part].run.write_failure(failure)
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
     @property
     def _queue(self) -> ShotQueue:
-        assert self._batch is not None, "the desk is not open"
+        assert self._batch is not None, "the coordinator is not open"
         return self._batch.queue
 
     @property
-    def _joiner(self) -> StoryJoiner:
-        assert self._batch is not None, "the desk is not open"
-        return StoryJoiner(parts=self._parts, leases=self._batch.leases)
+    def _story_videos(self) -> StoryVideoMaker:
+        assert self._batch is not None, "the coordinator is not open"
+        return StoryVideoMaker(parts=self._parts, leases=self._batch.leases)
 
     @property
     def _held(self) -> HeldShot:
         assert self._running is not None, "no shot is held"
         return self._running
 
-    def _let_go(self, held: HeldShot, state: ShotState) -> None:
+    def _release(self, held: HeldShot, state: ShotStatus) -> None:
         self._queue.release(held.claim, state)
         if held is self._running:
             self._running = None
 
     def _give_up_lost_shot(self, held: HeldShot) -> None:
         self._parts[held.shot.part].observers.notify(announcing.shot_lost(held.shot, held.attempt_id))
-        self._let_go(held, ShotState.LEASED)
+        self._release(held, ShotStatus.LEASED)  # to the replica that has taken it over
 
-    def _join_what_is_left(self) -> bool:
-        """Join the complete stories that nobody has joined; False when there may be more to do after that."""
+    def _make_missing_story_videos(self) -> bool:
+        """Make the videos of complete stories that have none; False when the batch may not be finished after that."""
         chains = self._queue.graph.chains
-        first = len(chains) * self._replica.index // self._replica.count  # replicas begin at different places
+        first = len(chains) * self._replica.index // self._replica.count  # each replica begins with other stories
         complete = [chain for chain in chains[first:] + chains[:first] if chain.is_complete]
-        ends = [self._joiner.join(chain, self._queue.mark_damaged) for chain in complete]
-        return not any(end in (Joined.ELSEWHERE, Joined.DAMAGED) for end in ends)
+        states = [self._story_videos.make(chain, self._queue.mark_damaged) for chain in complete]
+        return not any(state in (StoryVideoState.ELSEWHERE, StoryVideoState.DAMAGED) for state in states)
 
     def _announce_stop(self, reason: str) -> None:
         if not self._announced_stop:
@@ -379,18 +379,18 @@ class Desk:
         num_failed += len(self._batch.rejected) if self._batch else 0
         if not num_failed:
             return End(state=DONE)
-        return End(state=FAILED, reason=f"{num_failed} stories could not be rendered to their end")
+        return End(state=FAILED, reason=f"{num_failed} stories could not be rendered completely")
 
-    def _summary(self, end: End, part: int | None = None) -> BatchSummary:
-        """How the batch stands, or one part of it; the tally is this replica's in both cases."""
-        assert self._batch is not None, "the desk is not open"
+    def _summary(self, end: End, part_index: int | None = None) -> BatchSummary:
+        """Summary of the batch, or of one part of it; the tally is this replica's in both cases."""
+        assert self._batch is not None, "the coordinator is not open"
         return summarize(
             end.state,
             end.reason,
-            chains=self._queue.graph.chains if part is None else self._queue.graph.chains_of(part),
-            rejected=[failure for of, failure in self._batch.rejected if part in (None, of)],
-            failures=[failure for key, failure in self._queue.failures.items() if part in (None, key[0])],
+            chains=self._queue.graph.chains if part_index is None else self._queue.graph.chains_of(part_index),
+            rejected=[failure for index, failure in self._batch.rejected if part_index in (None, index)],
+            failures=[failure for key, failure in self._queue.failures.items() if part_index in (None, key[0])],
             tally=self._tally,
             elapsed_seconds=time.monotonic() - self._began,
-            is_whole=part is None,
+            is_whole=part_index is None,
         )

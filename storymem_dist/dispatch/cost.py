@@ -1,30 +1,31 @@
-"""How long a shot will take, in TFLOP: enough to say which chain is the longest.
+"""Estimates the work of a shot in TFLOP, to find the longest chain.
 
-Pure arithmetic on sizes. Priorities need only ratios, so no machine appears here; ``seconds_per_tflop`` is learnt from
-the shots that have been rendered.
+Pure arithmetic on sizes. Priorities need only ratios, so it knows no machine: ``queue`` measures the seconds per TFLOP.
 """
 
 from dataclasses import dataclass
 
 from storymem_dist.story.modes import T2V
 
-# The A14B forward, fitted to two published measurements: 1,678 TFLOP at 32,760 tokens and 3,095 at 48,360. The square
+# The A14B forward, fitted to the counted FLOP of two sizes: 1,678 TFLOP at 32,760 tokens, 3,095 at 48,360. The square
 # term is attention (scores and values: 4 L^2 * 5120 channels * 40 blocks); the rest is linear in L to within 0.1%.
 ATTENTION_FLOP_PER_TOKEN_PAIR = 4 * 5120 * 40
 LINEAR_FLOP_PER_TOKEN = 24.4e9
-# Decoding 81 frames of 480x832 costs 275 TFLOP, in fp32; it runs about 8 times slower per FLOP than the bf16 matmuls.
+
+# Decoding 81 frames of 480x832 costs 275 TFLOP in fp32 and runs about 8 times slower per FLOP than the bf16 matmuls.
 VAE_TFLOP_PER_PIXEL_FRAME = 275 / (81 * 480 * 832)
 VAE_SLOWNESS = 8.0
+
 _TERA = 1e12
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CostModel:
-    """What is needed to estimate a shot.
+    """The sizes that determine the work of a shot.
 
-    ``passes_per_step``: 2 with classifier-free guidance, 1 without. ``max_keyframes``: most that are recalled.
-    ``keyframes_per_shot``: how many a shot is expected to add (StoryMem keeps up to three; some are duplicates).
-    ``is_a14b``: whether that is the model; the ratios serve others as well, the TFLOP then mean nothing.
+    ``passes_per_step``: 2 with classifier-free guidance, 1 without. ``max_keyframes``: the most that a shot recalls.
+    ``keyframes_per_shot``: expected number that a shot adds (StoryMem keeps up to three; some are duplicates).
+    ``is_a14b``: whether the model is the A14B; for other models only ratios are meaningful, not the TFLOP.
     """
 
     num_frames: int = 81
@@ -37,7 +38,7 @@ class CostModel:
     is_a14b: bool = True
 
     def num_tokens(self, num_keyframes: float) -> float:
-        """Tokens of one forward with ``num_keyframes`` in memory: 1560 per latent time at 832x480."""
+        """Tokens of one forward with ``num_keyframes`` in memory: 1560 per latent frame or keyframe at 832x480."""
         return ((self.num_frames - 1) // 4 + 1 + num_keyframes) * (self.height // 16) * (self.width // 16)
 
     def forward_tflop(self, num_keyframes: float) -> float:
@@ -51,7 +52,7 @@ class CostModel:
         return self.num_inference_steps * self.passes_per_step * self.forward_tflop(num_keyframes) + decode
 
     def expected_keyframes(self, kind: str, num_before: int, num_references: int = 0) -> float:
-        """Keyframes that a shot with ``num_before`` shots before it will see: none for T2V."""
+        """Expected keyframes in memory for a shot with ``num_before`` shots before it; 0 for T2V."""
         if kind == T2V:
             return 0.0
         return min(float(self.max_keyframes), num_references + self.keyframes_per_shot * num_before)

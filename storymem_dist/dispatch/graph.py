@@ -1,15 +1,16 @@
-"""All chains of a job and the state of every shot: what is ready, and what comes first.
+"""All chains of a job and the state of every shot: which shots are ready, and which of them comes first.
 
-A shot is ready when all shots before it in its chain are committed, so a chain has at most one ready shot: its *front*.
+The shots of one story form a chain. A shot is ready when all shots before it in its chain are committed, so a chain has
+at most one ready shot: its *front*.
 
-**What comes first.** The batch cannot end before ``max(work left / replicas, longest chain left)``. The ready shot of
-the longest remaining chain comes first as soon as that chain could not wait for another shot without making the batch
-longer; till then that of the *shortest* does. Longest-first alone makes all chains equally short in the end, and then
-the last round leaves replicas idle (30 stories, 24 replicas: 0.94 of the bound; this rule: 0.96). Besides, stories
-become complete one after the other instead of all in the last hour. ``benchmarks/dispatch.py`` has the numbers.
+**Priority.** A batch takes at least ``max(work left / replicas, longest chain left)``. The shortest remaining chain
+comes first, until the longest can wait for no other shot without making the batch longer; then the longest comes first.
+Longest-first alone makes all chains equally short at the end, and the last round leaves replicas idle (30 stories, 24
+replicas: 0.94 of the bound; this rule: 0.96). Shortest-first also completes stories one after the other instead of all
+in the last hour. ``benchmarks/dispatch.py`` measures both.
 
-Ready shots are kept in heaps, and every change of state costs O(log chains), so choosing among 30,000 shots takes
-microseconds. Knows nothing of files, leases or time.
+Ready shots are in heaps: a change of state costs O(log chains), and choosing among 30,000 shots takes microseconds.
+Knows nothing of files, leases or time.
 """
 
 import heapq
@@ -20,14 +21,14 @@ from storymem_dist.dispatch.plan import PlannedShot
 from storymem_dist.story.modes import M2V, T2V
 
 _CRITICAL_SHOTS = 1.5
-"""A chain comes first when it has less slack than so many times its next shot: then it could not wait for another."""
+"""The longest chain comes first when its slack is below this many times the cost of its next shot."""
 
 ShotKey = tuple[int, str, str, str]
-"""What names a planned shot in a job: part, story, shot, and the first 16 digits of its fingerprint."""
+"""Identifies a planned shot in a job: part index, story id, shot id, first 16 hex digits of its fingerprint."""
 
 
-class ShotState(Enum):
-    """What is known of a shot. ``WAITING`` includes ready shots; ``LEASED`` ones are rendered by some replica."""
+class ShotStatus(Enum):
+    """What is known of a shot. ``WAITING`` includes ready shots; some replica renders the ``LEASED`` ones."""
 
     WAITING = "waiting"
     LEASED = "leased"
@@ -41,7 +42,7 @@ class Chain:
     def __init__(self, number: int, shots: Sequence[PlannedShot]) -> None:
         self.number = number
         self.shots = tuple(shots)
-        self.states = [ShotState.WAITING] * len(self.shots)
+        self.states = [ShotStatus.WAITING] * len(self.shots)
         self.remaining = [0.0] * (len(self.shots) + 1)
         for index in reversed(range(len(self.shots))):
             self.remaining[index] = self.remaining[index + 1] + self.shots[index].cost
@@ -49,13 +50,13 @@ class Chain:
 
     @property
     def part(self) -> int:
-        """Number of the batch part it belongs to."""
+        """Index of its batch part."""
         return self.shots[0].part
 
     @property
     def story_id(self) -> str:
         """The story's id."""
-        return self.shots[0].story.story_id
+        return self.shots[0].story_id
 
     @property
     def is_complete(self) -> bool:
@@ -65,11 +66,11 @@ class Chain:
     @property
     def is_blocked(self) -> bool:
         """Whether the front has failed, so that nothing more can be rendered."""
-        return not self.is_complete and self.states[self.front] is ShotState.FAILED
+        return not self.is_complete and self.states[self.front] is ShotStatus.FAILED
 
 
 class _Heap:
-    """Chains by a key, with lazy removal: entries that are out of date are dropped when they come to the top."""
+    """Chains by remaining work: ``sign`` 1 has the least on top, -1 the most. Outdated entries are dropped there."""
 
     def __init__(self, sign: float) -> None:
         self._sign = sign
@@ -92,7 +93,7 @@ class ShotGraph:
 
     def __init__(self, chains: Iterable[Sequence[PlannedShot]]) -> None:
         self.chains = [Chain(number, shots) for number, shots in enumerate(chains)]
-        self._places = {
+        self._by_key = {
             shot_key(shot): (chain, index) for chain in self.chains for index, shot in enumerate(chain.shots)
         }
         self._longest_ready: dict[str, _Heap] = {}
@@ -105,31 +106,31 @@ class ShotGraph:
         for chain in self.chains:
             self._refresh(chain)
 
-    def place(self, key: ShotKey) -> tuple[Chain, int] | None:
+    def find(self, key: ShotKey) -> tuple[Chain, int] | None:
         """Return chain and index of a shot by its key, or None when it is not (or no longer) part of this job."""
-        return self._places.get(key)
+        return self._by_key.get(key)
 
-    def chains_of(self, part: int) -> list[Chain]:
+    def chains_of(self, part_index: int) -> list[Chain]:
         """Return the chains of one batch part."""
-        return [chain for chain in self.chains if chain.part == part]
+        return [chain for chain in self.chains if chain.part == part_index]
 
     def chain_of(self, shot: PlannedShot) -> Chain:
         """Return the chain of a planned shot."""
-        return self._places[shot_key(shot)][0]
+        return self._by_key[shot_key(shot)][0]
 
-    def state(self, shot: PlannedShot) -> ShotState:
+    def state(self, shot: PlannedShot) -> ShotStatus:
         """Return what is known of ``shot``."""
-        chain, index = self._places[shot_key(shot)]
+        chain, index = self._by_key[shot_key(shot)]
         return chain.states[index]
 
-    def set_state(self, shot: PlannedShot, state: ShotState) -> None:
-        """Note a new state of ``shot`` and what follows from it for its chain."""
-        chain, index = self._places[shot_key(shot)]
+    def set_state(self, shot: PlannedShot, state: ShotStatus) -> None:
+        """Set the state of ``shot`` and update its chain."""
+        chain, index = self._by_key[shot_key(shot)]
         chain.states[index] = state
         self._refresh(chain)
 
     def best_ready(self, kind: str, num_replicas: int = 1) -> PlannedShot | None:
-        """Return the ready shot of ``kind`` that comes first (see the module; ties: the order of the stories)."""
+        """Return the ready shot of ``kind`` that comes first (see the module; ties: order of the stories), or None."""
         if kind not in self._longest_ready:
             return None
 
@@ -146,13 +147,13 @@ class ShotGraph:
         return shortest.shots[shortest.front]
 
     def kind_after(self, shot: PlannedShot) -> str | None:
-        """Return the kind of the shot after ``shot``; None when that is the last one of its chain."""
-        chain, index = self._places[shot_key(shot)]
+        """Return the kind of the shot after ``shot``; None when ``shot`` is the last of its chain."""
+        chain, index = self._by_key[shot_key(shot)]
         return chain.shots[index + 1].kind if index + 1 < len(chain.shots) else None
 
     def is_urgent_after(self, shot: PlannedShot, num_replicas: int = 1) -> bool:
-        """Whether the shot after ``shot`` will come first as soon as it is ready, because it cannot wait."""
-        chain, index = self._places[shot_key(shot)]
+        """Whether the shot after ``shot`` will come first once it is ready, because its chain cannot wait."""
+        chain, index = self._by_key[shot_key(shot)]
         return index + 1 < len(chain.shots) and self._cannot_wait(chain, index + 1, num_replicas)
 
     def num_ready(self, kind: str) -> int:
@@ -160,13 +161,13 @@ class ShotGraph:
         return self._num_ready.get(kind, 0)
 
     def leased(self) -> list[PlannedShot]:
-        """Return the shots that are being rendered, those of the longest remaining chains first."""
+        """Return the leased shots, those of the longest remaining chains first."""
         running = [chain for chain in self.chains if not chain.is_complete]
-        running = [chain for chain in running if chain.states[chain.front] is ShotState.LEASED]
+        running = [chain for chain in running if chain.states[chain.front] is ShotStatus.LEASED]
         running.sort(key=lambda chain: -chain.remaining[chain.front])
         return [chain.shots[chain.front] for chain in running]
 
-    def count(self, state: ShotState) -> int:
+    def count(self, state: ShotStatus) -> int:
         """Return how many shots are in ``state``."""
         return sum(chain.states.count(state) for chain in self.chains)
 
@@ -181,25 +182,25 @@ class ShotGraph:
         return slack < _CRITICAL_SHOTS * chain.shots[index].cost
 
     def _shortest_makespan(self, num_replicas: int) -> float:
-        """The work that no order of shots can avoid: shared by all replicas, or in the longest chain."""
+        """The bound of the module's docstring, in TFLOP: one replica's share of the work, or the longest chain."""
         longest = self._longest_open.top(self.chains, lambda chain: self._work[chain.number] > 0.0)
         longest_work = 0.0 if longest is None else longest.remaining[longest.front]
         return max(self._total_work / max(1, num_replicas), longest_work)
 
     def _refresh(self, chain: Chain) -> None:
-        """Move the chain's front to its first shot that is not committed; keep heaps, counts and sums true."""
-        committed = ShotState.COMMITTED
+        """Move the chain's front to its first shot that is not committed; update heaps, counts and sums."""
+        committed = ShotStatus.COMMITTED
         front = next((i for i, state in enumerate(chain.states) if state is not committed), len(chain.shots))
         moved, chain.front = front != chain.front, front
         state = None if chain.is_complete else chain.states[front]
-        work = 0.0 if state in (None, ShotState.FAILED) else chain.remaining[front]
-        if state is ShotState.LEASED:
-            work -= chain.shots[front].cost / 2  # on average
+        work = 0.0 if state in (None, ShotStatus.FAILED) else chain.remaining[front]
+        if state is ShotStatus.LEASED:
+            work -= chain.shots[front].cost / 2  # on average half of it is done
         if work > 0.0 and (moved or self._work[chain.number] == 0.0):
             self._longest_open.push(chain)
         self._total_work += work - self._work[chain.number]
         self._work[chain.number] = work
-        kind = chain.shots[front].kind if state is ShotState.WAITING else None
+        kind = chain.shots[front].kind if state is ShotStatus.WAITING else None
         before = self._ready_kind.pop(chain.number, None)
         if before is not None:
             self._num_ready[before] -= 1
@@ -213,7 +214,7 @@ class ShotGraph:
 
 def shot_key(shot: PlannedShot) -> ShotKey:
     """Return the key of a planned shot."""
-    return shot.part, shot.story.story_id, shot.shot.shot_id, shot.fingerprint[:16]
+    return shot.part, shot.story_id, shot.shot_id, shot.fingerprint[:16]
 
 
 def choose_shot(
@@ -227,10 +228,10 @@ def choose_shot(
 ) -> PlannedShot | None:
     """Return the shot that a replica with the experts of kind ``loaded`` should render next; None: wait.
 
-    A shot for the loaded experts comes first; with none loaded, T2V shots do (they open the chains). Experts are
-    swapped when no shot for the loaded ones is ready, unless ``expected_wait(loaded)``, the seconds until there will be
-    one, is less than what swapping there and back costs. ``saving`` is the shot that the replica itself is saving: it
-    waits for the one after it when that cannot wait, and does not swap experts instead.
+    A shot for the loaded experts comes first; with none loaded, a T2V shot (it opens a chain). If no shot for the
+    loaded experts is ready, the replica swaps them, unless ``expected_wait(loaded)``, the seconds until one will be
+    ready, is less than two swaps take. ``saving`` is the shot that this replica is saving. If the shot after it needs
+    the loaded experts, the replica waits for it when it is urgent, and does not swap experts before it is ready.
     """
     if loaded is None:
         return graph.best_ready(T2V, num_replicas) or graph.best_ready(M2V, num_replicas)

@@ -1,8 +1,7 @@
-"""What is on disk for a shot that begins: what the shots before it left, and where an earlier attempt stopped.
+"""Reads what a shot starts from: keyframes and tail of the shots before it, and the state of an earlier attempt.
 
-The former is a pure function of committed records and images.
-
-Knows a run folder and a chain; nothing of how a memory bank chooses among the keyframes.
+The former depend on committed records and images only. Knows a run folder and a chain; nothing of how a memory bank
+chooses among the keyframes.
 """
 
 from storymem_dist.artifacts.records import DamagedRecord
@@ -33,25 +32,25 @@ def read_history(run: RunFolder, chain: Chain, index: int) -> ShotHistory:
     tail = None
     if chain.shots[index].kind == M2V:
         for before in chain.shots[:index]:
-            folder = run.shot(chain.story_id, before.shot.shot_id)
+            folder = run.shot(chain.story_id, before.shot_id)
             try:
                 record = folder.require_record(before.fingerprint)
                 images, tail = folder.read_images(record)
             except DamagedRecord as damage:
                 raise DamagedHistory(before, str(damage)) from damage
             keyframes += [
-                Keyframe(image=image, shot_index=before.shot.index, slot=kept.slot, frame_index=kept.frame_index)
+                Keyframe(image=image, shot_index=before.index, slot=kept.slot, frame_index=kept.frame_index)
                 for image, kept in zip(images, record.keyframes, strict=True)
             ]
     return ShotHistory(keyframes=tuple(keyframes), tail=tail)
 
 
 def read_checkpoint(run: RunFolder, shot: PlannedShot) -> DenoiseState | None:
-    """Return the denoising state in which an earlier attempt at ``shot`` was left, if there is one.
+    """Return the denoising state at which an earlier attempt at ``shot`` stopped, or None.
 
     Raises ``RunFolderError`` after removing one that cannot be used.
     """
-    path = run.checkpoint(shot.story.story_id, shot.shot.shot_id, shot.fingerprint)
+    path = run.checkpoint(shot.story_id, shot.shot_id, shot.fingerprint)
     if not path.exists():
         return None
     try:

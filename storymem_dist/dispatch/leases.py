@@ -1,17 +1,17 @@
-"""Who is alive and who renders what: lease files in a shared folder, safe on network file systems.
+"""Leases and heartbeats as files in a shared folder, safe on network file systems.
 
-    leases/<owner>.alive                     rewritten in place a few times per lease time: a counter that goes up
-    leases/<owner>.dead                      what becomes of it when others find that its owner died, until they swept
+    leases/<owner>.alive                     heartbeat: a counter, rewritten in place a few times per lease time
+    leases/<owner>.dead                      the ``.alive`` file, renamed once a peer finds its owner dead
     leases/<key>.<generation>.lease          made by an exclusive hard link; names its owner
 
-The only operations relied on are ones that file servers do atomically: an exclusive ``link`` and ``unlink``. No locks,
-no clocks of other machines: an owner is taken for dead when its counter has stood still for ``lease_seconds`` on the
-*observer's* monotonic clock, or at once when its process is known to be gone (same boot of the same machine).
+Correctness rests on two operations that file servers do atomically: exclusive ``link``, and ``unlink``. It needs no
+locks and no clocks of other machines: an owner counts as dead when its counter has stood still for ``lease_seconds`` on
+the *observer's* monotonic clock, or at once when its process is known to be gone (same boot of the same machine).
 
-Taking over a dead owner's lease means making the next generation, which one process can; nobody removes or renames the
-lease of another. The holder of a key is the owner of its highest generation; the lower ones stay until it is released.
-An owner that was paused and wakes late finds the higher generation (``is_held``) and gives up. The generation says how
-many holders of the key died.
+To take over a dead owner's lease, a process makes the next generation; only one process succeeds. No process removes or
+renames the lease of a living peer. The holder of a key is the owner of its highest generation, which counts the holders
+that died; lower generations stay until the key is released. An owner that resumes after a long pause finds the higher
+generation (``is_held``) and gives up.
 
 Knows keys, owners and files; nothing of shots.
 """
@@ -43,8 +43,8 @@ _DEAD_SUFFIX = ".dead"
 class Owner:
     """A process that holds leases: one replica leader in one start.
 
-    ``job_id`` is shared by all replicas and restarts of a job. ``boot_id``, ``pid_namespace``, ``pid`` and
-    ``pid_start`` tell, on the same machine, whether the process still runs; they are empty where unknown.
+    ``job_id`` is shared by all replicas and restarts of a job. With ``boot_id``, ``pid_namespace``, ``pid`` and
+    ``pid_start`` (empty where unknown), another process on the same machine can check whether this one still runs.
     """
 
     owner_id: str
@@ -73,11 +73,11 @@ class Owner:
         )
 
     def is_known_dead(self) -> bool:
-        """Whether this owner's process is surely gone. False where that cannot be told from here."""
+        """Whether this owner's process is certainly gone. False where this process cannot know (another machine)."""
         return self._is_of_this_machine() and _pid_start(self.pid) != self.pid_start
 
     def is_known_alive(self) -> bool:
-        """Whether this owner's process surely runs (perhaps paused). False where that cannot be told from here."""
+        """Whether this owner's process certainly exists (perhaps paused). False where this process cannot know."""
         return self._is_of_this_machine() and _pid_start(self.pid) == self.pid_start
 
     def _is_of_this_machine(self) -> bool:
@@ -87,7 +87,7 @@ class Owner:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Lease:
-    """A key that this process holds. ``generation``: how many holders before it died."""
+    """A key that this process holds. ``generation``: number of earlier holders that died."""
 
     key: str
     generation: int
@@ -95,17 +95,18 @@ class Lease:
 
 @dataclass
 class _Seen:
-    """What was last seen of an owner, and since when (on this process's monotonic clock)."""
+    """The value last read from an owner's file, and since when it is the same (seconds on the folder's clock)."""
 
-    sign: str
+    value: str
     since: float
 
 
 @dataclass(kw_only=True)
 class LeaseFolder:
-    """Leases in one folder, for one owner. Between ``start`` and ``close`` a daemon thread shows signs of life.
+    """Leases in one folder, for one owner. Between ``start`` and ``close`` a daemon thread writes heartbeats.
 
-    Different keys may be claimed, looked at and released by different threads at once.
+    Threads may claim, check and release different keys at once. ``clock`` is monotonic, in seconds. ``num_alive``:
+    heartbeat files at the last ``scan``.
     """
 
     folder: Path
@@ -122,10 +123,10 @@ class LeaseFolder:
     _closing: threading.Event = field(default_factory=threading.Event, init=False)
     _thread: threading.Thread | None = field(default=None, init=False)
 
-    # -- being alive ---------------------------------------------------------------------------------------------------
+    # -- heartbeat -----------------------------------------------------------------------------------------------------
 
     def start(self, state: str = WORKING) -> None:
-        """Show the first sign of life and keep showing them. Raises ``OSError`` when the folder cannot be written."""
+        """Write the first heartbeat and start the thread. Raises ``OSError`` when the folder cannot be written."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self._state = state
         self._beat()
@@ -133,14 +134,14 @@ class LeaseFolder:
         self._thread.start()
 
     def set_state(self, state: str) -> None:
-        """Say ``working`` or ``waiting`` from now on, at once visible to others."""
+        """Publish ``working`` or ``waiting`` with a heartbeat now. Raises ``OSError``."""
         self._state = state
         self._beat()
 
     def close(self, *, release: bool = True) -> None:
-        """Release everything that is held and take the sign of life away. Never raises.
+        """Release all held keys and remove the heartbeat file. Never raises.
 
-        With ``release=False`` (after a crash) leases stay behind: whoever takes one over knows that its holder died.
+        With ``release=False`` (after a crash) the leases stay, so that their generations count this death.
         """
         self._closing.set()
         if self._thread is None:
@@ -155,9 +156,9 @@ class LeaseFolder:
     # -- holding keys --------------------------------------------------------------------------------------------------
 
     def try_claim(self, key: str, known_generation: int | None = None) -> Lease | None:
-        """Take ``key`` if nobody holds it, or if its holder is dead; None when a living owner (or a faster one) has it.
+        """Claim ``key`` if it is free or its holder is dead; None when a living owner holds it or claimed it faster.
 
-        ``known_generation`` is what the last ``scan`` said about the key (None: free). Raises ``OSError`` when the
+        ``known_generation`` is the generation of the key in the last ``scan`` (None: free). Raises ``OSError`` when the
         folder cannot be written.
         """
         if known_generation is None:
@@ -167,9 +168,9 @@ class LeaseFolder:
         return self._make(key, known_generation + 1)
 
     def is_held(self, lease: Lease) -> bool:
-        """Whether this process still is the holder: its lease is there and no higher generation is.
+        """Whether this process still holds ``lease``: its file is there and no higher generation is.
 
-        A folder that cannot be read for the moment changes nothing: publishing is exclusive, whoever holds the lease.
+        True while the folder cannot be read: a second holder does no harm, because publishing is exclusive.
         """
         try:
             if self._lease_path(lease.key, lease.generation + 1).exists():
@@ -182,20 +183,17 @@ class LeaseFolder:
         return owner is not None and owner.owner_id == self.owner.owner_id
 
     def release(self, lease: Lease) -> None:
-        """Give ``lease`` back. Never raises: a lease that cannot be removed expires."""
+        """Release ``lease``. Never raises: a lease file that cannot be removed expires."""
         self._held.pop(lease.key, None)
         with contextlib.suppress(OSError):
             if self.is_held(lease):
-                for generation in range(lease.generation + 1):  # its own last: till then the key is taken
+                for generation in range(lease.generation + 1):  # its own last: until then the key is taken
                     self._lease_path(lease.key, generation).unlink(missing_ok=True)
 
-    # -- looking at others ---------------------------------------------------------------------------------------------
+    # -- other owners --------------------------------------------------------------------------------------------------
 
     def scan(self) -> dict[str, int]:
-        """Return all keys that somebody (perhaps dead) holds, with their highest generation. Lists the folder once.
-
-        Counts the owners that show signs of life (or have not been missed yet) in ``num_alive``.
-        """
+        """Return all leased keys (their holders may be dead) with their highest generation. Lists the folder once."""
         keys: dict[str, int] = {}
         names = names_in(self.folder)
         self.num_alive = sum(name.endswith(_ALIVE_SUFFIX) for name in names)
@@ -206,31 +204,31 @@ class LeaseFolder:
         return keys
 
     def generation_of(self, key: str) -> int | None:
-        """Return the highest generation of one key, None when it is free, without listing the folder."""
+        """Return the highest generation of one key, or None when it is free. Does not list the folder."""
         generation = 0
         while self._lease_path(key, generation).exists():
             generation += 1
         return generation - 1 if generation else None
 
     def holder_is_dead(self, key: str, generation: int) -> bool:
-        """Whether the owner of this lease has shown no sign of life for ``lease_seconds``, or is surely gone.
+        """Whether the owner's heartbeat has stood still for ``lease_seconds``, or its process is certainly gone.
 
-        The first look starts the clock, so a living owner is never taken for dead at first sight.
+        The first call starts the time, so it never declares an owner dead for its silence.
         """
         path = self._lease_path(key, generation)
         owner = _read_owner(path)
-        if owner is None:  # released in this moment, or damaged: then nobody renews it, and it expires like any other
+        if owner is None:  # just released, or damaged: a damaged lease expires like any other
             return self._stands_still(str(path), "")
-        if owner.owner_id == self.owner.owner_id:  # one of its own that could not be removed
+        if owner.owner_id == self.owner.owner_id:  # its own, held or left because it could not be removed
             return key not in self._held
         return owner.is_known_dead() or self.is_silent(owner)
 
     def is_silent(self, owner: Owner) -> bool:
-        """Whether ``owner``'s counter has stood still for ``lease_seconds`` since this process first saw that value."""
-        return self._stands_still(owner.owner_id, self._sign_of(owner.owner_id))
+        """Whether ``owner``'s counter has stood still for ``lease_seconds`` since this process first read its value."""
+        return self._stands_still(owner.owner_id, self._heartbeat_of(owner.owner_id))
 
     def others_working(self) -> list[Owner]:
-        """Return the owners of other jobs that say ``working`` and are not known to be dead."""
+        """Return the owners of other jobs whose state is ``working`` and that are neither dead nor silent."""
         others = []
         for name in names_in(self.folder):
             if name.endswith(_ALIVE_SUFFIX):
@@ -241,17 +239,17 @@ class LeaseFolder:
         return others
 
     def surely_working(self, owners: list[Owner]) -> Owner | None:
-        """Return one of ``owners`` that certainly lives: its process runs here, or its counter was seen to go up."""
+        """Return one of ``owners`` that is certainly alive (it runs on this machine, or its counter moved), or None."""
         for owner in owners:
             if owner.is_known_alive() or owner.owner_id in self._moved:
                 return owner
         return None
 
-    def bury_dead_owners(self) -> None:
-        """Note which owners are surely gone, or silent and perhaps gone: their signs of life become ``<owner>.dead``.
+    def mark_dead_owners(self) -> None:
+        """Rename the ``.alive`` file of each dead owner to ``.dead``: certainly gone, or silent and not known to run.
 
-        Their leases expire as ever. A sign that cannot be read is one that is being made, or damaged: it goes when it
-        stays so. Should an owner be alive after all, it makes its sign again.
+        Leases of dead owners expire as before. An unreadable ``.alive`` file is being written or is damaged; it is
+        renamed if it stays unreadable for ``lease_seconds``. An owner that is alive after all writes its file again.
         """
         for name in names_in(self.folder):
             if name.endswith(_ALIVE_SUFFIX):
@@ -265,16 +263,16 @@ class LeaseFolder:
                         (self.folder / name).rename(self.folder / (name.removesuffix(_ALIVE_SUFFIX) + _DEAD_SUFFIX))
 
     def dead_owners(self) -> list[Path]:
-        """Return the files that say who died. For who has removed what these left behind: remove them, too."""
+        """Return the ``.dead`` files; delete them once their owners' leftovers are cleaned up."""
         return [self.folder / name for name in names_in(self.folder) if name.endswith(_DEAD_SUFFIX)]
 
     def is_alone(self) -> bool:
-        """Whether nobody else shows a sign of life, or has not been missed yet."""
+        """Whether no other owner has a heartbeat file."""
         own = self._alive_path(self.owner.owner_id).name
         return not any(name.endswith(_ALIVE_SUFFIX) and name != own for name in names_in(self.folder))
 
     def lease_files(self) -> dict[Path, str]:
-        """Return the files of all leases with their keys, whoever holds them."""
+        """Return the files of all leases, of any owner, with their keys."""
         matches = [(name, _LEASE_NAME.fullmatch(name)) for name in names_in(self.folder)]
         return {self.folder / name: match["key"] for name, match in matches if match}
 
@@ -286,7 +284,7 @@ class LeaseFolder:
         if not create_exclusively(self._lease_path(key, generation), owner, durable=False):
             return None
         self._held[key] = lease
-        if not self.is_held(lease):  # the scan was out of date: somebody has taken it over since
+        if not self.is_held(lease):  # the scan was outdated: another process has taken the key over since
             self.release(lease)
             return None
         return lease
@@ -297,36 +295,37 @@ class LeaseFolder:
     def _alive_path(self, owner_id: str) -> Path:
         return self.folder / f"{owner_id}{_ALIVE_SUFFIX}"
 
-    def _stands_still(self, who: str, sign: str) -> bool:
+    def _stands_still(self, name: str, value: str) -> bool:
+        """Whether the value read under ``name`` has been the same for ``lease_seconds``."""
         now = self.clock()
-        seen = self._seen.get(who)
-        if seen is None or seen.sign != sign:
+        seen = self._seen.get(name)
+        if seen is None or seen.value != value:
             if seen is not None:
-                self._moved.add(who)
-            self._seen[who] = _Seen(sign, now)
+                self._moved.add(name)
+            self._seen[name] = _Seen(value, now)
             return False
         return now - seen.since >= self.lease_seconds
 
-    def _sign_of(self, owner_id: str) -> str:
+    def _heartbeat_of(self, owner_id: str) -> str:
         try:
             return self._alive_path(owner_id).read_text()
         except OSError:
             return ""
 
     def _beat(self) -> None:
-        """Rewrite the sign of life in place: opening a file again shows its contents even on caching file systems."""
+        """Rewrite the heartbeat in place: a reader that opens the file again sees it even on caching file systems."""
         with self._lock:
             self._counter += 1
-            sign = {"counter": f"{self._counter:012d}", "state": self._state, **_owner_json(self.owner)}
+            heartbeat = {"counter": f"{self._counter:012d}", "state": self._state, **_owner_json(self.owner)}
             descriptor = os.open(self._alive_path(self.owner.owner_id), os.O_WRONLY | os.O_CREAT, 0o644)
             try:
-                os.pwrite(descriptor, canonical_json(sign), 0)  # always the same length: never torn, never truncated
+                os.pwrite(descriptor, canonical_json(heartbeat), 0)  # always the same length: never torn or truncated
             finally:
                 os.close(descriptor)
 
     def _keep_beating(self) -> None:
         while not self._closing.wait(self.lease_seconds / HEARTBEATS_PER_LEASE):
-            with contextlib.suppress(OSError):  # a full or absent disk: others take the shot over, which is right
+            with contextlib.suppress(OSError):  # a full or absent disk: peers rightly take the shot over
                 self._beat()
 
 

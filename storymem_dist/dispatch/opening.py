@@ -1,7 +1,7 @@
-"""Starting (or resuming) a batch: open the run folders, plan all shots, and find out what is already done.
+"""Starts or resumes a batch: opens the run folders, plans all shots, and finds those that are committed.
 
-Resuming is nothing but this: the same shots are planned, and those whose record is there are committed. Runs on replica
-leaders only; several of them, of one or several jobs, may do it at once. Knows nothing of ranks or models.
+Resuming needs nothing else: the same shots are planned, and those with a record are committed. Only replica leaders run
+this; several of them, of one or several jobs, may run it at once. Knows nothing of ranks or models.
 """
 
 import contextlib
@@ -12,15 +12,15 @@ from dataclasses import dataclass
 
 from storymem_dist.artifacts.fingerprint import differences
 from storymem_dist.artifacts.records import DamagedRecord
-from storymem_dist.artifacts.run_folder import Failure, RunFolder, shot_ids
+from storymem_dist.artifacts.run_folder import FailureRecord, RunFolder, shot_ids
 from storymem_dist.dispatch.announcing import chain_blocked
-from storymem_dist.dispatch.cleanup import sweep
-from storymem_dist.dispatch.graph import Chain, ShotGraph, ShotState, shot_key
+from storymem_dist.dispatch.cleanup import clean_up
+from storymem_dist.dispatch.graph import Chain, ShotGraph, ShotStatus, shot_key
 from storymem_dist.dispatch.leases import WAITING, WORKING, LeaseFolder, Owner
 from storymem_dist.dispatch.plan import BatchPart, PlannedShot, plan_part
 from storymem_dist.dispatch.queue import ShotQueue
 from storymem_dist.dispatch.settings import DispatchSettings
-from storymem_dist.dispatch.story_video import is_joined, say_finished
+from storymem_dist.dispatch.story_video import has_story_video, notify_story_finished
 from storymem_dist.dispatch.summary import Replica
 from storymem_dist.errors import RunFolderError, StoryboardError
 from storymem_dist.events import ShotSkipped, StoryFinished, StoryStarted, WarningIssued
@@ -30,24 +30,27 @@ _MAX_SHOWN = 10
 
 @dataclass(frozen=True, kw_only=True)
 class OpenBatch:
-    """A batch that this replica takes part in. ``rejected``: part and reason of stories that could not be planned.
+    """A batch in which this replica takes part.
 
-    ``runs`` are the folders that it works in: none when it was asked to stop before its turn came.
+    ``runs``: the folders in which it works; none if it was asked to stop while it waited for its turn. ``rejected``:
+    part index and failure of each story that could not be planned. ``num_skipped``: committed shots whose files this
+    replica has checked.
     """
 
     queue: ShotQueue
     runs: Sequence[RunFolder]
     leases: Sequence[LeaseFolder]
-    rejected: Sequence[tuple[int, Failure]]
+    rejected: Sequence[tuple[int, FailureRecord]]
     num_skipped: int
 
     def leave(self, *, crashed: bool) -> None:
-        """Release what is held (after a crash only its signs of life); the last to leave sweeps. Never raises."""
+        """Release all leases (after a crash: only end the heartbeat); the last to leave cleans up. Never raises."""
         for leases in self.leases:
             leases.close(release=not crashed)
-        with contextlib.suppress(OSError):  # who opens the folder next sweeps as well
-            for part, run in enumerate(self.runs):
-                sweep(run, self.leases[part], self.queue.graph.chains_of(part), self.queue, only_after_deaths=True)
+        with contextlib.suppress(OSError):  # the next process to open the folder cleans up as well
+            for index, run in enumerate(self.runs):
+                chains = self.queue.graph.chains_of(index)
+                clean_up(run, self.leases[index], chains, self.queue, only_after_deaths=True)
 
 
 def open_batch(
@@ -59,7 +62,10 @@ def open_batch(
     check_contents: bool,
     stop_reason: Callable[[], str | None],
 ) -> OpenBatch:
-    """Open run folders, wait for their turn, plan, and read what is committed.
+    """Open the run folders, wait for this job's turn in each, plan, and read what is committed.
+
+    ``check_contents`` compares the hashes of all files with their records, not only the sizes. ``stop_reason`` returns
+    why to stop, or None.
 
     Raises ``RunFolderError`` when a folder cannot be used, another job works there (``on_busy=refuse``), or records
     differ from the settings (``resume=strict``), and ``StoryMemError`` for settings that do not fit the stories.
@@ -90,13 +96,13 @@ def open_batch(
         queue.read_committed()
         if settings.resume == "strict":
             _refuse_differences(parts, graph)
-        for number, part in enumerate(parts):
-            sweep(part.run, leases[number], graph.chains_of(number), queue)
+        for index, part in enumerate(parts):
+            clean_up(part.run, leases[index], graph.chains_of(index), queue)
         share = list(_share(graph, replica))
         num_skipped = sum(_check_chain(parts[chain.part], chain, queue, check_contents) for chain in share)
         queue.scan(force=True)
         for chain in share:
-            _tell_how_it_stands(parts[chain.part], chain, queue)
+            _report_ended_chain(parts[chain.part], chain, queue)
     except BaseException as error:
         for folder in leases:
             folder.close()
@@ -107,8 +113,8 @@ def open_batch(
 
 
 def why_again(part: BatchPart, shot: PlannedShot) -> str:
-    """Say why ``shot`` is to be rendered although a record of it is there: what changed. Empty when there is none."""
-    other = part.run.shot(shot.story.story_id, shot.shot.shot_id).newest_other_record(shot.fingerprint)
+    """Return what changed since ``shot`` was rendered from other inputs; empty when it has no such record."""
+    other = part.run.shot(shot.story_id, shot.shot_id).newest_other_record(shot.fingerprint)
     if other is None:
         return ""
     changes = differences(other.inputs, shot.inputs)
@@ -120,7 +126,7 @@ def why_again(part: BatchPart, shot: PlannedShot) -> str:
 def _enter(
     run: RunFolder, leases: LeaseFolder, settings: DispatchSettings, stop_reason: Callable[[], str | None]
 ) -> bool:
-    """Begin to work in a folder: at once (``join``), or when no other job does. False when asked to stop meanwhile."""
+    """Begin to work in a folder: at once (``join``), or once no other job does. False if asked to stop before that."""
     if settings.on_busy == "join":
         leases.start(WORKING)
         return True
@@ -131,13 +137,13 @@ def _enter(
             leases.set_state(WORKING)
             if not leases.others_working():
                 return True
-            leases.set_state(WAITING)  # two jobs came at once; each saw the other, and both step back
+            leases.set_state(WAITING)  # two jobs entered at once: each saw the other, and both withdraw
         elif settings.on_busy == "refuse" and (busy := leases.surely_working(others)):
             raise RunFolderError(
                 f"output={run.root} is in use by another job (process {busy.pid} on {busy.host}); "
                 "stop it, give another output, or set dispatch.on_busy=join or wait"
             )
-        time.sleep(settings.poll_seconds * random.uniform(0.5, 1.5))  # apart, after both stepped back
+        time.sleep(settings.poll_seconds * random.uniform(0.5, 1.5))  # random, so that they do not meet again
     return False
 
 
@@ -151,20 +157,20 @@ def _force_rerenders(parts: Sequence[BatchPart], settings: DispatchSettings, job
 
 def _plan(
     parts: Sequence[BatchPart], replica: Replica, job_id: str
-) -> tuple[list[tuple[PlannedShot, ...]], list[tuple[int, Failure]]]:
+) -> tuple[list[tuple[PlannedShot, ...]], list[tuple[int, FailureRecord]]]:
     chains: list[tuple[PlannedShot, ...]] = []
-    rejected: list[tuple[int, Failure]] = []
-    for number, part in enumerate(parts):
-        for position, (story, planned) in enumerate(plan_part(number, part)):
-            speaks = position % replica.count == replica.index
-            if speaks:
+    rejected: list[tuple[int, FailureRecord]] = []
+    for part_index, part in enumerate(parts):
+        for position, (story, planned) in enumerate(plan_part(part_index, part)):
+            reports = position % replica.count == replica.index
+            if reports:
                 part.observers.notify(
                     StoryStarted(story_id=story.story_id, name=story.name, num_shots=len(story.shots))
                 )
             if not isinstance(planned, StoryboardError):
                 chains.append(planned)
                 continue
-            failure = Failure(
+            failure = FailureRecord(
                 story_id=story.story_id,
                 shot_id=story.shots[0].shot_id,
                 fingerprint="",
@@ -174,8 +180,8 @@ def _plan(
                 low_memory=False,
                 job_id=job_id,
             )
-            rejected.append((number, failure))
-            if speaks:
+            rejected.append((part_index, failure))
+            if reports:
                 part.observers.notify(StoryFinished(story_id=story.story_id, outcome="failed", message=failure.reason))
     return chains, rejected
 
@@ -184,8 +190,8 @@ def _refuse_differences(parts: Sequence[BatchPart], graph: ShotGraph) -> None:
     found = []
     for chain in graph.chains:
         for shot, state in zip(chain.shots, chain.states, strict=True):
-            if state is not ShotState.COMMITTED and (why := why_again(parts[chain.part], shot)):
-                found.append(f"{chain.story_id}:{shot.shot.shot_id}: {why}")
+            if state is not ShotStatus.COMMITTED and (why := why_again(parts[chain.part], shot)):
+                found.append(f"{chain.story_id}:{shot.shot_id}: {why}")
     if found:
         more = f"\n  and {len(found) - _MAX_SHOWN} more" if len(found) > _MAX_SHOWN else ""
         raise RunFolderError(
@@ -202,32 +208,32 @@ def _share(graph: ShotGraph, replica: Replica) -> Iterator[Chain]:
 
 
 def _check_chain(part: BatchPart, chain: Chain, queue: ShotQueue, check_contents: bool) -> int:
-    """Check the committed shots of a chain against their files and repair their views; return how many are good."""
+    """Check the committed shots of a chain against their files and repair their views; return how many are intact."""
     good = 0
     for shot, state in zip(chain.shots, list(chain.states), strict=True):
-        if state is not ShotState.COMMITTED:
+        if state is not ShotStatus.COMMITTED:
             continue
-        folder = part.run.shot(chain.story_id, shot.shot.shot_id)
+        folder = part.run.shot(chain.story_id, shot.shot_id)
         try:
             record = folder.require_record(shot.fingerprint, check_contents=check_contents)
             folder.discard_orphans(shot.fingerprint)
             part.run.finish_commit(record)
         except DamagedRecord as damage:
             part.observers.notify(WarningIssued(message=f"{damage}; the shot is rendered again", source="resume"))
-            queue.graph.set_state(shot, ShotState.WAITING)
+            queue.graph.set_state(shot, ShotStatus.WAITING)
         else:
             good += 1
-            part.observers.notify(ShotSkipped(story_id=chain.story_id, shot_id=shot.shot.shot_id))
+            part.observers.notify(ShotSkipped(story_id=chain.story_id, shot_id=shot.shot_id))
     return good
 
 
-def _tell_how_it_stands(part: BatchPart, chain: Chain, queue: ShotQueue) -> None:
-    """Tell the observers of a chain that needs, or can have, nothing more."""
+def _report_ended_chain(part: BatchPart, chain: Chain, queue: ShotQueue) -> None:
+    """Notify the observers of a chain that is complete or blocked."""
     if chain.is_complete:
-        if is_joined(part.run, chain.story_id, [shot.fingerprint for shot in chain.shots]):
-            say_finished(part, chain)
+        if has_story_video(part.run, chain.story_id, [shot.fingerprint for shot in chain.shots]):
+            notify_story_finished(part, chain)
     elif chain.is_blocked:
         front = chain.shots[chain.front]
-        part.observers.notify(ShotSkipped(story_id=chain.story_id, shot_id=front.shot.shot_id, reason="failed before"))
+        part.observers.notify(ShotSkipped(story_id=chain.story_id, shot_id=front.shot_id, reason="failed before"))
         for event in chain_blocked(chain, queue.failures[shot_key(front)].reason):
             part.observers.notify(event)

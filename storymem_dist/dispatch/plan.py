@@ -1,7 +1,7 @@
-"""From stories and settings to planned shots: mode, seed, inputs and fingerprint of each. Pure, but for one helper.
+"""Plans the shots of stories: mode, seed, inputs and fingerprint of each.
 
-A shot is planned without knowing what has been rendered; comparing its fingerprint with the records of the run folder
-tells whether it is still to do. Knows nothing of replicas, leases or models.
+A plan does not depend on what has been rendered: a shot is done when the run folder has a record of its fingerprint.
+Reads reference images; only ``plan_part`` reads the run folder. Knows nothing of replicas, leases or models.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,6 +14,7 @@ from storymem_dist.artifacts.video import VideoSettings
 from storymem_dist.diffusion.seeds import shot_seed
 from storymem_dist.diffusion.settings import SamplerSettings
 from storymem_dist.dispatch.cost import CostModel
+from storymem_dist.dispatch.protocol import OfOneShot
 from storymem_dist.errors import StoryboardError
 from storymem_dist.events import NullObserver, Observer
 from storymem_dist.story.modes import M2V, NO_CONTINUATION
@@ -24,11 +25,11 @@ from storymem_dist.story.schema import Shot, Story
 class BatchPart:
     """Stories that are rendered with the same settings into one run folder.
 
-    A job usually has one part; a joined sweep has one for each point. ``inputs`` maps a kind (``t2v``, ``m2v``) to
-    everything JSON-able that changes the pixels of its shots beyond prompt, seed and mode: sizes, sampler, weights
-    identities, memory rules, video encoding. ``config_hash`` and ``config_text`` are the resolved configuration without
-    what cannot change pixels (paths, replicas). ``observers`` hear what happens to these stories. ``host`` goes into
-    the records' ``host`` part: versions, device, layout.
+    A job usually has one part; a joined sweep has one for each point. ``inputs`` maps a kind (``t2v``, ``m2v``) to the
+    JSON values that change the pixels of its shots, except prompt, seed and mode: sizes, sampler, weights identities,
+    memory rules, video encoding. ``config_text`` is the resolved configuration; ``config_hash`` covers only what can
+    change pixels (no paths, no replicas). ``observers`` receive the events of these stories. ``host`` goes into the
+    records' ``host`` part: versions, device, layout.
     """
 
     run: RunFolder
@@ -44,10 +45,11 @@ class BatchPart:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PlannedShot:
-    """One shot of one part: what it needs and the name of its result.
+class PlannedShot(OfOneShot):
+    """One shot of one part: its inputs, and the fingerprint that names its result.
 
-    ``cost`` is its estimated TFLOP. ``predecessor`` is the fingerprint of the shot before it in its chain.
+    ``part`` is the index of its part. ``cost`` is its estimated TFLOP. ``predecessor`` is the fingerprint of the shot
+    before it in its story, None for the first.
     """
 
     part: int
@@ -77,27 +79,28 @@ def shot_mode(story: Story, shot: Shot, sampler: SamplerSettings) -> tuple[str, 
 
 
 def plan_story(
-    part: int, batch: BatchPart, story: Story, generations: Mapping[tuple[str, str], int]
+    part_index: int, part: BatchPart, story: Story, generations: Mapping[tuple[str, str], int]
 ) -> tuple[PlannedShot, ...]:
-    """Plan all shots of a story whose seeds are drawn. ``generations``: how often a shot was forced to be re-rendered.
+    """Plan all shots of a story. Its seed must not be negative: ``plan_part`` draws one in that case.
 
-    Raises ``StoryboardError`` when a reference image cannot be read.
+    ``generations``: number of forced re-renders by (story id, shot id). Raises ``StoryboardError`` when a reference
+    image cannot be read.
     """
     references = [reference_image_digest(path) for path in story.reference_images]
     planned: list[PlannedShot] = []
     for shot in story.shots:
-        kind, mode = shot_mode(story, shot, batch.sampler)
-        seed = shot_seed(batch.sampler.seed, shot, story, batch.sampler.seed_rule)
-        inputs: dict[str, Any] = {"prompt": shot.prompt, "seed": seed, "mode": mode, **batch.inputs[kind]}
+        kind, mode = shot_mode(story, shot, part.sampler)
+        seed = shot_seed(part.sampler.seed, shot, story, part.sampler.seed_rule)
+        inputs: dict[str, Any] = {"prompt": shot.prompt, "seed": seed, "mode": mode, **part.inputs[kind]}
         if shot.index == 0 and references:
             inputs["reference_images"] = references
         if generation := generations.get((story.story_id, shot.shot_id), 0):
             inputs["forced_rerenders"] = generation
         predecessor = planned[-1].fingerprint if planned else None
-        keyframes = batch.cost.expected_keyframes(kind, shot.index, len(references))
+        keyframes = part.cost.expected_keyframes(kind, shot.index, len(references))
         planned.append(
             PlannedShot(
-                part=part,
+                part=part_index,
                 story=story,
                 shot=shot,
                 kind=kind,
@@ -106,25 +109,25 @@ def plan_story(
                 inputs=inputs,
                 fingerprint=fingerprint(inputs, predecessor),
                 predecessor=predecessor,
-                cost=batch.cost.shot_tflop(keyframes),
+                cost=part.cost.shot_tflop(keyframes),
             )
         )
     return tuple(planned)
 
 
-def plan_part(part: int, batch: BatchPart) -> Iterator[tuple[Story, tuple[PlannedShot, ...] | StoryboardError]]:
-    """Plan all stories of a part, drawing negative seeds once per run folder.
+def plan_part(part_index: int, part: BatchPart) -> Iterator[tuple[Story, tuple[PlannedShot, ...] | StoryboardError]]:
+    """Plan all stories of a part. A negative seed is drawn once per run folder.
 
-    Yields each story with its planned shots, or with the error that keeps it from being planned. Reads the run folder
-    (drawn seeds, forced re-renders) and the reference images.
+    Yields each story with its planned shots, or with the error that prevents its plan. Reads the run folder (drawn
+    seeds, forced re-renders) and the reference images.
     """
-    generations = batch.run.rerender_generations()
-    for story in batch.stories:
-        base = batch.sampler.seed if story.seed is None else story.seed
+    generations = part.run.rerender_generations()
+    for story in part.stories:
+        base = part.sampler.seed if story.seed is None else story.seed
         if base < 0:
             name = "all_stories" if story.seed is None else f"story_{story.story_id}"
-            story = replace(story, seed=batch.run.drawn_seed(name))
+            story = replace(story, seed=part.run.drawn_seed(name))
         try:
-            yield story, plan_story(part, batch, story, generations)
+            yield story, plan_story(part_index, part, story, generations)
         except StoryboardError as error:
             yield story, error

@@ -1,7 +1,7 @@
-"""What the batch loop and the code that renders one shot say to each other.
+"""The contract between the batch loop and the code that renders one shot.
 
-The loop (``render_batch``) hands a ``ShotJob`` with its ``ShotHistory`` to a ``ShotRenderer`` and gets a
-``RenderedShot``. Types only: nothing here knows files, leases, models or ranks.
+The loop (``render.batch``) passes a ``ShotJob`` with its ``ShotHistory`` to a ``ShotRenderer`` and gets a
+``RenderedShot``. Types only; knows no files, leases, models or ranks.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,14 +17,37 @@ from storymem_dist.story.schema import Shot, Story
 T = TypeVar("T")
 
 
+class OfOneShot:
+    """Short names for a value that is about one shot of one story."""
+
+    __slots__ = ()
+    story: Story
+    shot: Shot
+
+    @property
+    def story_id(self) -> str:
+        """The story's id."""
+        return self.story.story_id
+
+    @property
+    def shot_id(self) -> str:
+        """The shot's id."""
+        return self.shot.shot_id
+
+    @property
+    def index(self) -> int:
+        """The shot's index in its story, from 0."""
+        return self.shot.index
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ShotJob:
+class ShotJob(OfOneShot):
     """A shot to render.
 
-    ``part`` is the number of the batch part it belongs to (``dispatch.plan.BatchPart``; 0 where there is one). ``kind``
-    names the experts it needs (``t2v`` or ``m2v``), ``mode`` how it is conditioned (``t2v``, ``m2v``, ``mi2v``,
-    ``mm2v``). ``fingerprint`` covers everything that changes its pixels. ``attempt_id`` is new for every try.
-    ``why`` says why a shot is rendered again that was rendered before from other inputs; else it is empty.
+    ``part`` is the index of its batch part (``dispatch.plan.BatchPart``). ``kind`` names the experts it needs (``t2v``
+    or ``m2v``), ``mode`` how it is conditioned (``t2v``, ``m2v``, ``mi2v``, ``mm2v``). ``fingerprint`` covers
+    everything that changes its pixels. ``attempt_id`` is unique to each attempt. ``why``: what changed since the shot
+    was rendered from other inputs; empty where it was not.
     """
 
     part: int
@@ -40,10 +63,10 @@ class ShotJob:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShotHistory:
-    """What the committed shots before a shot left for it.
+    """What a shot uses of the committed shots before it.
 
     ``keyframes``: those of all shots before it, in order, without the story's reference images. ``tail``: the last
-    frames of the shot just before it, uint8 ``[n, 3, H, W]`` in order; None for the first shot.
+    frames of the shot just before it, uint8 ``[n, 3, H, W]`` in order; None for the first shot and for T2V.
     """
 
     keyframes: tuple[Keyframe, ...]
@@ -68,7 +91,7 @@ class RenderedShot:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Assignment:
-    """A shot for this replica, with all that rendering it needs."""
+    """A shot for this replica, with everything that rendering it needs."""
 
     job: ShotJob
     history: ShotHistory
@@ -85,18 +108,18 @@ class End:
 
 
 class ShotRenderer(Protocol):
-    """Renders shots on the ranks of one replica. All its methods are called by all ranks, in the same order.
+    """Renders shots on the ranks of one replica. All ranks call all methods in the same order.
 
-    The texts that shots need are encoded before the batch begins: whoever makes a renderer sees to that.
+    The code that makes a renderer encodes the prompts of all shots before the batch begins.
 
-    ``retries_in_place``: whether a shot that ran out of memory may be tried again at once in this process. True for a
-    replica of one rank; in a wider one the peers sit in a collective, so the process must end and be restarted.
+    ``retries_in_place``: whether a shot that ran out of memory may be retried at once in this process. True for a
+    replica of one rank. In a wider one the peers still wait in a collective, so the process must end and be restarted.
     """
 
     retries_in_place: bool
 
     def prepare(self, kind: str) -> None:
-        """Make the experts of ``kind`` (``t2v`` or ``m2v``) ready, releasing those of the other kind."""
+        """Load the experts of ``kind`` (``t2v`` or ``m2v``); release those of the other kind."""
 
     def render(
         self,
@@ -112,11 +135,11 @@ class ShotRenderer(Protocol):
     ) -> RenderedShot:
         """Render one shot; the arguments after ``history`` are those of ``diffusion.denoise.denoise``.
 
-        ``low_memory`` asks for what saves memory (experts in host memory, one at a time on the device), after the shot
-        ran out of memory without.
+        ``low_memory`` keeps the experts in host memory and one at a time on the device: for a shot that ran out of
+        memory before.
 
-        Raises ``DenoiseStopped`` when ``should_stop`` said so, ``ShotFailed`` (or any ``StoryMemError``) when this shot
-        cannot be rendered, ``torch.OutOfMemoryError``. Any other exception ends the job.
+        Raises ``DenoiseStopped`` when ``should_stop`` returned True, ``ShotError`` (or any ``StoryMemError``) when this
+        shot cannot be rendered, and ``torch.OutOfMemoryError``. Any other exception ends the job.
         """
 
 
@@ -128,5 +151,5 @@ class LeaderDecides(Protocol):
 
 
 def alone(fn: Callable[[], T], /) -> T:
-    """``LeaderDecides`` of a replica of one rank."""
+    """``LeaderDecides`` for a replica of one rank."""
     return fn()

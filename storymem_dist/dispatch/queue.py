@@ -1,9 +1,9 @@
-"""Hands out shots: which shot this replica renders next, and the proof that it may.
+"""Claims shots: which shot this replica renders next, and the lease that entitles it.
 
-One ``ShotQueue`` belongs to the leader of one replica. It knows the graph of all chains and the lease folders, which it
-shares with the other replicas of its job and with other jobs; each folder is scanned at most once per
-``poll_seconds``. What it believes between scans may be out of date; the lease and the look at the record that follow
-every claim make it true. Knows nothing of pixels, ranks or models.
+One ``ShotQueue`` belongs to the leader of one replica. It holds the graph of all chains and shares the lease folders
+with the other replicas of its job and with other jobs. It scans each folder at most once per ``poll_seconds``. Its view
+may be outdated between scans, so each claim takes the lease and then checks the record. Knows nothing of pixels, ranks
+or models.
 """
 
 import contextlib
@@ -12,21 +12,24 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from storymem_dist.artifacts.records import DamagedRecord
-from storymem_dist.artifacts.run_folder import Failure, RunFolder
-from storymem_dist.dispatch.graph import ShotGraph, ShotKey, ShotState, choose_shot, shot_key
+from storymem_dist.artifacts.run_folder import FailureRecord, RunFolder
+from storymem_dist.dispatch.graph import ShotGraph, ShotKey, ShotStatus, choose_shot, shot_key
 from storymem_dist.dispatch.leases import Lease, LeaseFolder
 from storymem_dist.dispatch.plan import PlannedShot
 from storymem_dist.dispatch.protocol import ShotJob
 from storymem_dist.dispatch.settings import DispatchSettings
 from storymem_dist.files import names_in
 
-_OWNERS_PER_SCAN = 64  # leases of others that are looked at for signs of life in one scan
-_OVERDUE = 3.0  # a shot that takes so many times its estimate is not waited for
+_OWNERS_PER_SCAN = 64  # leases of other owners checked for dead holders in one scan
+_OVERDUE = 3.0  # no replica waits for a shot that has taken this many times its estimate
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Claim:
-    """A shot that this replica holds, until the lease is released or taken over."""
+    """A shot that this replica holds, until the lease is released or taken over.
+
+    ``low_memory``: an attempt ran out of memory, so render it with less.
+    """
 
     shot: PlannedShot
     lease: Lease
@@ -36,8 +39,8 @@ class Claim:
 class ShotQueue:
     """Claims shots of ``graph`` for one replica.
 
-    ``runs`` and ``leases`` have one entry for each batch part. ``job_id`` tells failures of this job from earlier ones,
-    ``num_replicas`` counts the job's replicas (those of other jobs are found in the folder).
+    ``runs`` and ``leases`` have one entry for each batch part. ``job_id`` distinguishes failures of this job from
+    earlier ones. ``num_replicas`` counts the replicas of this job (those of other jobs are found in the folder).
     ``clock`` is monotonic, in seconds.
     """
 
@@ -62,67 +65,65 @@ class ShotQueue:
         self._next_scan = -float("inf")
         self._generations: dict[ShotKey, int] = {}  # leases of others, by shot, as last scanned
         self._failure_names: list[set[str]] = [set() for _ in runs]
-        self._to_try_again: list[set[str]] = [set() for _ in runs]  # names of failures that were there at the start
+        self._to_try_again: list[set[str]] = [set() for _ in runs]  # names of failures found at the start
         self._leased_since: dict[ShotKey, float] = {}
         self._own: set[ShotKey] = set()
-        self._given_up: list[tuple[PlannedShot, Failure]] = []
+        self._given_up: list[tuple[PlannedShot, FailureRecord]] = []
         self._saving: PlannedShot | None = None
         self._turn = 0
         self._seconds_per_tflop: float | None = None
         self._swap_seconds = settings.swap_seconds
-        self.failures: dict[ShotKey, Failure] = {}
+        self.failures: dict[ShotKey, FailureRecord] = {}
         self.num_scans = 0
 
     # -- the state of the folders --------------------------------------------------------------------------------------
 
     def read_committed(self) -> None:
-        """Look for the record of every planned shot, and for failures that are to be tried again. Called once, at the
-        start: later changes are followed by scans.
-        """
+        """Find the committed shots, and the failures that ``retry_failed`` clears. Called once, before any scan."""
         if self._settings.retry_failed:
             self._to_try_again = [set(names_in(run.failures_folder)) for run in self._runs]
         for chain in self.graph.chains:
             run = self._runs[chain.part]
             if run.story_folder(chain.story_id).exists():
                 for shot in chain.shots:
-                    if run.shot(chain.story_id, shot.shot.shot_id).is_committed(shot.fingerprint):
-                        self.graph.set_state(shot, ShotState.COMMITTED)
+                    if run.shot(chain.story_id, shot.shot_id).is_committed(shot.fingerprint):
+                        self.graph.set_state(shot, ShotStatus.COMMITTED)
 
     def scan(self, *, force: bool = False) -> bool:
-        """Bring the picture of leases and failures up to date, if ``poll_seconds`` have passed; say whether it was."""
+        """Update the view of leases and failures if ``poll_seconds`` have passed; return whether they had."""
         now = self._clock()
         if now < self._next_scan and not force:
             return False
         self._next_scan = now + self._settings.poll_seconds
         self.num_scans += 1
         found: dict[ShotKey, int] = {}
-        for part, folder in enumerate(self._leases):
+        for part_index, folder in enumerate(self._leases):
             for name, generation in folder.scan().items():
                 if (parsed := parse_lease_key(name)) is not None:
-                    found[(part, *parsed)] = generation
-        for part in range(len(self._runs)):
-            self._follow_failures(part)
+                    found[(part_index, *parsed)] = generation
+        for part_index in range(len(self._runs)):
+            self._follow_failures(part_index)
         gone = self._generations.keys() - found.keys()
         self._generations = found
         for key in gone:
             self._leased_since.pop(key, None)
             self._look_again(key)
         for key in found:
-            place = self.graph.place(key)
-            if place is not None and key not in self._own:
-                chain, index = place
+            entry = self.graph.find(key)
+            if entry is not None and key not in self._own:
+                chain, index = entry
                 self._leased_since.setdefault(key, now)
-                if chain.states[index] is ShotState.WAITING:
-                    self.graph.set_state(chain.shots[index], ShotState.LEASED)
+                if chain.states[index] is ShotStatus.WAITING:
+                    self.graph.set_state(chain.shots[index], ShotStatus.LEASED)
         self._free_leases_of_the_dead()
         return True
 
     # -- claiming ------------------------------------------------------------------------------------------------------
 
     def claim(self, loaded: str | None) -> Claim | None:
-        """Take the best shot for a replica that has the experts of kind ``loaded``; None when there is none for now,
-        or when a shot that it is saving itself makes one ready that cannot wait.
+        """Claim the best shot for a replica that has loaded the experts of kind ``loaded``.
 
+        None when no shot can be claimed now, or when the replica should wait for the shot after the one it is saving.
         Raises ``OSError`` when the folder cannot be written.
         """
         self.scan()
@@ -132,7 +133,7 @@ class ShotQueue:
             lease = leases.try_claim(lease_key(shot), self._generations.get(key))
             if lease is None:
                 self._leased_since.setdefault(key, self._clock())
-                self.graph.set_state(shot, ShotState.LEASED)
+                self.graph.set_state(shot, ShotStatus.LEASED)
                 continue
             if lease.generation:
                 self.finish_commit(shot)
@@ -140,30 +141,30 @@ class ShotQueue:
                 leases.release(lease)
                 continue
             self._own.add(key)
-            self.graph.set_state(shot, ShotState.LEASED)
+            self.graph.set_state(shot, ShotStatus.LEASED)
             failure = self.failures.get(key)
             return Claim(shot=shot, lease=lease, low_memory=failure is not None and failure.low_memory)
         return None
 
-    def take_given_up(self) -> list[tuple[PlannedShot, Failure]]:
-        """Return the shots that this queue marked as failed while claiming, each once: nobody else tells of them."""
+    def take_given_up(self) -> list[tuple[PlannedShot, FailureRecord]]:
+        """Return each shot once that this queue marked as failed while claiming. The caller reports them."""
         given_up, self._given_up = self._given_up, []
         return given_up
 
     def still_held(self, claim: Claim) -> bool:
-        """Whether the claim still stands: nobody has taken it over."""
+        """Whether this replica still holds ``claim``: no other has taken it over."""
         return self._leases[claim.shot.part].is_held(claim.lease)
 
     def note_saving(self, claim: Claim) -> None:
-        """Note that a claimed shot is rendered: as soon as it is saved, the one after it will be ready."""
+        """Note that a claimed shot is being saved: once it is committed, the shot after it is ready."""
         self._saving = claim.shot
 
     def release_lease(self, claim: Claim) -> None:
-        """Give the lease of a committed shot back at once, so that others may go on; from any thread."""
+        """Release the lease of a committed shot, so that other replicas can continue its story. Thread-safe."""
         self._leases[claim.shot.part].release(claim.lease)
 
-    def release(self, claim: Claim, state: ShotState) -> None:
-        """Give a claim back and note what became of the shot."""
+    def release(self, claim: Claim, state: ShotStatus) -> None:
+        """Release a claim and set the new state of its shot."""
         key = shot_key(claim.shot)
         self._own.discard(key)
         if self._saving is claim.shot:
@@ -174,33 +175,33 @@ class ShotQueue:
         self.graph.set_state(claim.shot, state)
 
     def finish_commit(self, shot: PlannedShot) -> None:
-        """If the holder of ``shot`` died right after publishing a record, do what it could not. Raises ``OSError``."""
+        """Complete the commit of ``shot`` if its holder died right after publishing the record. Raises ``OSError``."""
         run = self._runs[shot.part]
-        folder = run.shot(shot.story.story_id, shot.shot.shot_id)
+        folder = run.shot(shot.story_id, shot.shot_id)
         with contextlib.suppress(DamagedRecord):  # it was set aside, so the shot counts as not rendered
             if (record := folder.read_record(shot.fingerprint)) is not None:
                 folder.discard_orphans(shot.fingerprint)
                 run.finish_commit(record)
 
-    def mark_failed(self, failure: Failure, shot: PlannedShot) -> None:
-        """Note that ``shot`` failed, here and in the folder for all to see. Raises ``OSError`` when it cannot."""
+    def mark_failed(self, failure: FailureRecord, shot: PlannedShot) -> None:
+        """Record that ``shot`` failed, here and in the run folder. Raises ``OSError``."""
         self.failures[shot_key(shot)] = failure
         self._runs[shot.part].write_failure(failure)
 
     def mark_damaged(self, shot: PlannedShot) -> None:
-        """Note that a record turned out to be unusable: the shot is to be rendered again."""
-        self.graph.set_state(shot, ShotState.WAITING)
+        """Note that the record of ``shot`` is unusable: it is rendered again."""
+        self.graph.set_state(shot, ShotStatus.WAITING)
 
-    # -- what is learnt ------------------------------------------------------------------------------------------------
+    # -- measured times ------------------------------------------------------------------------------------------------
 
     def note_rendered(self, shot: PlannedShot, elapsed_seconds: float) -> None:
-        """Learn how fast shots are rendered."""
+        """Update the seconds per TFLOP with the time that ``shot`` took."""
         rate = elapsed_seconds / shot.cost
         before = self._seconds_per_tflop
         self._seconds_per_tflop = rate if before is None else 0.7 * before + 0.3 * rate
 
     def note_swapped(self, elapsed_seconds: float) -> None:
-        """Learn how long it takes to load the experts of the other kind."""
+        """Note how long loading the experts of the other kind took."""
         self._swap_seconds = elapsed_seconds
 
     # -- inside --------------------------------------------------------------------------------------------------------
@@ -221,17 +222,17 @@ class ShotQueue:
         )
 
     def _expected_wait(self, kind: str) -> float:
-        """Seconds until a shot that others render is expected to make one of ``kind`` ready; infinity when none will,
-        or none can be estimated yet.
+        """Expected seconds until a shot of another replica makes one of ``kind`` ready; infinity when none will, or
+        there is no estimate yet.
         """
         if self._seconds_per_tflop is None:
             return float("inf")
         now, shortest = self._clock(), float("inf")
         for key, since in self._leased_since.items():
-            place = self.graph.place(key)
-            if place is None or key in self._own:
+            entry = self.graph.find(key)
+            if entry is None or key in self._own:
                 continue
-            chain, index = place
+            chain, index = entry
             if index + 1 < len(chain.shots) and chain.shots[index + 1].kind == kind:
                 estimate = chain.shots[index].cost * self._seconds_per_tflop
                 elapsed = now - since
@@ -240,32 +241,32 @@ class ShotQueue:
         return shortest
 
     def _find_committed(self, shot: PlannedShot) -> bool:
-        """Whether ``shot`` was committed by somebody in the meantime; if so, look at those after it too."""
-        chain, index = self.graph.chain_of(shot), shot.shot.index
+        """Whether another process has committed ``shot``; if so, find the committed shots after it, too."""
+        chain, index = self.graph.chain_of(shot), shot.index
         run, found = self._runs[shot.part], False
         for later in chain.shots[index:]:
-            if not run.shot(later.story.story_id, later.shot.shot_id).is_committed(later.fingerprint):
+            if not run.shot(later.story_id, later.shot_id).is_committed(later.fingerprint):
                 break
-            self.graph.set_state(later, ShotState.COMMITTED)
+            self.graph.set_state(later, ShotStatus.COMMITTED)
             found = True
         return found
 
     def _has_failed(self, shot: PlannedShot) -> bool:
         run = self._runs[shot.part]
-        failure = run.read_failure(shot.story.story_id, shot.shot.shot_id, shot.fingerprint)
+        failure = run.read_failure(shot.story_id, shot.shot_id, shot.fingerprint)
         if failure is None:
             self.failures.pop(shot_key(shot), None)
             return False
-        name = run.failure_name(shot.story.story_id, shot.shot.shot_id, shot.fingerprint)
+        name = run.failure_name(shot.story_id, shot.shot_id, shot.fingerprint)
         again = self._to_try_again[shot.part]
         if failure.is_final and name in again and failure.job_id != self._job_id:
-            again.remove(name)  # once: or jobs with this setting hand it to each other for ever
-            run.remove_failure(shot.story.story_id, shot.shot.shot_id, shot.fingerprint)
+            again.remove(name)  # once, or jobs with this setting would retry it in turns for ever
+            run.remove_failure(shot.story_id, shot.shot_id, shot.fingerprint)
             self.failures.pop(shot_key(shot), None)
             return False
         self.failures[shot_key(shot)] = failure
         if failure.is_final:
-            self.graph.set_state(shot, ShotState.FAILED)
+            self.graph.set_state(shot, ShotStatus.FAILED)
         return failure.is_final
 
     def _has_killed_too_many(self, shot: PlannedShot, lease: Lease) -> bool:
@@ -275,49 +276,50 @@ class ShotQueue:
         failure = failure_at(shot, reason, "ProcessDied", self._job_id)
         self.mark_failed(failure, shot)
         self._given_up.append((shot, failure))
-        self.graph.set_state(shot, ShotState.FAILED)
+        self.graph.set_state(shot, ShotStatus.FAILED)
         return True
 
     def _look_again(self, key: ShotKey) -> None:
-        """A lease is gone: its shot is committed, has failed, or is free again."""
-        place = self.graph.place(key)
-        if place is None or key in self._own:
+        """Update the shot of a lease that is gone: it is committed, has failed, or is free again."""
+        entry = self.graph.find(key)
+        if entry is None or key in self._own:
             return
-        chain, index = place
+        chain, index = entry
         shot = chain.shots[index]
-        if chain.states[index] is ShotState.LEASED and not self._find_committed(shot) and not self._has_failed(shot):
-            self.graph.set_state(shot, ShotState.WAITING)
+        if chain.states[index] is ShotStatus.LEASED and not self._find_committed(shot) and not self._has_failed(shot):
+            self.graph.set_state(shot, ShotStatus.WAITING)
 
-    def _follow_failures(self, part: int) -> None:
-        names = set(names_in(self._runs[part].failures_folder))
-        for name in names ^ self._failure_names[part]:
+    def _follow_failures(self, part_index: int) -> None:
+        """Update the shots whose failure marks were written or removed since the last scan."""
+        names = set(names_in(self._runs[part_index].failures_folder))
+        for name in names ^ self._failure_names[part_index]:
             key = parse_lease_key(name.removesuffix(".json"))
-            place = self.graph.place((part, *key)) if key else None
-            if place is None:
+            entry = self.graph.find((part_index, *key)) if key else None
+            if entry is None:
                 continue
-            chain, index = place
+            chain, index = entry
             shot, state = chain.shots[index], chain.states[index]
-            if state is ShotState.WAITING and name in names:
+            if state is ShotStatus.WAITING and name in names:
                 self._has_failed(shot)
-            elif state is ShotState.FAILED and name not in names:
-                self.graph.set_state(shot, ShotState.WAITING)
-        self._failure_names[part] = names
+            elif state is ShotStatus.FAILED and name not in names:
+                self.graph.set_state(shot, ShotStatus.WAITING)
+        self._failure_names[part_index] = names
 
     def _free_leases_of_the_dead(self) -> None:
-        """Make shots ready again whose holders are dead: a few in each scan, in turns."""
+        """Make shots with dead holders ready again; each scan checks the next few."""
         others = [shot for shot in self.graph.leased() if shot_key(shot) not in self._own]
         for shot in _turn(others, self._turn, _OWNERS_PER_SCAN):
             generation = self._generations.get(shot_key(shot))
             if generation is None:
                 self._look_again(shot_key(shot))
             elif self._leases[shot.part].holder_is_dead(lease_key(shot), generation):
-                self.graph.set_state(shot, ShotState.WAITING)
+                self.graph.set_state(shot, ShotStatus.WAITING)
         self._turn += _OWNERS_PER_SCAN
 
 
 def lease_key(shot: PlannedShot) -> str:
     """Name of a shot's lease in its part's folder."""
-    return f"{shot.story.story_id}.{shot.shot.shot_id}.{shot.fingerprint[:16]}"
+    return f"{shot.story_id}.{shot.shot_id}.{shot.fingerprint[:16]}"
 
 
 def parse_lease_key(name: str) -> tuple[str, str, str] | None:
@@ -335,11 +337,11 @@ def failure_at(
     is_final: bool = True,
     low_memory: bool = False,
     details: str = "",
-) -> Failure:
-    """Return what is to be noted of a shot that cannot be rendered."""
-    return Failure(
-        story_id=shot.story.story_id,
-        shot_id=shot.shot.shot_id,
+) -> FailureRecord:
+    """Return the failure record of a shot that cannot be rendered."""
+    return FailureRecord(
+        story_id=shot.story_id,
+        shot_id=shot.shot_id,
         fingerprint=shot.fingerprint,
         reason=reason,
         error_type=error_type,
@@ -351,7 +353,7 @@ def failure_at(
 
 
 def _turn(items: Sequence[PlannedShot], start: int, count: int) -> list[PlannedShot]:
-    """``count`` items from ``start`` on, going round."""
+    """``count`` items from ``start`` on; the first items follow the last."""
     if len(items) <= count:
         return list(items)
     return [items[(start + offset) % len(items)] for offset in range(count)]

@@ -1,11 +1,10 @@
-"""From a rendered shot to a committed one, beside whatever the replica does next.
+"""Commits a rendered shot in a thread, while the replica renders the next one.
 
-``BackgroundSave`` has a thread of its own: it encodes and writes the files, publishes the record, puts the views in
-their place, gives the lease back, tells the observers and, after a story's last shot, joins the story. Queue and graph
-belong to the thread that renders, which takes note of the outcome (``Saved``) when it gets to it.
+``BackgroundSave`` encodes and writes the files, publishes the record, updates the views, releases the lease, notifies
+the observers and, after a story's last shot, makes the story video. Queue and graph belong to the thread that renders,
+which handles the outcome (``Saved``) later.
 
-Only files are written here. Decoding and choosing keyframes come before, in the thread that renders: they need the
-device that renders.
+Knows files only: decoding and choosing keyframes need the device and come before, in the thread that renders.
 """
 
 import concurrent.futures
@@ -25,16 +24,15 @@ from storymem_dist.dispatch.graph import Chain
 from storymem_dist.dispatch.plan import BatchPart, PlannedShot
 from storymem_dist.dispatch.protocol import RenderedShot
 from storymem_dist.dispatch.queue import Claim
-from storymem_dist.dispatch.story_video import StoryJoiner
-from storymem_dist.events import StageFinished, StageStarted, WarningIssued
-from storymem_dist.files import json_ready
+from storymem_dist.dispatch.story_video import StoryVideoMaker
+from storymem_dist.events import StageFinished, StageStarted, WarningIssued, json_ready
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HeldShot:
     """A shot that this replica holds, and its attempt at it.
 
-    ``resumed_at``: the denoising step at which an earlier attempt was left. ``began``: on the monotonic clock.
+    ``resumed_at``: the denoising step from which it resumes, or None. ``began``: seconds on the monotonic clock.
     """
 
     claim: Claim
@@ -44,7 +42,7 @@ class HeldShot:
 
     @property
     def shot(self) -> PlannedShot:
-        """The shot."""
+        """The planned shot."""
         return self.claim.shot
 
 
@@ -59,10 +57,9 @@ class SaveEnd(Enum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Saved:
-    """How it ended.
+    """The outcome of a save.
 
-    ``elapsed_seconds`` count from the beginning of the attempt. ``damaged``: shots of the story whose record turned out
-    to be unusable when it was to be joined.
+    ``elapsed_seconds`` since the attempt began. ``damaged``: shots whose unusable record prevented the story video.
     """
 
     end: SaveEnd
@@ -73,11 +70,11 @@ class Saved:
 
 
 class _Abandoned(Exception):
-    """Nobody waits for the shot any more."""
+    """The save was abandoned."""
 
 
 class BackgroundSave:
-    """Saves one rendered shot, from the moment it is made on."""
+    """Saves one rendered shot. Its thread starts on creation."""
 
     def __init__(
         self,
@@ -86,35 +83,35 @@ class BackgroundSave:
         *,
         part: BatchPart,
         chain: Chain,
-        joiner: StoryJoiner,
+        story_videos: StoryVideoMaker,
         host: Mapping[str, Any],
         may_publish: Callable[[], bool],
         release: Callable[[], None],
     ) -> None:
-        """``host`` goes into the part of the record that may differ between equal runs. ``release`` gives the lease
-        back, when the shot is committed.
+        """``host`` goes into the part of the record that may differ between equal runs. ``may_publish`` returns whether
+        the lease is still held. ``release`` releases it once the shot is committed.
         """
         self.held = held
         self._part = part
         self._chain = chain
-        self._joiner = joiner
+        self._story_videos = story_videos
         self._host = host
         self._may_publish = may_publish
         self._release = release
         self._abandoned = threading.Event()
         self._outcome: Future[Saved] = Future()
-        story_id, shot_id = held.shot.story.story_id, held.shot.shot.shot_id
+        story_id, shot_id = held.shot.story_id, held.shot.shot_id
         part.observers.notify(StageStarted(stage="save", story_id=story_id, shot_id=shot_id))
         threading.Thread(target=self._run, args=(rendered,), name="save-shot", daemon=True).start()
 
     @property
     def has_ended(self) -> bool:
-        """Whether the outcome is there."""
+        """Whether the save has ended."""
         return self._outcome.done()
 
     @property
     def has_crashed(self) -> bool:
-        """Whether it ended with something that is not the fault of one shot: ``outcome`` would raise it."""
+        """Whether it ended with an error that is not the fault of one shot; ``outcome`` raises it."""
         return self.has_ended and self._outcome.exception() is not None
 
     def wait(self, timeout_seconds: float | None = None) -> None:
@@ -122,11 +119,11 @@ class BackgroundSave:
         concurrent.futures.wait([self._outcome], timeout_seconds)
 
     def outcome(self) -> Saved:
-        """Wait for the end and return it, or raise what no shot is to blame for."""
+        """Wait for the end and return the outcome. Raises an error that is not the fault of one shot."""
         return self._outcome.result()
 
     def abandon(self) -> None:
-        """Give up before the next frame or file, unless it is published already."""
+        """Stop before the next frame or file, unless the record is already published."""
         self._abandoned.set()
 
     # -- in the thread -------------------------------------------------------------------------------------------------
@@ -134,13 +131,13 @@ class BackgroundSave:
     def _run(self, rendered: RenderedShot) -> None:
         try:
             self._outcome.set_result(self._commit(rendered))
-        except BaseException as error:  # raised again by who asks for the outcome
+        except BaseException as error:  # ``outcome`` raises it
             self._outcome.set_exception(error)
 
     def _commit(self, rendered: RenderedShot) -> Saved:
         held, part = self.held, self._part
         shot, observers = held.shot, self._part.observers
-        folder = part.run.shot(shot.story.story_id, shot.shot.shot_id)
+        folder = part.run.shot(shot.story_id, shot.shot_id)
         began = time.monotonic()
         try:
             record = save_shot(
@@ -165,7 +162,7 @@ class BackgroundSave:
         self._finish(record)
         self._release()
         observers.notify(announcing.shot_finished(record, part, elapsed, seconds))
-        damaged = self._join() if shot is self._chain.shots[-1] else ()
+        damaged = self._make_story_video() if shot is self._chain.shots[-1] else ()
         return Saved(end=SaveEnd.COMMITTED, elapsed_seconds=elapsed, stage_seconds=seconds, damaged=damaged)
 
     def _check(self) -> None:
@@ -177,15 +174,15 @@ class BackgroundSave:
             self._part.run.finish_commit(record)
         except OSError as error:
             where = f"{record.story_id}:{record.shot_id}"
-            self._warn(f"{where} is committed, but not everything is in its place: {error}", "save")
+            self._warn(f"{where} is committed, but its views could not be updated: {error}", "save")
 
-    def _join(self) -> Sequence[PlannedShot]:
-        """Join the story; return the shots that turned out to be damaged."""
+    def _make_story_video(self) -> Sequence[PlannedShot]:
+        """Make the video of the story; return the shots whose record is unusable."""
         damaged: list[PlannedShot] = []
         try:
-            self._joiner.join(self._chain, damaged.append)
-        except OSError as error:  # tried again before the end
-            self._warn(f"{self._chain.story_id} cannot be joined now: {error}", "join")
+            self._story_videos.make(self._chain, damaged.append)
+        except OSError as error:  # tried again before the batch ends
+            self._warn(f"the video of {self._chain.story_id} cannot be made now: {error}", "join")
         return damaged
 
     def _warn(self, message: str, source: str) -> None:
@@ -205,7 +202,7 @@ def save_shot(
     """Write clip, keyframes and tail into the attempt's folder and return the record that names them.
 
     ``host`` goes into the part of the record that may differ between equal runs. ``check`` is called before every
-    frame and image; what it raises ends the writing. Raises ``OSError``.
+    frame and image; an exception from it ends the writing. Raises ``OSError``.
     """
     began = time.monotonic()
     files = ClipFiles(
@@ -217,9 +214,9 @@ def save_shot(
     stored = folder.save_attempt(attempt_id, files, part.video, check)
     num_frames, _, height, width = rendered.clip.shape
     return ShotRecord(
-        story_id=shot.story.story_id,
-        shot_id=shot.shot.shot_id,
-        shot_index=shot.shot.index,
+        story_id=shot.story_id,
+        shot_id=shot.shot_id,
+        shot_index=shot.index,
         scene_num=shot.shot.scene_num,
         index_in_scene=shot.shot.index_in_scene,
         prompt=shot.shot.prompt,

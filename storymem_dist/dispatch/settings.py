@@ -1,6 +1,6 @@
-"""How a batch is shared out, resumed and given up: plain values, checked when they are made.
+"""How replicas share, resume and retry the shots of a batch: plain values, checked on creation.
 
-None of them changes pixels, so none of them is part of a fingerprint.
+None of them changes pixels, so none is part of a fingerprint.
 """
 
 from dataclasses import dataclass, field
@@ -16,21 +16,23 @@ class DispatchSettings:
     """The ``dispatch`` group.
 
     ``resume``: what to do with shots whose records were made from other inputs (an edited prompt, another setting).
-    ``continue`` renders them again, with all that follow; ``strict`` refuses to start and lists the differences.
+    ``continue`` renders them and all shots after them again; ``strict`` refuses to start and lists the differences.
     ``rerender``: shots to render again although nothing changed, as ``STORY:SHOT`` (``ocean:shot_03`` or ``ocean:3``);
-    the shots after them follow. Counted once per job, however many replicas and restarts it has.
-    ``retry_failed``: try shots again that failed in an earlier job.
+    the shots after them are rendered again too. Applied once per job, for any number of replicas and restarts.
+    ``retry_failed``: render shots again that failed in an earlier job.
     ``on_busy``: what to do when another job works in the same run folder: ``join`` it and share the shots, ``wait``
-    until it is gone, or ``refuse`` to start.
-    ``checkpoint_every_steps``: save a running shot's latents after every so many denoising steps (0: only at a stop).
-    ``lease_seconds``: a replica that has shown no sign of life for so long is taken for dead, and its shot is given to
-    another. It may be paused (by a debugger or a virtual machine) for less than that without losing its shot.
+    until it has left, or ``refuse`` to start.
+    ``checkpoint_every_steps``: save a running shot's latents every N denoising steps (0: only at a stop).
+    ``lease_seconds``: a replica whose heartbeat stands still for this long counts as dead, and another takes its shot.
+    A shorter pause (in a debugger or a virtual machine) does not lose the shot.
     ``poll_seconds``: shortest time between two scans of the run folder by one replica.
     ``overlap_saving``: render the next shot of another story while one is being saved. A replica then has two shots in
     flight, and its leader holds one more clip in host memory (97 MB for 81 frames of 832x480). ``false``: one after the
     other.
-    ``max_attempts``: a shot whose renderers died (without a word: killed, crashed) so often is marked failed.
-    ``swap_seconds``: expected time of loading the other experts, until it has been measured.
+    ``max_attempts``: a shot is marked failed after this many processes were killed or crashed while rendering it.
+    ``swap_seconds``: expected time to load the other experts, until it has been measured.
+
+    Raises ``ConfigError`` for a value that is not allowed.
     """
 
     resume: str = "continue"

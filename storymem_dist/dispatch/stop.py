@@ -1,6 +1,6 @@
-"""When to stop: a signal, or a file ``STOP`` in the run folder.
+"""Notes requests to stop: a signal, or a file ``STOP`` in the run folder.
 
-A request is only noted; the batch loop asks between two denoising steps. Knows nothing of what is stopped.
+The batch loop asks for them between two denoising steps. Knows nothing of what is stopped.
 """
 
 import os
@@ -11,14 +11,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+STOP_FILES_VARIABLE = "STORYMEM_STOP_FILES"
+"""Environment variable: files, separated by colons, whose appearance asks this job alone to stop."""
+
 
 class StopSwitch:
     """Notes requests to stop.
 
-    ``stop_files`` are looked at at most once per ``file_seconds``. A stop file that is already there at the first look
-    belongs to an earlier job and does not count until it is touched again, unless ``restarted`` says that this process
-    continues the same job, which may not have seen it yet. ``own_files`` are meant for this job alone: they count
-    whenever they are there. ``on_ask`` is called whenever somebody asks, as a sign that work has come to that point.
+    ``stop_files`` are checked at most once per ``file_seconds``. A stop file that exists at the first check belongs to
+    an earlier job: it counts only once it is touched again. With ``restarted``, this process continues the same job and
+    such a file counts. ``own_files`` are for this job alone and always count. Each call of ``reason`` calls ``on_ask``:
+    a sign of progress.
     """
 
     def __init__(
@@ -44,8 +47,12 @@ class StopSwitch:
         """Ask for a stop. The first reason is kept."""
         self._reason = self._reason or reason
 
+    def start_watching(self) -> None:
+        """Look at the stop files for the first time: those that exist now belong to an earlier job. May be repeated."""
+        self.reason()
+
     def reason(self) -> str | None:
-        """Return why to stop (``SIGTERM``, ``SIGINT``, ``STOP file``), or None to go on."""
+        """Return why to stop (``SIGTERM``, ``SIGINT``, ``STOP file``), or None to continue."""
         self._on_ask()
         if self._reason is None and self._files and self._clock() >= self._next_look:
             self._next_look = self._clock() + self._file_seconds
@@ -82,9 +89,5 @@ def _identity(path: Path) -> tuple[int, int] | None:
 
 
 def own_stop_files() -> list[Path]:
-    """Files that ask this job alone to stop, as its launchers said."""
+    """Return the files that ask this job alone to stop, as its launchers set them."""
     return [Path(path) for path in os.environ.get(STOP_FILES_VARIABLE, "").split(os.pathsep) if path]
-
-
-STOP_FILES_VARIABLE = "STORYMEM_STOP_FILES"
-"""Environment variable: files, separated by colons, whose appearance asks this job alone to stop."""

@@ -1,10 +1,10 @@
-"""The end of a chain: all its clips in one ``story.mp4``, made when it is missing or made of other clips.
+"""Makes the video of a complete story when it is missing or was made of other clips.
 
-    stories/<story>/story.mp4      the clips of all shots, joined without encoding again
-    stories/<story>/story.json     which records it was made of; written after it
+    stories/<story>/story.mp4      the clips of all shots, concatenated without encoding again
+    stories/<story>/story.json     the fingerprints of its records, its size and frames; written after it
 
-One process joins a story at a time: it holds a lease of its own. Knows run folders, leases and chains; nothing of who
-rendered the clips.
+One process at a time makes the video of a story: it holds a separate lease. Knows run folders, leases and chains;
+nothing of rendering.
 """
 
 import time
@@ -23,64 +23,63 @@ from storymem_dist.events import StoryFinished, WarningIssued, timed_stage
 from storymem_dist.files import canonical_json, read_json, temporaries_in, write_bytes
 
 
-class Joined(Enum):
-    """How an attempt to join a story ended."""
+class StoryVideoState(Enum):
+    """The result of an attempt to make a story video."""
 
-    YES = "yes"
-    ELSEWHERE = "elsewhere"  # another process is at it
-    DAMAGED = "damaged"  # a record turned out to be unusable
-    IMPOSSIBLE = "impossible"  # the clips are there but do not go together
+    MADE = "made"  # now or before
+    ELSEWHERE = "elsewhere"  # another process is making it
+    DAMAGED = "damaged"  # the record of a shot is unusable
+    IMPOSSIBLE = "impossible"  # the clips exist but cannot be concatenated
 
 
 @dataclass(frozen=True, kw_only=True)
-class StoryJoiner:
-    """Joins complete chains; ``parts`` and ``leases`` have one entry for each part. Any thread may join."""
+class StoryVideoMaker:
+    """Makes the videos of complete chains. ``parts`` and ``leases`` have one entry for each part. Thread-safe."""
 
     parts: Sequence[BatchPart]
     leases: Sequence[LeaseFolder]
 
-    def join(self, chain: Chain, note_damaged: Callable[[PlannedShot], None]) -> Joined:
-        """Join the clips of a complete chain, unless that is done. Tells the observers.
+    def make(self, chain: Chain, note_damaged: Callable[[PlannedShot], None]) -> StoryVideoState:
+        """Make the video of a complete chain unless it exists; notify the observers.
 
-        ``note_damaged`` hears of a shot whose record turned out to be unusable: it is to be rendered again. Raises
-        ``OSError``.
+        ``note_damaged`` is called with a shot whose record is unusable: it must be rendered again. Raises ``OSError``.
         """
         part, leases = self.parts[chain.part], self.leases[chain.part]
         fingerprints = [shot.fingerprint for shot in chain.shots]
-        if is_joined(part.run, chain.story_id, fingerprints):
-            return Joined.YES
+        if has_story_video(part.run, chain.story_id, fingerprints):
+            return StoryVideoState.MADE
         key = f"{chain.story_id}.story.{fingerprints[-1][:16]}"
         lease = leases.try_claim(key, leases.generation_of(key))
         if lease is None:
-            return Joined.ELSEWHERE
+            return StoryVideoState.ELSEWHERE
         try:
-            if is_joined(part.run, chain.story_id, fingerprints):
-                return Joined.YES
-            return self._join(chain, part, note_damaged)
+            if has_story_video(part.run, chain.story_id, fingerprints):
+                return StoryVideoState.MADE
+            return self._make(chain, part, note_damaged)
         finally:
             leases.release(lease)
 
-    def _join(self, chain: Chain, part: BatchPart, note_damaged: Callable[[PlannedShot], None]) -> Joined:
+    def _make(self, chain: Chain, part: BatchPart, note_damaged: Callable[[PlannedShot], None]) -> StoryVideoState:
         began = time.monotonic()
         records = self._records(chain, part, note_damaged)
         if records is None:
-            return Joined.DAMAGED
+            return StoryVideoState.DAMAGED
         with timed_stage(part.observers, "join", story_id=chain.story_id):
             try:
-                join_story(part.run, chain.story_id, records)
+                make_story_video(part.run, chain.story_id, records)
             except RunFolderError as error:
-                message = f"the clips of {chain.story_id} are there but cannot be joined: {error}"
+                message = f"the clips of {chain.story_id} exist but cannot be concatenated: {error}"
                 part.observers.notify(WarningIssued(message=message, source="join"))
-                return Joined.IMPOSSIBLE
-        say_finished(part, chain, elapsed_seconds=time.monotonic() - began)
-        return Joined.YES
+                return StoryVideoState.IMPOSSIBLE
+        notify_story_finished(part, chain, elapsed_seconds=time.monotonic() - began)
+        return StoryVideoState.MADE
 
     @staticmethod
     def _records(chain: Chain, part: BatchPart, note_damaged: Callable[[PlannedShot], None]) -> list[ShotRecord] | None:
         records = []
         for shot in chain.shots:
             try:
-                record = part.run.shot(chain.story_id, shot.shot.shot_id).require_record(shot.fingerprint)
+                record = part.run.shot(chain.story_id, shot.shot_id).require_record(shot.fingerprint)
             except DamagedRecord as damage:
                 message = f"{damage}; the shot is rendered again"
                 part.observers.notify(WarningIssued(message=message, source="join"))
@@ -90,8 +89,8 @@ class StoryJoiner:
         return records
 
 
-def is_joined(run: RunFolder, story_id: str, fingerprints: Sequence[str]) -> bool:
-    """Whether ``story.mp4`` is there and was made of the records with these fingerprints."""
+def has_story_video(run: RunFolder, story_id: str, fingerprints: Sequence[str]) -> bool:
+    """Whether ``story.mp4`` exists and was made of the records with these fingerprints, in order."""
     try:
         made_of = read_json(run.story_folder(story_id) / "story.json")
         num_bytes = run.story_video(story_id).stat().st_size
@@ -100,10 +99,10 @@ def is_joined(run: RunFolder, story_id: str, fingerprints: Sequence[str]) -> boo
         return False
 
 
-def join_story(run: RunFolder, story_id: str, records: Sequence[ShotRecord]) -> int:
-    """Join the clips of all ``records``, in order; return the number of frames.
+def make_story_video(run: RunFolder, story_id: str, records: Sequence[ShotRecord]) -> int:
+    """Concatenate the clips of all ``records``, in order; return the number of frames.
 
-    For who holds the story's lease. Raises ``OSError``, and ``RunFolderError`` when the clips do not go together.
+    Only for the holder of the story's lease. Raises ``OSError``, and ``RunFolderError`` when the clips do not match.
     """
     video = run.story_video(story_id)
     for path in temporaries_in(video.parent, video.name):
@@ -119,8 +118,8 @@ def join_story(run: RunFolder, story_id: str, records: Sequence[ShotRecord]) -> 
     return num_frames
 
 
-def say_finished(part: BatchPart, chain: Chain, *, elapsed_seconds: float = 0.0) -> None:
-    """Tell the observers that a story is there as a whole."""
+def notify_story_finished(part: BatchPart, chain: Chain, *, elapsed_seconds: float = 0.0) -> None:
+    """Notify the observers that the video of a story exists."""
     part.observers.notify(
         StoryFinished(
             story_id=chain.story_id,

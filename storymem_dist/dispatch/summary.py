@@ -1,11 +1,11 @@
-"""How a replica's share of a batch ended. Values, and how they are summed up."""
+"""How a batch ended, as one replica reports it: plain values and one pure function."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from storymem_dist.artifacts.run_folder import Failure
+from storymem_dist.artifacts.run_folder import FailureRecord
 from storymem_dist.dispatch.graph import Chain
-from storymem_dist.errors import ShotFailed
+from storymem_dist.errors import ShotError
 
 DONE = "done"
 STOPPED = "stopped"
@@ -17,7 +17,7 @@ class Replica:
     """Which replica of the job this is.
 
     ``num_devices`` counts its ranks. ``job_id`` is common to all replicas and restarts of the job; empty: a job of one
-    replica that makes up an id at each start.
+    replica, with a new id at each start.
     """
 
     index: int = 0
@@ -44,9 +44,9 @@ class Tally:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BatchSummary:
-    """How the batch stands when this replica ends. Stories and failures are those of the whole batch.
+    """The state of the batch when this replica ends. Stories and failures are those of the whole batch.
 
-    ``state``: ``done`` (everything is rendered), ``stopped`` (on request; the same command goes on), ``failed`` (some
+    ``state``: ``done`` (everything is rendered), ``stopped`` (on request; the same command continues), ``failed`` (some
     shots could not be rendered, see ``failures``). Counts of shots are this replica's own: ``num_rendered`` committed,
     ``num_resumed`` of them continued from a step checkpoint, ``num_skipped`` found committed at the start.
     ``num_blocked`` counts shots of the batch that cannot be rendered because one before them failed.
@@ -64,15 +64,15 @@ class BatchSummary:
     elapsed_seconds: float
     waited_seconds: float
     stage_seconds: Mapping[str, float]
-    failures: tuple[Failure, ...]
+    failures: tuple[FailureRecord, ...]
 
     @property
     def exit_code(self) -> int:
-        """0 when done or stopped; that of ``ShotFailed`` when something failed."""
-        return ShotFailed.exit_code if self.state == FAILED else 0
+        """0 when done or stopped; that of ``ShotError`` when something failed."""
+        return ShotError.exit_code if self.state == FAILED else 0
 
     def clips_per_device_hour(self, num_devices: int) -> float:
-        """Clips this replica rendered, per hour and device."""
+        """Return the clips that this replica of ``num_devices`` rendered, per hour and device."""
         return 3600 * self.num_rendered / max(self.elapsed_seconds * num_devices, 1e-9)
 
 
@@ -81,16 +81,16 @@ def summarize(
     reason: str,
     *,
     chains: Sequence[Chain],
-    rejected: Sequence[Failure],
-    failures: Sequence[Failure],
+    rejected: Sequence[FailureRecord],
+    failures: Sequence[FailureRecord],
     tally: Tally,
     elapsed_seconds: float,
     is_whole: bool,
 ) -> BatchSummary:
-    """Sum up the given chains, of the whole batch (``is_whole``) or of one part of it.
+    """Summarize the given chains: of the whole batch (``is_whole``) or of one part.
 
-    ``state`` is that of the whole batch. A part may be done although others failed; and where nothing of a part failed,
-    it can go on when the same command is given again, so it is stopped.
+    ``state`` is that of the whole batch. A part may be done although another failed. A part that is not done and has no
+    failure is stopped: the same command continues it.
     """
     final = [failure for failure in failures if failure.is_final]
     num_done = sum(chain.is_complete for chain in chains)

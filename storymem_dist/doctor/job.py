@@ -1,10 +1,10 @@
 """Checks of a configuration on this machine: its layers' format, weights, disks, memory, tracking.
 
-Each check returns findings; what a render would raise is shown as a problem with the same words.
+Each check returns findings; an error that a render would raise becomes a problem with the same text.
+Starts no ranks and renders nothing.
 """
 
 import importlib.metadata
-import netrc
 import os
 import shutil
 import time
@@ -19,6 +19,7 @@ from storymem_dist.doctor.finding import Finding, ok, problem, warning
 from storymem_dist.errors import StoryMemError, WeightsNotFound
 from storymem_dist.hardware import GIB
 from storymem_dist.models.quantized_linear import check_linears
+from storymem_dist.observe.wandb.process import has_api_key
 from storymem_dist.parallel.weight_memory import check_weight_memory, decide_experts, weight_memory
 from storymem_dist.story.modes import KINDS
 from storymem_dist.weights.bundle import open_weights, with_generated_weights
@@ -44,17 +45,17 @@ def check_layers(settings: RenderConfig) -> Iterator[Finding]:
 
 
 def check_weights(settings: RenderConfig) -> Iterator[Finding]:
-    """Whether the weights of this configuration are there, whole, and the right ones; and how fast they can be read."""
+    """Whether the weights of this configuration exist, are complete and fit it; and how fast they can be read."""
     try:
         model = with_generated_weights(settings.model)
     except OSError as error:
-        yield problem("weights", "tiny", error, "make room, or set STORYMEM_CACHE to another folder")
+        yield problem("weights", "tiny", error, "free some space, or set STORYMEM_CACHE to another folder")
         return
     for kind in KINDS:
         try:
             weights = open_weights(model, (kind,), settings.sampler.continuation)
         except WeightsNotFound as error:
-            yield problem("weights", kind, "not there", str(error))
+            yield problem("weights", kind, "missing", str(error))
             continue
         except StoryMemError as error:
             yield problem("weights", kind, "cannot be used", str(error))
@@ -81,14 +82,14 @@ def _check_read_speed(kind: str, checkpoint: WanCheckpoint) -> Iterator[Finding]
     total = sum(path.stat().st_size for path in files)
     value = f"{speed / 1e9:.2f} GB/s: {total / speed / 60:.1f} min to read {total / 1e9:.0f} GB"
     if speed < _SLOW_BYTES_PER_SECOND:
-        fix = "put them on a local NVMe disk, or `storymem-weights prepare` them (half the bytes)"
+        fix = "move the weights to a local NVMe disk, or run `storymem-weights prepare` (half the bytes)"
         yield warning("weights", f"{kind} disk", value, fix)
     else:
         yield ok("weights", f"{kind} disk", value)
 
 
 def _timed_read(path: Path) -> tuple[int, float]:
-    """Bytes read from the disk itself, where the kernel agrees to forget what it has cached, and the seconds taken."""
+    """Return bytes read and seconds taken, from the disk itself if the kernel drops its cached pages on request."""
     num_bytes = 0
     with path.open("rb", buffering=0) as file:
         if hasattr(os, "posix_fadvise"):
@@ -122,7 +123,7 @@ def _check_memory(settings: RenderConfig, kind: str, checkpoint: WanCheckpoint) 
 
 
 def check_output(settings: RenderConfig) -> Iterator[Finding]:
-    """Whether the run folder can be written as the records need it, and has room."""
+    """Whether the run folder can be written, supports hard links for records, and has space."""
     folder = Path(settings.output).absolute()
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
@@ -130,9 +131,8 @@ def check_output(settings: RenderConfig) -> Iterator[Finding]:
         return
     free = shutil.disk_usage(existing).free
     if free < _MIN_OUTPUT_BYTES:
-        yield warning(
-            "output", "free space", f"{free / 1e9:.1f} GB on {existing}", "make room, or output=FOLDER elsewhere"
-        )
+        fix = "free some space, or choose another output=FOLDER"
+        yield warning("output", "free space", f"{free / 1e9:.1f} GB on {existing}", fix)
     else:
         yield ok("output", "free space", f"{free / 1e9:.0f} GB on {existing}")
     probe = existing / f".storymem-doctor-{uuid.uuid4().hex}"
@@ -156,7 +156,7 @@ def check_tracking(settings: RenderConfig) -> Iterator[Finding]:
         yield ok("tracking", "wandb", "off")
         return
     version = importlib.metadata.version("wandb")
-    if _has_wandb_key():
+    if has_api_key():
         yield ok("tracking", "wandb", f"{version}, mode {mode}, key found")
     elif mode == "online":
         yield problem(
@@ -164,13 +164,3 @@ def check_tracking(settings: RenderConfig) -> Iterator[Finding]:
         )
     else:
         yield ok("tracking", "wandb", f"{version}, mode {mode}, no key: kept in the run folder (wandb sync uploads it)")
-
-
-def _has_wandb_key() -> bool:
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].split("/")[0]
-    try:
-        return netrc.netrc().authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False

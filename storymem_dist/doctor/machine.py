@@ -1,6 +1,6 @@
 """Checks of the machine alone: packages, GPUs, links, host memory and limits, network, SLURM, video encoder.
 
-Each check returns findings and never raises for what it looks for. Reads state, changes nothing; needs no GPU.
+Each check returns findings and never raises for a fault it looks for. Reads state, changes nothing; needs no GPU.
 """
 
 import importlib.metadata
@@ -34,7 +34,7 @@ _DEFAULT_PORT = 29500
 
 
 def check_versions() -> Iterator[Finding]:
-    """Python, and every package that this project requires, against the versions it asks for."""
+    """Python, and every required package, compared with the versions that this project needs."""
     yield ok("software", "python", f"{platform.python_version()} on {platform.system()} {platform.release()}")
     for text in importlib.metadata.requires(DISTRIBUTION) or []:
         requirement = Requirement(text)
@@ -59,7 +59,7 @@ def check_versions() -> Iterator[Finding]:
 
 
 def check_gpus() -> Iterator[Finding]:
-    """Each GPU that torch sees; why it sees none where the driver does."""
+    """Each GPU that torch sees; or why torch sees none despite a driver."""
     driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     if not torch.cuda.is_available():
         if driver is None:
@@ -89,7 +89,7 @@ def _check_gpu(index: int) -> Finding:
         used = f"{value}; {(total - free) / GIB:.1f} GiB in use"
         return warning("gpu", name, used, "another process uses it (nvidia-smi names it)")
     if total < _MIN_GPU_BYTES:
-        return warning("gpu", name, value, "A14B needs parallel.weights=fsdp_offload or zero3 here")
+        return warning("gpu", name, value, "A14B needs parallel=offload_1gpu or deepspeed_1gpu here")
     if properties.major < 8:
         return warning("gpu", name, value, "bf16 is slow before compute 8.0: expect long renders")
     return ok("gpu", name, value)
@@ -113,14 +113,14 @@ def check_links() -> Iterator[Finding]:
             if not torch.cuda.can_device_access_peer(one, other)
         ]
         if cut:
-            fix = "collectives go through host memory: prefer one replica per GPU (parallel=replicas) to split forwards"
+            fix = "collectives go through host memory: prefer one replica per GPU (parallel=replicas)"
             yield warning("gpu", "links", f"no direct access between {', '.join(cut)}", fix)
         else:
             yield ok("gpu", "links", f"all {count} GPUs reach each other directly")
 
 
 def check_attention() -> Iterator[Finding]:
-    """Which attention kernels torch and the optional packages bring."""
+    """Which attention kernels torch and the optional packages provide."""
     if torch.cuda.is_available():
         cuda: Any = torch.backends.cuda
         kernels = [
@@ -145,7 +145,7 @@ def check_host() -> Iterator[Finding]:
     yield ok("host", "cores", len(os.sched_getaffinity(0)))
     total = host_memory_bytes()
     if total < _MIN_HOST_BYTES:
-        fix = "with model.experts=swap both A14B experts of every replica wait in host memory: 54 GiB"
+        fix = "with model.experts=swap both A14B experts of every replica are kept in host memory: 54 GiB"
         yield warning("host", "memory", f"{total / GIB:.0f} GiB", fix)
     else:
         yield ok("host", "memory", f"{total / GIB:.0f} GiB")
@@ -164,7 +164,7 @@ def check_host() -> Iterator[Finding]:
 
 
 def check_network() -> Iterator[Finding]:
-    """Whether ranks of one machine would find each other."""
+    """Whether ranks of one machine can connect to each other."""
     hostname = socket.gethostname()
     try:
         socket.getaddrinfo(hostname, None)
@@ -191,7 +191,7 @@ def check_slurm() -> Iterator[Finding]:
         nodes, tasks = (os.environ.get(key, "?") for key in ("SLURM_JOB_NUM_NODES", "SLURM_NTASKS"))
         yield ok("cluster", "slurm", f"inside job {job}: {nodes} nodes, {tasks} tasks")
     else:
-        yield ok("cluster", "slurm", version.strip() if version else "not here")
+        yield ok("cluster", "slurm", version.strip() if version else "not found")
 
 
 def check_video() -> Iterator[Finding]:
@@ -217,7 +217,7 @@ def check_restarts() -> Iterator[Finding]:
 
 
 def _output(*command: str) -> str | None:
-    """What a program prints; None if it is not there, fails, or takes too long."""
+    """Return what a program prints; None if it is missing, fails, or takes too long."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_COMMAND_SECONDS, check=True)
     except (OSError, subprocess.SubprocessError):

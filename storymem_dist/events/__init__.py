@@ -1,9 +1,9 @@
-"""What happens during a render, as typed values: the one vocabulary between the code that renders and all that watches.
+"""The events of a render as typed values, shared by the code that renders and the code that observes.
 
-Rendering code makes an event and hands it to an ``Observer``. It fills in what it knows and nothing else: wall time,
-writer, replica and sequence number are stamped by the fan-out (``observe/observers.py``) into a ``StampedEvent``.
+Rendering code creates an event and passes it to an ``Observer``. The fan-out (``observe/observers.py``) adds wall time,
+writer, replica and sequence number in a ``StampedEvent``.
 
-``kinds`` holds the events, ``observing`` the protocol that receives them, ``serialization`` their JSON lines. Nothing
+``kinds`` defines the events, ``observing`` the protocol that receives them, ``serialization`` their JSON lines. Nothing
 here knows of files, threads, torch or back ends.
 """
 
@@ -40,6 +40,7 @@ from storymem_dist.events.serialization import (
     StampedEvent,
     event_from_dict,
     event_to_dict,
+    json_ready,
     stamped_from_json,
     stamped_to_json,
 )
@@ -75,6 +76,7 @@ __all__ = [
     "WeightsProgress",
     "event_from_dict",
     "event_to_dict",
+    "json_ready",
     "memory_events",
     "stamped_from_json",
     "stamped_to_json",

@@ -1,15 +1,15 @@
-"""The events of a render, each a frozen value. A field's meaning stands in the docstring of its class."""
+"""The events of a render, each a frozen value whose docstring explains its fields. Knows no senders or receivers."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 STAGES = ("text", "load", "recall", "condition", "denoise", "decode", "keyframes", "save", "join")
-"""Names a stage may have, in the order in which a shot goes through them."""
+"""Names of the stages, in the order in which a shot passes through them."""
 
 MEMORY_VERDICTS = ("recalled", "evicted", "kept", "kept_as_last_resort", "duplicate", "low_quality")
-"""What a ``MemoryDecided`` may say. ``recalled`` and ``evicted`` are about keyframes in the bank, the rest about frames
-of the new clip."""
+"""Values of ``MemoryDecided.verdict``. ``recalled`` and ``evicted`` apply to keyframes in the bank, the others to
+frames of the new clip."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,7 +22,7 @@ class Event:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JobStarted(Event):
-    """A replica of a job starts (or starts again). Every replica leader sends its own.
+    """A replica of a job starts or restarts. Every replica leader sends its own.
 
     ``job`` names the job among those that share the run folder; its replicas use the same name, also after a restart.
     ``num_stories`` and ``num_shots`` count the whole batch, ``num_devices`` the ranks of *this* replica.
@@ -51,8 +51,7 @@ class JobStarted(Event):
 class JobFinished(Event):
     """A replica has nothing left to do. ``outcome``: ``finished``, ``stopped`` (on request, resumable) or ``failed``.
 
-    The counts are those of this replica in this start: what it rendered, continued inside a shot, found committed, and
-    saw fail.
+    The counts are of this replica since this start: shots rendered, resumed inside the shot, found committed, failed.
     """
 
     outcome: str
@@ -66,7 +65,7 @@ class JobFinished(Event):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoryboardRejected(Event):
-    """A storyboard that cannot be read; the batch goes on without it."""
+    """A storyboard cannot be read; the batch continues without it."""
 
     source: str
     message: str
@@ -74,14 +73,14 @@ class StoryboardRejected(Event):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StopRequested(Event):
-    """Someone asked for a stop: ``reason`` is ``SIGTERM``, ``SIGINT``, ``STOP file`` or the like."""
+    """A stop was requested: ``reason`` is ``SIGTERM``, ``SIGINT``, ``STOP file`` or the like."""
 
     reason: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WarningIssued(Event):
-    """Something a person should know that stops nothing. ``source`` says which part noticed."""
+    """Something that people should know but that stops nothing. ``source`` names the part that noticed it."""
 
     message: str
     source: str = ""
@@ -89,7 +88,7 @@ class WarningIssued(Event):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReplicaWaited(Event):
-    """A replica had no shot to render for ``elapsed_seconds`` (sent when the wait ends). ``reason`` says for what."""
+    """A replica had no shot to render for ``elapsed_seconds`` (sent when the wait ends). ``reason`` is the cause."""
 
     elapsed_seconds: float
     reason: str = "no shot is ready"
@@ -99,7 +98,7 @@ class ReplicaWaited(Event):
 class WeightsProgress(Event):
     """Bytes of weights read so far. ``what`` names them (``t2v high_noise``), ``action`` is ``load`` or ``download``.
 
-    ``bytes_done == bytes_total`` ends it; ``elapsed_seconds`` counts from its first byte.
+    The last one has ``bytes_done == bytes_total``; ``elapsed_seconds`` counts from the first byte.
     """
 
     what: str
@@ -111,17 +110,18 @@ class WeightsProgress(Event):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ThroughputSampled(Event):
-    """Numbers that only the running process can know, sampled now and then. None: not known on this machine.
+    """Numbers that only the running process knows, sampled from time to time. None: not known on this machine.
 
-    The sample is of the replica leader's process. ``collective_seconds`` and ``bytes_read`` count since the sample
-    before. ``collective_seconds`` is how long the leader was held up by the collectives of forwards and of the VAE,
-    waiting for slower ranks included. It is known on CPUs only, and not under torch.compile: the host cannot tell how
-    long a GPU waits. FSDP2's gathers of weights are not in it. ``bytes_read`` is what all ranks of the replica read of
-    the experts' files (LoRAs, text encoder and VAE not counted). ``gpu_memory_gib`` is what torch holds of the
-    leader's device, ``peak_gpu_memory_gib`` the most that tensors have taken of it.
+    The sample is of the replica leader's process. ``collective_seconds`` and ``bytes_read`` count since the previous
+    sample. ``collective_seconds`` is the time that the leader spent in the collectives of forwards and of the VAE,
+    including the wait for slower ranks. It is known on CPUs only, and not under torch.compile: the host cannot measure
+    how long a GPU waits. FSDP2's all-gathers of weights are not counted. ``bytes_read`` is what all ranks of the
+    replica read from the experts' files (without LoRAs, text encoder and VAE). ``gpu_memory_gib`` is what torch
+    reserves on the leader's device, ``peak_gpu_memory_gib`` the most that tensors used of it. ``queue_depth`` and
+    ``num_running`` count the ready and the running shots of the batch when the replica took one.
 
     Rates that follow from other events (seconds per step, clips per GPU-hour, tokens per second, FLOP utilisation,
-    idle seconds) are computed from those events by whoever reads them, not sent.
+    idle seconds) are not sent: readers compute them.
     """
 
     collective_seconds: float | None = None
@@ -134,7 +134,10 @@ class ThroughputSampled(Event):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SystemSampled(Event):
-    """How one rank's process and device are doing. Every rank sends these, not only leaders. None: not known."""
+    """Memory and load of one rank's process and device. Every rank sends these, not only leaders. None: not known.
+
+    ``cpu_ratio`` is CPU seconds per second (1.0: one busy core); ``gpu_busy_ratio`` lies between 0 and 1.
+    """
 
     rank: int
     host: str
@@ -149,7 +152,7 @@ class SystemSampled(Event):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoryStarted(Event):
-    """A story belongs to the batch; sent once per story and start, before its first shot."""
+    """A story is part of the batch. Sent once per story and start, before its first shot."""
 
     story_id: str
     name: str = ""
@@ -172,9 +175,9 @@ class StoryFinished(Event):
 class ShotStarted(Event):
     """A replica starts an attempt at a shot.
 
-    ``shot_index`` is the position in the chain, from 0; ``why`` says why the shot is rendered when a record of it was
-    already there (an edited prompt, a forced re-render), else it is empty. ``num_tokens`` and ``tflop_per_step`` (all
-    passes of one denoising step, all devices of the replica together) let readers compute rates; None: not known.
+    ``shot_index`` is the position in the chain, from 0. ``why`` is the reason for rendering a shot again that has a
+    record (an edited prompt, a forced re-render), else it is empty. ``num_tokens`` and ``tflop_per_step`` (all passes
+    of one denoising step, all devices of the replica together) let readers compute rates; None: not known.
     """
 
     story_id: str
@@ -217,8 +220,8 @@ class StageFinished(Event):
 class StepFinished(Event):
     """One denoising step is done. ``step`` counts finished steps: 1 after the first, ``num_steps`` at the end.
 
-    ``gpu_memory_gib`` is what torch holds of the leader's device. ``reused``: the step cache answered instead of the
-    whole model.
+    ``gpu_memory_gib`` is what torch reserves on the leader's device. ``reused``: the result comes from the step cache,
+    not from the whole model.
     """
 
     story_id: str
@@ -237,7 +240,7 @@ class ShotFinished(Event):
     """A shot is committed: its record and files are in the run folder.
 
     ``clip`` and ``keyframes`` are paths; ``stage_seconds`` maps stages to seconds; ``elapsed_seconds`` is the whole
-    attempt. ``already_committed`` is True when another attempt's record won, so that nothing new counts.
+    attempt. ``already_committed``: another attempt was committed first, so this one does not count.
     """
 
     story_id: str
@@ -255,7 +258,7 @@ class ShotFinished(Event):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShotFailed(Event):
-    """An attempt at a shot ended in an error. ``will_retry``: the shot is tried again by itself."""
+    """An attempt at a shot ended in an error. ``will_retry``: the shot is retried automatically."""
 
     story_id: str
     shot_id: str
@@ -268,7 +271,7 @@ class ShotFailed(Event):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShotResumed(Event):
-    """A shot goes on inside its denoising loop: the first ``step`` of ``num_steps`` steps come from a checkpoint."""
+    """A shot resumes inside its denoising loop: the first ``step`` of ``num_steps`` steps come from a checkpoint."""
 
     story_id: str
     shot_id: str
@@ -278,7 +281,7 @@ class ShotResumed(Event):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShotSkipped(Event):
-    """A shot needs no rendering (``committed``) or cannot have any (``predecessor failed``, ``failed before``)."""
+    """A shot needs no rendering (``committed``) or cannot be rendered (``predecessor failed``, ``failed before``)."""
 
     story_id: str
     shot_id: str
@@ -287,14 +290,14 @@ class ShotSkipped(Event):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MemoryDecided(Event):
-    """One decision about one frame or keyframe, and why. ``memory_events`` makes them from a shot's memory record.
+    """One decision about one frame or keyframe, and why. ``memory_events`` creates them from a shot's memory record.
 
     ``story_id``/``shot_id`` is the shot for which it was decided. ``verdict`` is one of ``MEMORY_VERDICTS``.
     ``source_shot_index`` is the chain position of the shot the frame comes from (-1: a reference image of the story),
-    ``source_frame_index`` its frame in that shot's clip, ``slot`` its number among that shot's keyframes (None: it
-    became none; for references the position of the image). ``position`` is its place among the recalled keyframes.
-    ``similarity`` is to the frame chosen before it, ``bank_similarity`` the highest to a keyframe of the bank, whose
-    name is ``against``; ``quality`` is the quality score. None: not computed, or it does not apply.
+    ``source_frame_index`` its frame in that shot's clip, ``slot`` its number among that shot's keyframes (None: not
+    kept; for references the position of the image). ``position`` is its place among the recalled keyframes.
+    ``similarity`` is that to the frame chosen before it, ``bank_similarity`` the highest to a keyframe of the bank
+    (named ``against``), ``quality`` the quality score. None: not computed, or it does not apply.
     """
 
     story_id: str
@@ -314,8 +317,8 @@ class MemoryDecided(Event):
 def memory_events(story_id: str, shot_id: str, shot_index: int, memory: Mapping[str, Any]) -> tuple[MemoryDecided, ...]:
     """Return the decisions in the ``memory`` part of a shot's record (``recalled`` and ``decisions``), as events.
 
-    ``recalled`` lists what was decided about the keyframes of the bank, ``decisions`` what about the frames of the new
-    clip, with the field names of ``memory.bank.RecallDecision`` and ``memory.keyframes.FrameDecision``.
+    ``recalled`` lists the decisions about keyframes of the bank, ``decisions`` those about frames of the new clip, with
+    the field names of ``memory.bank.RecallDecision`` and ``memory.keyframes.FrameDecision``.
     """
     recalled = [
         MemoryDecided(
@@ -375,6 +378,3 @@ EVENT_TYPES: Mapping[str, type[Event]] = {
     )
 }
 """Every event class by its name in JSON."""
-
-
-# -- to and from JSON --------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""How an event reaches whoever listens: the ``Observer`` protocol, and the start and end of a stage as two events."""
+"""The ``Observer`` protocol, and a stage reported as two events. Knows nothing of what observers do with events."""
 
 import contextlib
 import time
@@ -9,14 +9,14 @@ from storymem_dist.events.kinds import STAGES, Event, StageFinished, StageStarte
 
 
 class Observer(Protocol):
-    """Whoever is told about events. ``notify`` returns at once and never raises."""
+    """Receives events. ``notify`` returns at once and never raises."""
 
     def notify(self, event: Event) -> None:
-        """Take note of ``event``."""
+        """Receive ``event``."""
 
 
 class NullObserver:
-    """Listens to nothing: for library use, tests, and ranks whose leader speaks for them."""
+    """Ignores all events: for library use, tests, and ranks whose leader sends the events."""
 
     def notify(self, event: Event) -> None:
         """Ignore ``event``."""

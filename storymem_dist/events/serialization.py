@@ -1,13 +1,13 @@
-"""Events to and from the lines of ``events/<writer>.jsonl`` in a run folder.
+"""Converts events to and from the lines of ``events/<writer>.jsonl`` in a run folder. Opens no files.
 
 **The schema** (one object per line, UTF-8, schema version 1) is flat:
 
     {"schema": 1, "event": "StepFinished", "wall_time": 1764000000.123, "writer": "...", "replica": 0, "sequence": 17,
      "story_id": "ocean", "shot_id": "shot_01", "step": 3, "num_steps": 40, ...}
 
-``event`` is the class name and every key after ``sequence`` is a field of that class, with the meaning written in its
+``event`` is the class name and every key after ``sequence`` is a field of that class, explained in its
 docstring. ``wall_time`` is seconds since the Unix epoch, ``sequence`` counts from 0 without gaps within a writer.
-A number that is not finite is written as null (JSON has no NaN) and null in a plain ``float`` field reads as NaN.
+A non-finite number is written as null (JSON has no NaN) and null in a plain ``float`` field reads as NaN.
 Paths are relative to the run folder, with forward slashes.
 """
 
@@ -16,7 +16,7 @@ import json
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,7 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StampedEvent:
-    """An event, when and where: ``wall_time`` in seconds since the epoch, ``sequence`` gapless within ``writer``."""
+    """An event and its origin: ``wall_time`` in seconds since the epoch, ``sequence`` gapless within ``writer``."""
 
     event: Event
     wall_time: float
@@ -37,10 +37,10 @@ class StampedEvent:
 
 
 def event_to_dict(event: Event) -> dict[str, Any]:
-    """Return ``{"event": class name, **fields}`` of JSON types only; numbers that are not finite become None."""
+    """Return ``{"event": class name, **fields}`` of JSON types only; non-finite numbers become None."""
     values: dict[str, Any] = {"event": type(event).__name__}
     for name in type(event).__dataclass_fields__:
-        values[name] = _plain(getattr(event, name))
+        values[name] = json_ready(getattr(event, name))
     return values
 
 
@@ -65,7 +65,7 @@ def event_from_dict(values: Mapping[str, Any]) -> Event:
 
 
 def stamped_to_json(stamped: StampedEvent) -> str:
-    """Return the one line of JSON (no newline) that stands for ``stamped`` in ``events/<writer>.jsonl``."""
+    """Return ``stamped`` as one line of ``events/<writer>.jsonl``, without the newline."""
     values = {
         "schema": SCHEMA_VERSION,
         "event": "",
@@ -79,7 +79,7 @@ def stamped_to_json(stamped: StampedEvent) -> str:
 
 
 def stamped_from_json(line: str | bytes) -> StampedEvent:
-    """Read one line back. Raises ``ValueError`` when it is torn, not of this schema, or not an event."""
+    """Parse one line. Raises ``ValueError`` when it is incomplete, not of this schema, or not an event."""
     values = json.loads(line)
     if not isinstance(values, dict):
         raise ValueError(f"a line of an event file must be an object, not {type(values).__name__}")
@@ -97,16 +97,16 @@ def stamped_from_json(line: str | bytes) -> StampedEvent:
         raise ValueError(f"the stamp of an event is incomplete: {error}") from None
 
 
-def _plain(value: Any) -> Any:
-    """Turn a field's value into JSON types, containers included."""
-    if value is None or isinstance(value, str | bool | int):
-        return value
+def json_ready(value: Any) -> Any:
+    """Return ``value`` as JSON types: mappings and iterables converted, non-finite numbers None, others text."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
+    if value is None or isinstance(value, str | bool | int):
+        return value
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, tuple | list):
-        return [_plain(item) for item in value]
+        return {str(key): json_ready(item) for key, item in value.items()}
+    if isinstance(value, Iterable):
+        return [json_ready(item) for item in value]
     return str(value)
 
 

@@ -1,12 +1,12 @@
-"""What a launcher and the ranks it started tell each other: small files in a folder of their own.
+"""Messages between a launcher and the ranks it started: small files in a private folder.
 
     job.json             what to render: written by the launcher, read by every rank
-    error.json           a user's mistake or a broken machine, found by some rank: no restart will help
-    rank-<R>.json        how rank R ended
-    STOP                 made by the launcher when it is told to stop
+    error.json           the first error of a rank that no restart can cure: a user's mistake or a broken machine
+    rank-<R>.json        the exit code of rank R
+    STOP                 made by the launcher when it is asked to stop
 
-Files, because after a restart nothing else is left (torchrun's store is empty then), and because torchrun turns every
-exit code of a rank into 1. Knows nothing of what is rendered.
+Files survive a restart, when torchrun's store is empty, and keep exit codes, which torchrun turns into 1. Knows nothing
+of what is rendered.
 """
 
 import json
@@ -39,32 +39,32 @@ class GroupFolder:
         return self.root / "STOP"
 
     def write_job(self, job: Mapping[str, Any]) -> None:
-        """Say what is to be rendered: plain values."""
+        """Write the job, as plain values."""
         (self.root / "job.json").write_text(json.dumps(job))
 
     def read_job(self) -> dict[str, Any]:
-        """What is to be rendered."""
+        """Return the job."""
         job: dict[str, Any] = read_json(self.root / "job.json")
         return job
 
     def report_error(self, error: StoryMemError, rank: int) -> None:
-        """Say why this group cannot go on. The first rank that does so is heard."""
-        told = {"exit_code": error.exit_code, "message": str(error), "rank": rank}
-        create_exclusively(self.root / "error.json", canonical_json(told))
+        """Write why this group cannot continue. Only the error of the first rank is kept."""
+        report = {"exit_code": error.exit_code, "message": str(error), "rank": rank}
+        create_exclusively(self.root / "error.json", canonical_json(report))
 
     def error(self) -> RankError | None:
-        """The error that some rank reported, if one did."""
+        """Return the error that a rank reported, or None."""
         try:
-            told = read_json(self.root / "error.json")
+            report = read_json(self.root / "error.json")
         except FileNotFoundError:
             return None
-        return RankError(str(told["message"]), int(told["exit_code"]))
+        return RankError(str(report["message"]), int(report["exit_code"]))
 
     def write_end(self, rank: int, exit_code: int) -> None:
-        """Say how this rank ended."""
+        """Write the exit code of this rank."""
         write_bytes(self.root / f"rank-{rank}.json", canonical_json({"exit_code": exit_code}))
 
     def exit_code(self) -> int:
-        """The highest exit code of all ranks that ended."""
+        """Return the highest exit code of all ranks that ended."""
         ended = [name for name in names_in(self.root) if name.startswith("rank-") and name.endswith(".json")]
         return max((int(read_json(self.root / name)["exit_code"]) for name in ended), default=0)

@@ -1,7 +1,7 @@
 """The points of a sweep: their names, their run folders, why they could not begin, and the table at the end.
 
-Everything that is told about a point is read from its run folder, so it does not matter who rendered it, where and
-when. Knows files only.
+The state of a point is read from its run folder alone: any process on any machine may have rendered it. Knows files
+only.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ from omegaconf import DictConfig, ListConfig
 from storymem_dist.artifacts.run_folder import MARKER
 from storymem_dist.config.composing import to_plain, to_settings
 from storymem_dist.config.points import Point
-from storymem_dist.errors import ShotFailed, StoryMemError
+from storymem_dist.errors import ShotError, StoryMemError
 from storymem_dist.files import canonical_json, names_in, read_json, write_bytes
 
 _LONGEST_NAME = 120
@@ -23,7 +23,7 @@ _ERROR_FILE = Path("logs") / "error.json"  # launchers may put logs/ into a fold
 
 
 def point_of(config: DictConfig | ListConfig, name: str = "") -> Point:
-    """The settings of one composed configuration. A named one is a point of a sweep: its run folder is in ``output``.
+    """Return the point of one composed configuration. With ``name`` it is in a sweep: its run folder is in ``output``.
 
     Raises ``ConfigError``.
     """
@@ -35,31 +35,31 @@ def point_of(config: DictConfig | ListConfig, name: str = "") -> Point:
 
 
 def folder_name(name: str) -> str:
-    """A point's name as a folder: what file systems or shells could misread is replaced, and a hash tells it apart."""
+    """Return a point's name as a folder name: unsafe characters are replaced, and then a hash keeps it distinct."""
     plain = re.sub(r"[^A-Za-z0-9._=,+-]+", "-", name).strip("-.")[:_LONGEST_NAME]
     return plain if plain == name else f"{plain}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def point_folder(sweep_folder: str | Path, name: str) -> Path:
-    """The run folder of a point."""
+    """Return the run folder of a point."""
     return Path(sweep_folder) / folder_name(name)
 
 
 def keep_error(sweep_folder: str | Path, name: str, error: StoryMemError) -> None:
-    """Note in a point's folder why it could not begin."""
+    """Write into a point's folder why it could not begin."""
     path = point_folder(sweep_folder, name) / _ERROR_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(path, canonical_json({"exit_code": error.exit_code, "message": str(error)}))
 
 
 def forget_error(sweep_folder: str | Path, name: str) -> None:
-    """Remove the note of an earlier attempt."""
+    """Remove what ``keep_error`` wrote in an earlier attempt."""
     (point_folder(sweep_folder, name) / _ERROR_FILE).unlink(missing_ok=True)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PointState:
-    """How one point stands: that of its ``stop.json``, or ``not started``, ``running`` (or killed), ``refused``."""
+    """One point. ``state``: that of its ``stop.json``, else ``not started``, ``running`` (or killed) or ``refused``."""
 
     name: str
     state: str
@@ -71,7 +71,7 @@ class PointState:
 
 
 def read_point(folder: Path) -> PointState:
-    """How the point in ``folder`` stands."""
+    """Return the state of the point in ``folder``."""
     if (folder / _ERROR_FILE).exists():
         error = read_json(folder / _ERROR_FILE)
         return PointState(
@@ -86,7 +86,7 @@ def read_point(folder: Path) -> PointState:
     return PointState(
         name=folder.name,
         state=str(stop["state"]),
-        exit_code=ShotFailed.exit_code if stop["state"] == "failed" else 0,
+        exit_code=ShotError.exit_code if stop["state"] == "failed" else 0,
         stories=f"{stop['num_stories_done']}/{stop['num_stories']}",
         num_shots=num_shots,
         num_failed=int(stop["num_failed"]),
@@ -95,13 +95,13 @@ def read_point(folder: Path) -> PointState:
 
 
 def read_points(sweep_folder: str | Path) -> list[PointState]:
-    """All points in a sweep's folder, by name."""
+    """Return all points in a sweep's folder, sorted by name."""
     folders = [Path(sweep_folder) / name for name in names_in(Path(sweep_folder))]
     return [read_point(folder) for folder in folders if (folder / MARKER).exists() or (folder / _ERROR_FILE).exists()]
 
 
 def points_table(points: Sequence[PointState]) -> str:
-    """One line for each point, with a heading."""
+    """Return a table with a heading and one line for each point."""
     heading = ("point", "state", "stories", "shots", "failed", "")
     rows = [
         (point.name, point.state, point.stories, str(point.num_shots), str(point.num_failed), point.message)

@@ -1,7 +1,7 @@
 """One rank that ``launch=torchrun`` started: ``python -m storymem_dist.launch.rank FOLDER``.
 
-Takes the job that the launcher composed, so that all ranks render the same, and leaves how it ended in FOLDER. It exits
-with 0 unless a restart could help or its peers must not wait for it.
+Reads the job that the launcher composed, so that all ranks render the same, and writes its exit code into FOLDER. Exits
+with 0 unless a restart could help or its peers must not wait for it. Knows nothing of what is rendered.
 """
 
 import os
@@ -26,7 +26,7 @@ def main() -> None:
         exit_code = render_job(points, sweep=sweep)
     except CollectiveFailed as error:
         sys.stderr.write(f"storymem-render: error [rank {rank}]: {error}\n")
-        sys.exit(error.exit_code)  # and be started again
+        sys.exit(error.exit_code)  # torchrun restarts it
     except StoryMemError as error:
         folder.report_error(error, rank)
         sys.exit(error.exit_code)  # not 0: the peers may be waiting for this rank in a collective

@@ -1,7 +1,7 @@
-"""Submits a render to SLURM: fills a template of ``slurm/`` by options of sbatch, which win over ``#SBATCH`` lines.
+"""Submits a render to SLURM: a template of ``slurm/`` with options of sbatch, which override its ``#SBATCH`` lines.
 
-The job runs the same command line on its nodes, with ``launch=torchrun`` instead. Nothing is rendered here; what can be
-wrong with settings, storyboards and weights is found before the job waits in a queue.
+The job runs the same command line on its nodes, with ``launch=torchrun`` instead. Renders nothing here; checks
+settings, storyboards and weights before the job waits in a queue.
 """
 
 import os
@@ -24,9 +24,10 @@ _REPORT_TEMPLATE = "report"
 
 
 def submit(points: Sequence[Point], arguments: Sequence[str]) -> int:
-    """Submit one job that renders ``points``, with the command line that asked for them; print its number.
+    """Submit one job that renders ``points`` and print its number; return the exit code.
 
-    With ``launch.dry_run`` only say what would be submitted. Raises ``StoryMemError``.
+    ``arguments`` is the command line. With ``launch.dry_run`` only print what would be submitted. Raises
+    ``StoryMemError``.
     """
     launch = points[0].settings.launch
     output = sweep_or_run_folder(points)
@@ -56,7 +57,7 @@ def submit(points: Sequence[Point], arguments: Sequence[str]) -> int:
 
 
 def sbatch_options(slurm: SlurmSettings, output: Path, *, is_array: bool) -> list[str]:
-    """The settings as options of sbatch; what is None stays as the template says."""
+    """Return the settings as options of sbatch; a setting of None keeps the template's value."""
     given = {
         "job-name": slurm.job_name,
         "nodes": slurm.nodes,
@@ -77,7 +78,7 @@ def sbatch_options(slurm: SlurmSettings, output: Path, *, is_array: bool) -> lis
 
 
 def job_environment(slurm: SlurmSettings, output: Path) -> dict[str, str]:
-    """What the scripts of the job need to know beyond their arguments."""
+    """Return the environment variables that the scripts of the job read."""
     return {
         "STORYMEM_LAUNCH": str(assets_folder("launch")),
         "STORYMEM_PYTHON": sys.executable,
@@ -87,7 +88,7 @@ def job_environment(slurm: SlurmSettings, output: Path) -> dict[str, str]:
 
 
 def job_arguments(arguments: Sequence[str]) -> list[str]:
-    """The command line without what is about submitting."""
+    """Return the command line without the arguments about submission."""
 
     def is_about_submitting(argument: str) -> bool:
         key = argument.partition("=")[0].lstrip("+~")
@@ -97,7 +98,7 @@ def job_arguments(arguments: Sequence[str]) -> list[str]:
 
 
 def template_path(template: str) -> Path:
-    """A template of this project by name, or somebody's own by path. Raises ``ConfigError``."""
+    """Return the path of a template: one of this project by name, or any other by path. Raises ``ConfigError``."""
     if template in TEMPLATES:
         return assets_folder("slurm") / f"{template}.sbatch"
     path = Path(template).absolute()
@@ -110,13 +111,13 @@ def template_path(template: str) -> Path:
 
 
 def sweep_or_run_folder(points: Sequence[Point]) -> Path:
-    """The run folder of a job, or the folder of all run folders of a sweep."""
+    """Return the run folder of a job, or the folder with all run folders of a sweep."""
     output = Path(points[0].settings.output).absolute()
     return output.parent if points[0].name else output
 
 
 def num_replicas(point: Point) -> int | None:
-    """How many replicas the job will have, where the settings say so."""
+    """Return how many replicas the job will have; None where only the template knows."""
     launch, parallel = point.settings.launch, point.settings.parallel
     num_nodes = launch.slurm.tasks or launch.slurm.nodes
     ranks_per_node = launch.processes_per_node or launch.slurm.gpus_per_node

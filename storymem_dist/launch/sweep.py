@@ -1,9 +1,9 @@
-"""Hydra's multirun: the launcher that joins points into jobs, and the table that ends every sweep.
+"""Hydra's multirun: the launcher that groups points into jobs, and the table that ends every sweep.
 
-``storymem-render -m sampler.num_inference_steps=20,40 memory.max_keyframes=6,10`` goes through Hydra's own sweeper;
-this launcher gets the composed points. Points that share weights and layout become one job with one run folder each;
-the others are rendered one after the other. Another launcher (``hydra/launcher=submitit_slurm``) calls the application
-once for each point instead.
+``storymem-render -m sampler.num_inference_steps=20,40 memory.max_keyframes=6,10`` uses Hydra's own sweeper; this
+launcher composes its points. Points that share weights and layout become one job with one run folder each; jobs run one
+after the other. Another launcher (``hydra/launcher=submitit_slurm``) calls the application once for each point instead.
+Knows nothing of how a job is rendered.
 """
 
 import copy
@@ -21,7 +21,7 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext
 from omegaconf import DictConfig, open_dict, read_write
 
-from storymem_dist.config.points import Point
+from storymem_dist.config.points import Point, can_join
 from storymem_dist.errors import ConfigError, StoryMemError
 from storymem_dist.launch.points import forget_error, keep_error, point_of, points_table, read_point, read_points
 
@@ -30,15 +30,15 @@ PLUGIN_MODULE = "hydra_plugins.storymem_launcher"
 
 
 class RendersPoints(Protocol):
-    """The application as a sweep sees it."""
+    """The methods of the application that a sweep uses."""
 
     def begin(self) -> None:
-        """All points are composed."""
+        """Called before the first point is composed."""
 
     def render(self, points: Sequence[Point], *, sweep: str | None = None) -> int:
-        """Render points as one job."""
+        """Render points as one job; return the exit code."""
 
-    def tell(self, error: StoryMemError) -> None:
+    def print_error(self, error: StoryMemError) -> None:
         """Print a user's error."""
 
 
@@ -79,13 +79,13 @@ class SweepLauncher(Launcher):
         jobs = group_points([point for _, point in points], self._can_begin(sweep_folder, points))
         if len(jobs) > 1 and "RANK" in os.environ:
             error = ConfigError(
-                f"the points of this sweep need {len(jobs)} jobs (they differ in weights or layout, or sweep=separate) "
-                "but ranks that were started from outside can only work on one; use launch=torchrun instead of "
-                "starting the ranks yourself"
+                f"the points of this sweep need {len(jobs)} jobs (they differ in weights or layout, or "
+                "sweep=separate), but ranks that another launcher started can only run one; use launch=torchrun "
+                "instead of starting the ranks yourself"
             )
             for name, _ in points:
                 keep_error(sweep_folder, name, error)
-            self._application.tell(error)
+            self._application.print_error(error)
             return
         names = {id(point): name for name, point in points}
         for job in jobs:
@@ -94,8 +94,8 @@ class SweepLauncher(Launcher):
             except StoryMemError as error:
                 for point in job:
                     keep_error(sweep_folder, names[id(point)], error)
-                self._application.tell(error)
-            except Exception:  # a fault of ours in one job is no reason to lose the others
+                self._application.print_error(error)
+            except Exception:  # a bug that ends one job must not lose the others
                 traceback.print_exc()
             if any(read_point(Path(point.settings.output)).state == "stopped" for point in job):
                 return
@@ -117,15 +117,11 @@ class SweepLauncher(Launcher):
 
     def _note(self, sweep_folder: str, name: str, error: StoryMemError) -> None:
         keep_error(sweep_folder, name, error)
-        message = f"{name}: {error}"
-        told = StoryMemError(message)
-        self._application.tell(told)
+        self._application.print_error(StoryMemError(f"{name}: {error}"))
 
 
 def group_points(points: Sequence[Point], can_begin: Callable[[Point], bool]) -> list[list[Point]]:
-    """Sort points into jobs, in order, leaving out those that cannot begin."""
-    from storymem_dist.config.points import can_join
-
+    """Group points into jobs, in order, without those that cannot begin."""
     jobs: list[list[Point]] = []
     for point in points:
         if not can_begin(point):
@@ -140,10 +136,10 @@ def group_points(points: Sequence[Point], can_begin: Callable[[Point], bool]) ->
 
 
 class SweepTable(Callback):
-    """Ends every multirun, whoever launched it, with one table, and with the exit code of the worst point."""
+    """Ends every multirun, with any launcher, with one table and the exit code of the worst point."""
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """Print how all points in the sweep's folder stand."""
+        """Print the state of all points in the sweep's folder; exit with the highest exit code."""
         if config.launch.mode == "slurm" or config.launch.dry_run:
             return
         points = read_points(str(config.output))
@@ -154,7 +150,7 @@ class SweepTable(Callback):
 
 
 def register_launcher() -> None:
-    """Make Hydra know ``SweepLauncher``, without a package of our own in the namespace that all plugins share."""
+    """Register ``SweepLauncher`` with Hydra, without a package in the namespace that all plugins share."""
     sys.modules[PLUGIN_MODULE] = sys.modules[__name__]
     Plugins.instance().register(SweepLauncher)
 

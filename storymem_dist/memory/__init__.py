@@ -1,1 +1,1 @@
-"""The memory bank: keyframe selection, dedupe, recall, and the scorers behind them."""
+"""The memory bank: keyframe selection, dedupe, recall, and the scorers for them. Knows nothing about rendering."""

@@ -14,16 +14,16 @@ from torch import Tensor
 from storymem_dist.memory.settings import MemorySettings
 
 REFERENCE_SHOT_INDEX = -1
-"""``shot_index`` of reference images, which stand in the bank before the first shot."""
+"""``shot_index`` of reference images, which come before the first shot in the bank."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Keyframe:
     """One remembered image, ``uint8 [3, H, W]`` RGB.
 
-    ``shot_index`` is the shot's position in the chain, or ``REFERENCE_SHOT_INDEX``. ``slot`` is its number among the
-    frames chosen from that shot before duplicates were dropped (so slots may have gaps), for reference images their
-    position. ``frame_index`` is the frame of the shot's saved clip, 0 for reference images.
+    ``shot_index`` is the shot's position in the chain, or ``REFERENCE_SHOT_INDEX``. ``slot`` is the keyframe's number
+    among the frames chosen from that shot before duplicates were dropped (so slots may have gaps); for a reference
+    image it is the position. ``frame_index`` is the frame of the shot's saved clip, 0 for reference images.
     """
 
     image: Tensor
@@ -37,7 +37,7 @@ class Keyframe:
 
     @property
     def name(self) -> str:
-        """Short name for people: ``shot_02 keyframe 1``, ``reference image 1``."""
+        """Short name for messages and records: ``shot_02 keyframe 1``, ``reference image 1``."""
         if self.shot_index == REFERENCE_SHOT_INDEX:
             return f"reference image {self.slot + 1}"
         return f"shot_{self.shot_index + 1:02d} keyframe {self.slot}"
@@ -80,11 +80,11 @@ class MemoryBank:
         return len(self.keyframes)
 
     def add(self, keyframes: Iterable[Keyframe]) -> "MemoryBank":
-        """A bank that holds ``keyframes`` too."""
+        """A new bank with ``keyframes`` added."""
         return MemoryBank((*self.keyframes, *keyframes))
 
     def recall(self, settings: MemorySettings) -> Recall:
-        """The first ``num_fixed`` and the newest ``max_keyframes - num_fixed`` keyframes; all, if there are no more."""
+        """The first ``num_fixed`` and the newest ``max_keyframes - num_fixed`` keyframes, or all if there are fewer."""
         num_recent = settings.max_keyframes - settings.num_fixed
         first_recent = max(settings.num_fixed, len(self) - num_recent)
         recalled: list[Keyframe] = []

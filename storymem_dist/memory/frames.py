@@ -1,4 +1,4 @@
-"""The size at which frames are compared and scored. Knows nothing about what is done with them.
+"""The size at which frames are compared and scored. Knows nothing about scorers or keyframes.
 
 Shapes: N frames, C channels (3), H height, W width.
 """

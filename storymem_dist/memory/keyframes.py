@@ -1,11 +1,11 @@
-"""Choose the keyframes that a finished shot leaves in the memory bank (STORYMEM section 5, as upstream does it).
+"""Chooses the keyframes that a finished shot adds to the memory bank, by the rules of StoryMem's published code.
 
 1. The first frame that passes the quality test, then every later frame that differs enough from the last chosen one
    and passes; the threshold is lowered until at most ``max_per_shot`` remain.
 2. A chosen frame too similar to any keyframe of the bank is dropped.
 
-Frames are described once per size and scored once, when their score is first asked for (a score may cost a forward of
-a 7B model); thresholds are searched on cached similarities. Knows nothing about which scorers it is given, or where
+A frame is described once per size and scored only once, when its score is first needed (a score may cost a forward of a
+7B model). The search for the threshold uses cached similarities. Knows nothing about how scorers work or where
 keyframes are stored.
 
 Shapes: F frames, C channels (3), H height, W width.
@@ -23,18 +23,18 @@ from storymem_dist.memory.scorers import Quality, Similarity
 from storymem_dist.memory.settings import MemorySettings
 
 FIRST_COMPARED_FRAME = 2
-"""Upstream never tests frame 1, and the published keyframes were chosen so."""
+"""StoryMem's code never tests frame 1, and its published keyframes were chosen this way."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FrameDecision:
-    """What became of one frame that was considered as a keyframe, and why; plain values, ready for JSON.
+    """The verdict on one candidate for a keyframe and its reason; plain values, ready for JSON.
 
     ``verdict`` is ``kept``, ``duplicate``, ``low_quality`` or ``kept_as_last_resort``. ``slot`` is the frame's number
-    among the chosen ones, None for ``low_quality``. ``similarity`` is that to the chosen frame before it (None for the
-    first), ``bank_similarity`` the highest to a keyframe of the bank and ``against`` that keyframe's name (None when
-    the bank was empty). ``quality`` is the quality score, None when there is no test. A similarity that is not a
-    number (two black frames in ``hsv``) is None.
+    among the chosen ones, None for ``low_quality``. ``similarity`` is the similarity to the chosen frame before it
+    (None for the first), ``bank_similarity`` the highest similarity to a keyframe of the bank and ``against`` that
+    keyframe's name (both None when the bank was empty). ``quality`` is the quality score, None without a quality test.
+    A similarity that is not a number (two black frames in ``hsv``) is None.
     """
 
     frame_index: int
@@ -51,7 +51,7 @@ class FrameDecision:
 class Chosen:
     """The keyframes a shot adds to the bank, and the decisions behind them in the order of the frames.
 
-    ``threshold`` is the similarity threshold at which few enough frames remained.
+    ``threshold`` is the similarity threshold at which at most ``max_per_shot`` frames remained.
     """
 
     kept: tuple[Keyframe, ...]
@@ -70,8 +70,8 @@ def choose_keyframes(
 ) -> Chosen:
     """Choose from a clip (``uint8 [F, 3, H, W]``, F >= 1) the keyframes that shot ``shot_index`` adds to ``bank``.
 
-    The keyframes of ``bank`` have the clip's size. When no frame passes the quality test the shot adds nothing, unless
-    the bank would stay empty: then the best-scoring frame is kept as a last resort.
+    The keyframes of ``bank`` have the clip's size. When no frame passes the quality test, the shot adds nothing; only
+    if the bank would stay empty, the best-scoring frame is kept as a last resort.
     """
     assert clip_FCHW.dtype == torch.uint8 and clip_FCHW.ndim == 4 and len(clip_FCHW) > 0, clip_FCHW.shape
     candidates = _Candidates(resize_for_selection(clip_FCHW), similarity, quality)
@@ -102,7 +102,7 @@ def choose_keyframes(
 
 
 class _Candidates:
-    """The frames of a clip at selection size; similarities and scores are computed on demand and remembered."""
+    """The frames of a clip at selection size; similarities and scores are computed on demand and cached."""
 
     def __init__(self, frames_FCHW: Tensor, similarity: Similarity, quality: Quality) -> None:
         self._frames = frames_FCHW
@@ -129,7 +129,7 @@ class _Candidates:
         return self._scores[index]
 
     def passes(self, index: int) -> bool:
-        """Whether the frame passes the quality test; ``refused`` remembers those that do not."""
+        """Whether the frame passes the quality test; adds it to ``refused`` if not."""
         passes = self.score(index) >= self.quality.threshold
         if not passes:
             self.refused.add(index)

@@ -1,6 +1,6 @@
-"""How alike two frames are, and how good one is: CLIP, HSV patches; HPSv3, sharpness, nothing.
+"""Scorers: the similarity of two frames (CLIP, HSV patches) and the quality of one (HPSv3, sharpness, none).
 
-Models are loaded from local files only, once, when a scorer is built. Knows nothing about selection rules.
+A model is loaded once, when its scorer is built, from local files only. Knows nothing about selection rules.
 
 Shapes: N frames, C channels (3, RGB), H height, W width, P patches, D values of a patch or embedding.
 """
@@ -34,10 +34,10 @@ DARK_LUMA, BRIGHT_LUMA = 10.0, 245.0
 
 
 class Similarity(Protocol):
-    """Compares frames in two steps, so that each is looked at once."""
+    """Compares frames in two steps, so that each frame is described only once."""
 
     def describe(self, frames_NCHW: Tensor) -> Tensor:
-        """Features ``[N, ...]`` of ``uint8 [N, 3, H, W]`` frames, in a form only ``compare`` knows, on the CPU."""
+        """Features ``[N, ...]`` of ``uint8 [N, 3, H, W]`` frames on the CPU, in a form that only ``compare`` reads."""
         ...
 
     def compare(self, one: Tensor, many: Tensor) -> Tensor:
@@ -131,8 +131,8 @@ class ClipSimilarity:
 def clip_pixels(frames_NCHW: Tensor) -> Tensor:
     """``float32 [N, 3, 224, 224]`` input of CLIP from ``uint8 [N, 3, H, W]``.
 
-    Squashed to a square by a plain bilinear resize: no crop, no antialias, as StoryMem does it (transformers' image
-    processor does both).
+    A plain bilinear resize to a square, without crop and antialias, as in StoryMem (transformers' image processor does
+    both).
     """
     squashed = F.interpolate(
         frames_NCHW.float() / 255, size=(CLIP_SIZE, CLIP_SIZE), mode="bilinear", align_corners=False
@@ -154,7 +154,7 @@ class HsvSimilarity:
         frames_NCHW = frames_NCHW.cpu()
         if frames_NCHW.shape[-2] % PATCH or frames_NCHW.shape[-1] % PATCH:
             frames_NCHW = resize_for_selection(frames_NCHW)
-        # one frame at a time: its int32 temporaries stay in the cache, several times faster than a whole clip
+        # one frame at a time: its int32 temporaries fit the CPU cache, several times faster than a whole clip
         hsv = torch.cat([rgb_to_hsv(frame) for frame in frames_NCHW.split(1)])
         patches = hsv.unfold(2, PATCH, PATCH).unfold(3, PATCH, PATCH)  # [N, 3, rows, columns, 28, 28]
         return patches.permute(0, 2, 3, 1, 4, 5).reshape(len(hsv), -1, 3 * PATCH * PATCH)
@@ -205,7 +205,7 @@ class NoQuality:
     threshold = -math.inf
 
     def score(self, frame_CHW: Tensor) -> float:
-        """Nothing is measured."""
+        """Always 0."""
         return 0.0
 
 
@@ -291,12 +291,12 @@ class ScorerShelf:
         self._built: dict[str, tuple[Similarity, Quality]] = {}
 
     def __call__(self, memory: MemorySettings) -> tuple[Similarity, Quality]:
-        """The scorers that ``memory`` names. Raises ``WeightsNotFound`` or ``ExtraNotInstalled``."""
+        """The scorers for ``memory``. Raises ``WeightsNotFound``, ``CheckpointError`` or ``ExtraNotInstalled``."""
         key = json.dumps({name: getattr(memory, name) for name in SELECTION_KEYS})
         if key not in self._built:
             self._built[key] = build_similarity(memory, self._device), build_quality(memory, self._device)
         return self._built[key]
 
     def check(self, memory: MemorySettings) -> None:
-        """Build the scorers now, so that what is missing is told before the first shot."""
+        """Build the scorers now, so that missing weights or packages are reported before the first shot."""
         self(memory)

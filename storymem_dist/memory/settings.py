@@ -1,4 +1,4 @@
-"""Settings of the memory bank; the defaults are StoryMem's, but for the quality test: sharpness needs no weights.
+"""Settings of the memory bank. Defaults are StoryMem's, except the quality test: sharpness needs no weights.
 
 Knows nothing about the scorers behind the names.
 """
@@ -16,13 +16,13 @@ DEFAULT_QUALITY_THRESHOLDS = {"hpsv3": 3.0, "sharpness": 5.0}
 
 @dataclass(kw_only=True, slots=True)
 class MemorySettings:
-    """Which frames a shot leaves in the bank, and which keyframes a shot is shown.
+    """Which frames a shot adds to the bank, and which keyframes a shot is shown.
 
-    ``max_keyframes``: at most so many are recalled for one shot; ``num_fixed`` of them are the oldest (the sink), the
-    rest the newest. ``max_per_shot``: at most so many frames are chosen from one shot. ``similarity_threshold``: a
-    frame is new when it is less similar than this to the keyframe before it (lowered in steps of ``threshold_step``
-    until at most ``max_per_shot`` frames remain), and a duplicate when it is more similar than this to any keyframe of
-    the bank. ``quality_threshold``: the least score that passes; None takes the default of the chosen ``quality``.
+    ``max_keyframes``: most keyframes recalled for one shot; ``num_fixed`` of them are the oldest (the sink), the rest
+    the newest. ``max_per_shot``: most frames chosen from one shot. ``similarity_threshold``: a frame is new when it is
+    less similar than this to the keyframe before it (lowered in steps of ``threshold_step`` until at most
+    ``max_per_shot`` frames remain), and a duplicate when it is more similar than this to any keyframe of the bank.
+    ``quality_threshold``: the lowest score that passes; None means the default of the chosen ``quality``.
     ``clip_model`` is a folder, or a hub id that is in the local cache. ``hpsv3_checkpoint`` is a file, or None for the
     one in the local cache.
     """
@@ -72,3 +72,4 @@ SELECTION_KEYS = (
     "clip_model",
     "hpsv3_checkpoint",
 )
+"""The settings that decide which frames a shot adds to the bank; the others concern recall only."""

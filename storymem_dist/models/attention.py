@@ -1,8 +1,8 @@
-"""Scaled dot-product attention behind one small module and one function that also returns the log-sum-exp.
+"""Scaled dot-product attention: one small module, and one function that also returns the log-sum-exp.
 
-Everything is full (never causal, never masked) attention with scale ``1 / sqrt(H)``. The kernels are torch's own, and
-those of the FlashAttention packages where they are installed. Knows nothing about ranks: parallel code replaces an
-``Attend`` or merges several ``attend_with_lse`` results.
+Attention is always full (never causal, never masked), with scale ``1 / sqrt(H)``. The kernels are torch's own, or those
+of the FlashAttention packages if installed. Knows nothing about ranks: parallel code replaces an ``Attend`` or merges
+several ``attend_with_lse`` results.
 
 Legend: B batch, L query tokens, S key tokens, N heads, H head width.
 """
@@ -20,26 +20,26 @@ from storymem_dist.errors import ConfigError, require_one_of
 _KERNELS = {
     "sdpa_cudnn": SDPBackend.CUDNN_ATTENTION,
     "sdpa_flash": SDPBackend.FLASH_ATTENTION,
-    "flash_attn_3": SDPBackend.FLASH_ATTENTION,  # takes the flash kernel's place in this process once activated
+    "flash_attn_3": SDPBackend.FLASH_ATTENTION,  # replaces torch's flash kernel in this process once activated
     "sdpa_math": SDPBackend.MATH,
 }
 BACKENDS = ("auto", *_KERNELS, "flash_attn_2")
-"""``auto``: torch's own choice for the device and dtype. On Hopper that is cuDNN's kernel where the installed cuDNN can
-be trusted with lengths that 128 does not divide (as ours), else flash; ``sdpa_cudnn`` overrides that guard.
-``sdpa_flash``: torch's flash kernel (FlashAttention 2 on CUDA). ``flash_attn_2`` and ``flash_attn_3``: those of the
-packages ``flash_attn`` (the extra ``flash-attn``) and ``flash_attn_interface`` (for Hopper). ``sdpa_math``: unfused
-softmax in fp32, the exact reference (memory grows with L x S). All but ``auto`` are an error where they cannot be used;
-``start_backend`` says so before anything is rendered.
+"""``auto``: torch's own choice for the device and dtype. On Hopper that is cuDNN's kernel if torch trusts the installed
+cuDNN with lengths that are not multiples of 128 (such as ours), else flash; ``sdpa_cudnn`` uses cuDNN's in any case.
+``sdpa_flash``: torch's flash kernel (FlashAttention 2 on CUDA). ``flash_attn_2`` and ``flash_attn_3``: the kernels of
+the packages ``flash_attn`` (the extra ``flash-attn``) and ``flash_attn_interface`` (for Hopper). ``sdpa_math``: unfused
+softmax in fp32, the exact reference (memory grows with L x S). Where a backend other than ``auto`` cannot be used,
+``start_backend`` raises an error before anything is rendered.
 """
 
-_TRIED_LENGTHS = (72, 130)  # queries and keys of the trial: 128 divides neither
-_TRIAL_TOLERANCE = {2: 0.03, 4: 0.004}  # by bytes of a number; fp32 kernels may compute in TF32
+_TRIED_LENGTHS = (72, 130)  # queries and keys of the trial: neither is a multiple of 128
+_TRIAL_TOLERANCE = {2: 0.03, 4: 0.004}  # by bytes per element; fp32 kernels may compute in TF32
 
 _MATH_QUERY_ROWS = 1024  # rows of the score matrix held at once by the unfused path of attend_with_lse
 
 
 class Attend(nn.Module):
-    """Attention of queries to keys and values, without parameters: the seam that sequence parallelism replaces."""
+    """Attention of queries to keys and values. Has no parameters; sequence parallelism replaces this module."""
 
     def __init__(self, backend: str = "auto"):
         super().__init__()
@@ -64,9 +64,9 @@ class Attend(nn.Module):
 def attend_with_lse(q_BLNH: Tensor, k_BSNH: Tensor, v_BSNH: Tensor, backend: str = "auto") -> tuple[Tensor, Tensor]:
     """Attention output ``[B, L, N, H]`` (input dtype) and natural log-sum-exp of the scaled scores, fp32 ``[B, N, L]``.
 
-    ``auto`` takes the flash kernel where the device has one for these inputs, else the unfused path; the others insist.
-    On CUDA these are the operators that torch's own context parallelism calls; they want 16-bit inputs and a head width
-    divisible by 8.
+    ``auto`` uses the flash kernel where the device has one for these inputs, else the unfused path; any other backend
+    is used as named. On CUDA these are the operators that torch's own context parallelism calls; they need 16-bit
+    inputs and a head width divisible by 8.
     """
     require_one_of("attention backend", backend, BACKENDS)
     if backend == "sdpa_math" or (backend == "auto" and not _has_flash_with_lse(q_BLNH)):
@@ -85,7 +85,7 @@ def attend_with_lse(q_BLNH: Tensor, k_BSNH: Tensor, v_BSNH: Tensor, backend: str
 
 
 def describe_backend(backend: str, *, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
-    """What to call ``backend`` in a report: its name, and for ``auto`` what torch chooses, such as ``auto (flash)``."""
+    """Name of ``backend`` for reports; for ``auto`` with the kernel that torch chooses, such as ``auto (flash)``."""
     if backend != "auto":
         return backend
     q, k = (
@@ -96,10 +96,10 @@ def describe_backend(backend: str, *, device: torch.device, dtype: torch.dtype, 
 
 
 def start_backend(backend: str, *, device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
-    """Make ``backend`` ready in this process and try it once: both functions of this module against the exact one.
+    """Prepare ``backend`` in this process and compare one result, with and without log-sum-exp, with exact attention.
 
     Raises ``ConfigError`` when it is not installed, cannot run on ``device`` with ``dtype`` and ``head_dim``, or gives
-    another result there.
+    a different result there.
     """
     require_one_of("model.attention", backend, BACKENDS)
     what = f"model.attention={backend} cannot be used on {device.type} with {str(dtype).removeprefix('torch.')}"
@@ -120,7 +120,7 @@ def start_backend(backend: str, *, device: torch.device, dtype: torch.dtype, hea
     exact_out, exact_lse = _math_with_lse(q, k, v)
     try:
         attended, (out, lse) = Attend(backend)(q, k, v), attend_with_lse(q, k, v, backend)
-    except (RuntimeError, ImportError) as error:  # a package that was built for another torch cannot be imported
+    except (RuntimeError, ImportError) as error:  # ImportError: the package was built for another torch
         raise ConfigError(f"{what}: {str(error).splitlines()[0]}; {hint}") from None
     pairs = ((attended, exact_out), (out, exact_out), (lse, exact_lse))
     for found, expected in pairs:
@@ -137,7 +137,7 @@ def _flash_attn_2(q_BLNH: Tensor, k_BSNH: Tensor, v_BSNH: Tensor) -> tuple[Tenso
 
 
 def _activate_flash_attn_3() -> None:
-    """Let torch put the package's kernels in the place of its own flash kernel, for this process."""
+    """Make torch use the package's kernels instead of its own flash kernel in this process."""
     what, hint = "model.attention=flash_attn_3", "use auto"
     if "FA3" not in registry.list_flash_attention_impls():
         raise ConfigError(f"{what} needs torch 2.11 or newer, this is {torch.__version__}; {hint}")

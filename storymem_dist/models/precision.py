@@ -1,7 +1,8 @@
-"""How exactly this process computes in fp32 on devices that can trade digits for speed. Sets torch's own switches.
+"""Sets torch's switches for fp32 precision in this process. Knows nothing about the modules that compute.
 
-Matrix products in fp32 (time embedding, modulation, head, LoRA merges) stay exact: they are few and decide much.
-Convolutions are the VAE's, where TF32 is several times faster and torch's default. CPUs are not affected.
+Matrix products in fp32 (time embedding, modulation, head, LoRA merges) stay exact: they are few, and all pixels depend
+on them. Only the VAE runs convolutions; TF32 is torch's default for them and several times faster. CPUs are not
+affected.
 """
 
 import torch
@@ -12,7 +13,7 @@ VAE_PRECISIONS = ("tf32", "float32")
 
 
 def set_fp32_precision(*, convolutions: str) -> None:
-    """Set the process to exact fp32 matrix products, and to convolutions in ``tf32`` or ``float32``."""
+    """Make fp32 matrix products exact, and compute convolutions in ``tf32`` or ``float32`` (else ``ConfigError``)."""
     require_one_of("model.vae_precision", convolutions, VAE_PRECISIONS)
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = convolutions == "tf32"

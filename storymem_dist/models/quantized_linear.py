@@ -1,8 +1,8 @@
-"""Linear layers in eight bits, for speed and memory at a measured price (``benchmarks/lossy_errors.py``).
+"""8-bit linear layers: faster and smaller, but lossy (``benchmarks/lossy_errors.py`` measures the errors).
 
-Weights are float8 (e4m3) or int8 with one scale per output row; each token is given a scale of its own when it arrives.
-The products are torch's. Rows are quantized one by one, so neither a weight's bits depend on how its rows are cut over
-ranks, nor a token's on how tokens are. Knows nothing about Wan, files or ranks.
+Weights are float8 (e4m3) or int8 with one scale per output row; each token gets its own scale during the forward. Each
+row is quantized alone, so the bits of a weight or token do not depend on how rows or tokens are split over ranks. torch
+computes the products. Knows nothing about Wan, files or ranks.
 """
 
 from abc import ABC, abstractmethod
@@ -16,13 +16,13 @@ from torch.nn.functional import ScalingType
 from storymem_dist.errors import ConfigError
 
 LINEARS = ("exact", "float8", "int8")
-"""What ``model.linears`` may be: the layers as trained, or one of the two formats here."""
+"""The values of ``model.linears``: the layers as trained, or one of the two formats here."""
 
 _SMALLEST = 2.0**-100
-"""Rows whose largest number is below this are zero: a scale would be no fp32 number."""
+"""Rows whose largest magnitude is below this count as zero: fp32 could not hold their scale."""
 
 _LEAST_INT_MM_ROWS = 17
-"""``torch._int_mm`` refuses fewer on CUDA."""
+"""``torch._int_mm`` rejects fewer rows on CUDA."""
 
 _TRIED_SIZE = 32
 
@@ -30,12 +30,12 @@ _TRIED_SIZE = 32
 class QuantizedLinear(nn.Module, ABC):
     """``nn.Linear`` in eight bits: ``weight [out, in]``, ``row_scale [out]`` (fp32) and ``bias [out]``.
 
-    A new layer holds nothing yet: its weights come from ``models.loading``, which quantizes them on the way. Raises
-    ``ConfigError`` for sizes that CUDA's products cannot have (checked on every device).
+    A new layer is uninitialized: ``weights.loading`` fills it and quantizes its weights. Raises ``ConfigError`` for
+    sizes that CUDA's kernels do not support (checked on every device).
     """
 
     weight_dtype: ClassVar[torch.dtype]
-    largest_value: ClassVar[int]  # a float would be an input of compiled graphs
+    largest_value: ClassVar[int]  # an int, because a float would become an input of compiled graphs
     sizes_multiple_of: ClassVar[int]
 
     def __init__(self, like: nn.Linear) -> None:
@@ -66,13 +66,13 @@ class QuantizedLinear(nn.Module, ABC):
     @classmethod
     @abstractmethod
     def quantize(cls, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Values and fp32 scales ``[n]`` of fp32 rows ``[n, m]`` of a weight; ``values * scales`` is what is kept."""
+        """Values ``[n, m]`` and fp32 scales ``[n]`` of fp32 weight rows ``[n, m]``, about ``values * scales``."""
 
 
 class Float8Linear(QuantizedLinear):
-    """e4m3 weights and tokens. Product and bias are in bf16, the only type that CUDA has for scales per row.
+    """e4m3 weights and tokens. Product and bias are in bf16, the only type that CUDA supports with scales per row.
 
-    Sums are kept in full fp32 (``use_fast_accum`` off): what fewer bits in them would cost has not been measured.
+    Sums are full fp32 (``use_fast_accum`` off): the error of shorter sums has not been measured.
     """
 
     weight_dtype = torch.float8_e4m3fn
@@ -93,10 +93,10 @@ class Float8Linear(QuantizedLinear):
 
     @classmethod
     def quantize(cls, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """As of ``QuantizedLinear``, with powers of two as scales.
+        """See ``QuantizedLinear.quantize``; the scales are powers of two.
 
-        So ``values * scales`` is exact in bf16, and quantizing it again gives the same numbers: weights that were
-        prepared as float8 (``models/wan/prepared.py``) lose nothing more here.
+        So ``values * scales`` is exact in bf16, and quantizing it again gives the same numbers: weights prepared as
+        float8 (``weights/prepared.py``) lose nothing more here.
         """
         largest = rows.abs().amax(dim=1)
         powers = torch.exp2(torch.ceil(torch.log2(largest / cls.largest_value)))
@@ -121,7 +121,7 @@ class Int8Linear(QuantizedLinear):
 
     @classmethod
     def quantize(cls, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """As of ``QuantizedLinear``."""
+        """See ``QuantizedLinear.quantize``."""
         scales = rows.abs().amax(dim=1).clamp_min(_SMALLEST) / cls.largest_value
         return (rows / scales[:, None]).round().to(cls.weight_dtype), scales
 
@@ -130,9 +130,9 @@ _LAYERS: dict[str, type[QuantizedLinear]] = {"float8": Float8Linear, "int8": Int
 
 
 def quantize_linears(module: nn.Module, linears: str) -> None:
-    """Put layers of the format ``linears`` (one of ``LINEARS``) in the place of every ``nn.Linear`` inside ``module``.
+    """Replace every ``nn.Linear`` inside ``module`` by a layer of the format ``linears`` (one of ``LINEARS``).
 
-    To be called before weights are loaded, usually on the meta device. Names of weights and biases do not change.
+    Call it before weights are loaded, usually on the meta device. Names of weights and biases do not change.
     """
     if linears == "exact":
         return
@@ -144,7 +144,7 @@ def quantize_linears(module: nn.Module, linears: str) -> None:
 
 @torch.no_grad()
 def check_linears(linears: str, device: torch.device) -> None:
-    """Raise ``ConfigError`` if ``device`` cannot multiply in the format ``linears``. Found out by trying it once."""
+    """Multiply once on ``device`` in the format ``linears``; raise ``ConfigError`` if the device cannot."""
     if linears == "exact":
         return
     layer = _LAYERS[linears](nn.Linear(_TRIED_SIZE, _TRIED_SIZE, device=device))
@@ -156,8 +156,8 @@ def check_linears(linears: str, device: torch.device) -> None:
         others = "int8 or exact" if linears == "float8" else "exact"
         reason = str(error).partition("\n")[0]
         raise ConfigError(
-            f"model.linears={linears}: this {device.type} device with torch {torch.__version__} has no such products "
-            f"({reason}); use model.linears={others}"
+            f"model.linears={linears}: this {device.type} device with torch {torch.__version__} cannot multiply in "
+            f"this format ({reason}); use model.linears={others}"
         ) from None
 
 

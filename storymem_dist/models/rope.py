@@ -1,7 +1,7 @@
 """Rotary position tables over (time, height, width), and their application to queries and keys.
 
-Knows nothing about memory, frames or ranks: temporal positions are given by the caller (they may be negative and need
-not be contiguous), and a table is as long as the tokens it is applied to.
+Knows nothing about memory, frames or ranks: the caller gives the temporal positions, which may be negative and may have
+gaps. A table has one row per token.
 
 Legend: B batch, T latent frames, L tokens (t, h, w order, w fastest), N heads, H head width, P = H/2 pairs.
 """
@@ -26,7 +26,7 @@ def rope_tables(
 
     ``temporal_positions_T`` is int64 ``[T]``, one position per latent frame; ``height`` and ``width`` count tokens
     (latent size / patch size) and are numbered from 0. Angles are computed in fp64. Positions on another device than
-    ``device`` are copied, which on CUDA waits for the host.
+    ``device`` are copied; on CUDA, the host waits for this copy.
     """
     axes_positions = (
         temporal_positions_T.to(device=device, dtype=torch.float64),
@@ -41,7 +41,7 @@ def rope_tables(
         view = [1, 1, 1, channels // 2]
         view[axis] = len(positions)
         angles.append(axis_angles.view(view))
-    # Trigonometry on the three short axes (in fp64), then fp32 copies spread over the tokens.
+    # Cosine and sine in fp64 on the three short axes; only their fp32 results are expanded to all tokens.
     cos = torch.cat([a.cos().float().expand(*shape, -1) for a in angles], dim=-1)
     sin = torch.cat([a.sin().float().expand(*shape, -1) for a in angles], dim=-1)
     return cos.flatten(0, 2), sin.flatten(0, 2)
@@ -50,8 +50,8 @@ def rope_tables(
 def apply_rope(x_BLNH: Tensor, cos_LP: Tensor, sin_LP: Tensor) -> Tensor:
     """Rotate adjacent channel pairs ``(2k, 2k+1)`` of every head, in fp32; returns fp32 ``[B, L, N, H]``.
 
-    Eager runs one complex product, a single pass over memory. torch.compile has no code for complex numbers but fuses
-    real ones with what surrounds them, so a compiled region gets the same formula written out.
+    Eager code runs one complex product, a single pass over memory. torch.compile does not compile complex numbers, so a
+    compiled region gets the same formula in real numbers, which torch.compile fuses with the operations around it.
     """
     pairs_BLNP2 = x_BLNH.float().unflatten(-1, (-1, 2))
     if torch.compiler.is_compiling():

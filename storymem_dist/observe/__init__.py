@@ -1,1 +1,1 @@
-"""Events and the back ends that observe them: console, JSONL, Weights & Biases, report."""
+"""All that observes a render: event files, console, Weights & Biases, report. Knows events, not how they arise."""

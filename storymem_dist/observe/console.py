@@ -1,10 +1,10 @@
 """The console: lines for a log, or a view of the whole batch that redraws itself on a terminal.
 
-``PlainConsole`` writes one line per thing that matters and progress lines at a sane rate. ``LiveConsole`` shows the
-batch, one line per replica and the newest events, and leaves one line behind for each finished shot. Both can follow
-the event files of the other replicas (``tail``) and then speak of the whole batch.
+``PlainConsole`` writes one line per important event, and progress lines at a limited rate. ``LiveConsole`` shows the
+batch, one line per replica and the newest events; each finished shot leaves a permanent line. Both can follow the event
+files of the other replicas (``tail``) and then report on the whole batch.
 
-Knows events and terminals; nothing of ranks or of what a render is.
+Knows events and terminals; nothing of ranks or rendering.
 """
 
 import time
@@ -17,7 +17,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from storymem_dist import events as ev
+import storymem_dist.events as ev
 from storymem_dist.observe.journal import JournalTail
 from storymem_dist.observe.run import format as fmt
 from storymem_dist.observe.run.rates import rates, seconds_left
@@ -26,19 +26,19 @@ from storymem_dist.observe.run.summary import summary
 from storymem_dist.observe.run.values import Row
 
 MAX_LIVE_ROWS = 24
-"""Replicas that get a line of their own in the live view; the rest is counted."""
+"""Replicas with their own line in the live view; the others are only counted."""
 
 BAR_WIDTH = 24
 
 FOLLOW_SECONDS = 1.0
-"""How often the event files of other replicas are looked at."""
+"""Seconds between two reads of the other replicas' event files."""
 
 SLOW_FIGURES_SECONDS = 2.0
-"""How often figures over the whole batch (time left, clips per device-hour) are computed anew."""
+"""Seconds between two computations of figures over the whole batch (time left, clips per device-hour)."""
 
 
 def event_line(event: ev.Event, level: str) -> Text | None:
-    """One line about ``event`` for people, or None when ``level`` does not show it (or it shows as progress)."""
+    """Return one line about ``event`` for people; None if ``level`` hides it or it is shown as progress."""
     normal, verbose = level != "quiet", level == "verbose"
     match event:
         case ev.JobStarted():
@@ -75,13 +75,13 @@ def event_line(event: ev.Event, level: str) -> Text | None:
             at = f" in {event.stage}" if event.stage else ""
             return Text(f"{event.story_id}/{event.shot_id} failed{at}: {event.reason}{again}", style="red")
         case ev.ShotResumed():
-            return Text(f"{event.story_id}/{event.shot_id} goes on after step {event.step} of {event.num_steps}")
+            return Text(f"{event.story_id}/{event.shot_id} resumes after step {event.step} of {event.num_steps}")
         case ev.ShotSkipped():
             if event.reason == "committed":
-                return Text(f"{event.story_id}/{event.shot_id} is already there", style="dim") if verbose else None
+                return Text(f"{event.story_id}/{event.shot_id} is already committed", style="dim") if verbose else None
             return Text(f"{event.story_id}/{event.shot_id} skipped: {event.reason}", style="yellow")
         case ev.StoryboardRejected():
-            return Text(f"{event.source} refused: {event.message}", style="red")
+            return Text(f"{event.source} rejected: {event.message}", style="red")
         case ev.WarningIssued():
             return Text(f"warning: {event.message}", style="yellow")
         case ev.StopRequested():
@@ -153,14 +153,14 @@ class PlainConsole:
             self._progress(stamped)
 
     def tick(self) -> None:
-        """Read what the other replicas did since the last look; at first, also what earlier starts did."""
+        """Read the new events of the other replicas; the first call also reads those of earlier starts."""
         self._knows_history = True
         if self._tail is not None:
             for stamped in self._tail.poll():
                 self._state.apply(stamped)
 
     def close(self) -> None:
-        """Write the summary (where the whole batch is known)."""
+        """Write the summary (if the whole batch is known)."""
         if self._summarize:
             self.tick()
             Console(file=self._stream, width=120, no_color=True, highlight=False).print(summary(self._state))
@@ -217,9 +217,9 @@ class LiveConsole:
         console.show_cursor(True)  # a killed process must not leave the terminal without a cursor
 
     def handle(self, stamped: ev.StampedEvent) -> None:
-        """Fold the event in; shots, stories and troubles leave a line behind."""
+        """Apply the event; ends of shots and stories, warnings and stops leave a permanent line."""
         if not self._next_follow:
-            self._follow()  # earlier starts come first
+            self._follow()  # events of earlier starts first
         self._state.apply(stamped)
         line = event_line(stamped.event, self._level)
         if line is None:
@@ -245,7 +245,7 @@ class LiveConsole:
         self._live.update(self._view(), refresh=True)
 
     def close(self) -> None:
-        """Take the view away and print the summary."""
+        """Remove the view and print the summary."""
         self.tick()
         self._live.stop()
         if self._state.rows:
@@ -254,7 +254,7 @@ class LiveConsole:
     def _follow(self) -> None:
         self._next_follow = time.monotonic() + FOLLOW_SECONDS
         for stamped in self._tail.poll() if self._tail is not None else ():
-            if stamped.wall_time < self._started:  # an earlier start of this run: known, but no news
+            if stamped.wall_time < self._started:  # from an earlier start: apply it without a line
                 self._state.apply(stamped)
             else:
                 self.handle(stamped)

@@ -1,10 +1,10 @@
 """The event files of a run folder: one writer appends, any number of readers follow.
 
-``JournalWriter`` is the guaranteed path: one line per event, written with one ``write`` call to a file of its own, so
-that a killed process loses nothing that was notified and shared file systems tear nothing. ``read_journal`` reads all
-files at once; ``JournalTail`` returns what is new since it was last asked.
+``JournalWriter`` appends one line per event, with one ``write`` call, to a file that has no other writer: a killed
+process loses no event that was notified, and shared file systems mix no lines. ``read_journal`` reads all files at
+once; ``JournalTail`` returns what is new since its last call.
 
-Knows files and the JSON schema of ``events.py``; nothing of threads, terminals or services.
+Knows files and the JSON lines of ``events``; nothing of threads, terminals or services.
 """
 
 import contextlib
@@ -18,14 +18,14 @@ from pathlib import Path
 from storymem_dist.events import StampedEvent, stamped_from_json, stamped_to_json
 
 MAX_PENDING_BYTES = 64 * 2**20
-"""How much is kept in memory while the disk refuses writes (about 300,000 events)."""
+"""Bytes kept in memory while the disk refuses writes (about 300,000 events)."""
 
 
 def new_writer_id(replica: int, *, rank: int | None = None, suffix: str = "") -> str:
     """Return a name for an event file that no other process uses, now or after a restart; safe as a file name.
 
     It sorts by start time: ``20260101T120000-node7-r3-4711-9f2c`` (UTC, host, replica, process, four random digits).
-    ``rank`` (for ranks that are no leaders) and ``suffix`` tell people what else writes.
+    ``rank`` (of a rank that is not a leader) and ``suffix`` describe the writer to people.
     """
     host = "".join(c if c.isalnum() else "_" for c in socket.gethostname().split(".")[0])[:32]
     started = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
@@ -36,7 +36,7 @@ def new_writer_id(replica: int, *, rank: int | None = None, suffix: str = "") ->
 class JournalWriter:
     """Appends events to ``folder/<writer>.jsonl``.
 
-    A disk that is full or away does not raise: lines wait in memory and go out with the next event, in order. Not
+    A full or missing disk does not raise: lines wait in memory and are written with the next event, in order. Not
     thread-safe: the fan-out holds its lock around ``write``.
     """
 
@@ -49,7 +49,7 @@ class JournalWriter:
         self._descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
 
     def write(self, stamped: StampedEvent) -> None:
-        """Append one line. Never raises because of the file system; ``last_error`` tells whether it went through."""
+        """Append one line. Never raises because of the file system; ``last_error`` is None after success."""
         line = stamped_to_json(stamped).encode() + b"\n"
         if len(self._pending) + len(line) > MAX_PENDING_BYTES:
             self.num_lost += 1
@@ -58,7 +58,7 @@ class JournalWriter:
         self.flush()
 
     def flush(self) -> None:
-        """Hand everything that waits to the operating system, as far as it takes it."""
+        """Pass all waiting lines to the operating system, as far as it accepts them."""
         try:
             while self._pending:
                 written = os.write(self._descriptor, self._pending)
@@ -68,7 +68,7 @@ class JournalWriter:
             self.last_error = error
 
     def close(self) -> None:
-        """Write what waits, make it durable, close the file. Calling it again does nothing."""
+        """Write waiting lines, fsync and close the file. Calling it again does nothing."""
         if self._descriptor < 0:
             return
         self.flush()
@@ -81,9 +81,9 @@ class JournalWriter:
 class JournalTail:
     """Follows all event files of a folder.
 
-    ``offsets`` maps file names to the bytes already returned: save them and pass them in again to go on after a
+    ``offsets`` maps file names to the bytes already returned: save them and pass them in again to continue after a
     restart. ``skip`` names writers whose files are not read. A last line without its newline is left for later (its
-    writer is still at it, or was killed in it); a complete line that is no event is counted in ``num_unreadable``.
+    writer is still writing it, or was killed); a complete line that is no event is counted in ``num_unreadable``.
     """
 
     def __init__(self, folder: Path, *, offsets: Mapping[str, int] | None = None, skip: tuple[str, ...] = ()) -> None:
@@ -96,7 +96,7 @@ class JournalTail:
         """Return events that are new since the last call, ordered by wall time within the call.
 
         At most about ``max_bytes`` are read at once per file, so that catching up with a long run stays responsive;
-        call again until the list is empty. Files that cannot be read now are tried again next time.
+        call again until the list is empty. Files that cannot be read are retried by the next call.
         """
         events: list[StampedEvent] = []
         for path in self._files():

@@ -1,9 +1,9 @@
-"""The fan-out: takes events from the render and passes them on without ever making it wait.
+"""The fan-out: passes events from the render to back ends without ever making the render wait.
 
-``notify`` stamps the event, appends it to the journal (the one thing done in the caller's thread: one small write) and
-puts it in the bounded queue of each back end. Every back end has a thread of its own, which may be busy only a small
-part of the time, so that it does not take the interpreter from the render. One that raises is dropped with one warning;
-one that hangs or is too slow misses events (the journal has them all) and is warned about once.
+``notify`` stamps the event, appends it to the journal (one small write, in the caller's thread) and puts it in the
+bounded queue of each back end. Every back end has its own thread, which may compute only for a small share of the time,
+so that the interpreter stays free for the render. A back end that raises is dropped with one warning. One that hangs or
+is too slow misses events (the journal has them all) and causes one warning.
 
 Knows threads and queues; nothing of what back ends do with events.
 """
@@ -22,26 +22,26 @@ QUEUE_SIZE = 4096
 """Events that may wait for one back end; about ten minutes of a busy replica."""
 
 MAX_BUSY_RATIO = 0.01
-"""Largest part of the time for which a back end's thread may compute, in the long run, while the render goes on."""
+"""Largest share of the time, in the long run, for which the thread of a back end may compute during a render."""
 
 BUSY_RESERVE_SECONDS = 0.1
-"""Computing time that a back end may use at once before that bound slows it down."""
+"""Computing time that a back end may use at once before that limit slows it down."""
 
 LONGEST_PAUSE_SECONDS = 30.0
-"""Bound on one pause of a back end that has used more than its part."""
+"""Longest single pause of a back end that has exceeded its share."""
 
 
 class BackEnd(Protocol):
-    """Something that observes. All methods are called from one thread that belongs to the back end alone.
+    """Receives events. All methods are called from one thread that belongs to this back end alone.
 
-    Whatever they do, the render goes on. Events that a back end itself sends to its ``Observers`` are ignored.
+    Nothing that they do stops the render. Events that a back end sends to its own ``Observers`` are ignored.
     """
 
     name: str
     tick_seconds: float
 
     def handle(self, stamped: StampedEvent) -> None:
-        """Take one event. May be slow; may raise (then nothing of this back end is called again)."""
+        """Handle one event. May be slow; may raise (then no method of this back end is called again)."""
 
     def tick(self) -> None:
         """Called about every ``tick_seconds``, also while there are no events."""
@@ -54,7 +54,7 @@ class Observers:
     """Passes every event to the journal and to all back ends.
 
     ``writer`` and ``replica`` go into each event's stamp. ``journal`` may be None (library use without a run folder).
-    ``report_line`` gets the one line about a back end that failed; by default it goes to standard error. ``clock``
+    ``report_line`` receives one line about each back end that failed; by default it goes to standard error. ``clock``
     gives the wall time in seconds. Use it as a context manager or call ``close``.
     """
 
@@ -94,7 +94,7 @@ class Observers:
             lane.finish()
         for lane in self._lanes:
             if not lane.join(max(0.0, deadline - time.monotonic())):
-                self._warn(lane.name, f"{lane.name} did not finish within {timeout_seconds:g} s; going on without it")
+                self._warn(lane.name, f"{lane.name} did not finish within {timeout_seconds:g} s; continuing without it")
         with self._lock:
             self._closed = True
             if self._journal is not None:
@@ -145,7 +145,7 @@ class _Lane:
         self.thread.start()
 
     def put(self, stamped: StampedEvent) -> bool:
-        """Queue the event if there is room. False: this is the first one for which there was none."""
+        """Queue the event if there is room. False: the queue was full for the first time."""
         if self._dropped or self._finishing.is_set():
             return True
         try:
@@ -157,7 +157,7 @@ class _Lane:
         return True
 
     def finish(self) -> None:
-        """Tell the thread to end when the queue is empty."""
+        """Make the thread end once the queue is empty."""
         if not self._finishing.is_set():
             self._finishing.set()
             try:
@@ -166,7 +166,7 @@ class _Lane:
                 return
 
     def join(self, timeout_seconds: float) -> bool:
-        """Wait for the thread's end; False when it takes longer."""
+        """Wait for the thread's end; False if it takes longer."""
         self.thread.join(timeout_seconds)
         return not self.thread.is_alive()
 
@@ -195,7 +195,7 @@ class _Lane:
                 next_tick = time.monotonic() + self._back_end.tick_seconds
 
     def _paced(self, work: Callable[[], None]) -> None:
-        """Do ``work``, then pause while this thread has computed for more than its part of the time."""
+        """Do ``work``, then pause if this thread has exceeded its share of the time."""
         busy_before = time.thread_time()
         work()
         busy = time.thread_time() - busy_before

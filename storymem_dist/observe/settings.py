@@ -1,4 +1,4 @@
-"""Settings of everything that watches a render: the ``tracking`` group.
+"""Settings of everything that observes a render: the ``tracking`` group.
 
 None of them changes a pixel. Knows only the plain values; ``observe/start.py`` turns them into observers.
 """
@@ -35,13 +35,13 @@ class ConsoleSettings:
 
 @dataclass(kw_only=True, slots=True)
 class WandbSettings:
-    """What goes to Weights & Biases. One W&B run stands for one run folder, over restarts and joined jobs.
+    """What goes to Weights & Biases. One run folder has one W&B run, across restarts and joined jobs.
 
-    ``mode``: ``auto`` is online when an API key is at hand (``WANDB_API_KEY`` or ``wandb login``), else offline; an
-    environment variable ``WANDB_MODE`` decides before that. ``name`` defaults to the run folder's name, ``group`` to
-    the sweep (if it is one). ``num_shot_videos`` and ``num_story_videos`` bound how many videos are uploaded (-1: all)
-    and ``max_video_mib`` how large one may be. ``num_memory_images`` bounds the thumbnails of the ``memory_frames``
-    table (its rows are complete, up to W&B's 200,000), ``thumbnail_height`` is their height in pixels.
+    ``mode``: ``auto`` is online if an API key is found (``WANDB_API_KEY`` or ``wandb login``), else offline; the
+    environment variable ``WANDB_MODE`` takes precedence. ``name`` defaults to the run folder's name, ``group`` to
+    the sweep's (if any). ``num_shot_videos`` and ``num_story_videos`` limit how many videos are uploaded (-1: all) and
+    ``max_video_mib`` how large one may be. ``num_memory_images`` limits the thumbnails of the ``memory_frames`` table
+    (its rows are complete, up to W&B's 200,000), ``thumbnail_height`` is their height in pixels.
     ``init_timeout_seconds`` is how long to try to reach the service before the run is kept offline, and
     ``finish_timeout_seconds`` how long the end of a job may wait for uploads; what is not uploaded by then stays on
     disk for ``wandb sync``.
@@ -82,8 +82,8 @@ class WandbSettings:
 class TrackingSettings:
     """The ``tracking`` group.
 
-    ``report`` writes ``report.html`` into the run folder when the job ends. ``system_interval_seconds`` is how often
-    every rank samples its memory and device (0: never). Event files are always written.
+    ``report`` writes ``report.html`` into the run folder when the job ends. Every rank samples its memory and
+    device every ``system_interval_seconds`` (0: never). Event files are always written.
     """
 
     console: ConsoleSettings = field(default_factory=ConsoleSettings)

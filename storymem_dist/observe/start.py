@@ -1,7 +1,7 @@
-"""From the ``tracking`` settings and a rank's place in the job to its observers. Decides who shows what, once.
+"""Creates the observers of a rank from the ``tracking`` settings and the rank's place in the job.
 
 Every rank samples its system; each replica leader writes events and its own console lines; the first leader of a job
-shows the whole batch, feeds Weights & Biases and writes the report. Knows places in a job, not how they came about.
+shows the whole batch, feeds Weights & Biases and writes the report. Knows a rank's place in a job, not its launcher.
 """
 
 import os
@@ -24,11 +24,11 @@ from storymem_dist.observe.system import SystemSampler
 from storymem_dist.observe.wandb.process import WandbProcess, choose_mode
 
 SILENCE_SECONDS = 90.0
-"""A replica that sent nothing for so long (system samples included) is not waited for at the end."""
+"""At the end, a replica that sent nothing for this long (not even system samples) is not waited for."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Place:
+class RankInfo:
     """A rank's place in its job. ``job`` is the same on all ranks of a job, also after a restart."""
 
     job: str = ""
@@ -39,17 +39,17 @@ class Place:
 
     @property
     def is_first_leader(self) -> bool:
-        """Whether this rank speaks for the whole job."""
+        """Whether this rank reports for the whole job."""
         return self.is_leader and self.replica == 0
 
 
 class RenderObservers:
-    """What one rank observes with. Give ``observer`` to the code that renders; close it when the job ends.
+    """The observers of one rank. Pass ``observer`` to the code that renders; call ``close`` when the job ends.
 
     As a context manager: leaving it on an exception does not wait for the other replicas.
     """
 
-    def __init__(self, settings: TrackingSettings, run_folder: Path, place: Place, *, stream: TextIO) -> None:
+    def __init__(self, settings: TrackingSettings, run_folder: Path, place: RankInfo, *, stream: TextIO) -> None:
         self._settings = settings
         self._run_folder = run_folder
         self._place = place
@@ -67,11 +67,11 @@ class RenderObservers:
             )
 
     def warn(self, message: str, source: str) -> None:
-        """Note what this rank alone may know, leader or not."""
+        """Send a warning from this rank, leader or not."""
         self._observers.notify(WarningIssued(message=message, source=source))
 
     def close(self, *, wait_for_replicas: bool = True) -> None:
-        """End all observing. The first leader of a job waits for its other replicas, so that nothing is missed."""
+        """End all observing. The first leader of a job waits for its other replicas, to receive all of their events."""
         if self._place.is_first_leader and wait_for_replicas and self._place.num_replicas > 1:
             wait_for_replicas_of(self._run_folder, self._place)
         if self._sampler is not None:
@@ -107,19 +107,19 @@ class RenderObservers:
 
         try:
             write_report(self._run_folder, self._run_folder / "report.html")
-        except Exception as error:  # a report that cannot be made must not fail a batch that was rendered
+        except Exception as error:  # a failed report must not fail a rendered batch
             sys.stderr.write(f"storymem: report.html could not be written: {type(error).__name__}: {error}\n")
 
 
 def start_observers(
     settings: TrackingSettings,
     run_folder: Path,
-    place: Place,
+    place: RankInfo,
     *,
     sweep: str | None = None,
     stream: TextIO | None = None,
 ) -> RenderObservers:
-    """Start what the settings ask for on this rank.
+    """Start the observers of this rank.
 
     ``run_folder`` is an opened run folder; ``sweep`` names the sweep this run belongs to, if any (W&B group);
     ``stream`` is where the console writes, standard error by default. Raises ``OSError`` when the folder cannot be
@@ -133,7 +133,7 @@ def start_observers(
 def make_console(
     settings: ConsoleSettings, stream: TextIO, tail: JournalTail | None = None, *, is_first_leader: bool = True
 ) -> BackEnd | None:
-    """Return the console back end for ``stream``, or None when nothing is to be shown here.
+    """Return the console back end for ``stream``, or None if nothing is shown here.
 
     On a terminal only the first leader draws: its view shows the other replicas too.
     """
@@ -147,10 +147,10 @@ def make_console(
     return PlainConsole(stream, level=settings.level, line_interval_seconds=settings.line_interval_seconds, tail=tail)
 
 
-def wait_for_replicas_of(run_folder: Path, place: Place, *, silence_seconds: float = SILENCE_SECONDS) -> None:
-    """Wait until every other replica of this job says that it is finished, or shows no sign of life any more.
+def wait_for_replicas_of(run_folder: Path, place: RankInfo, *, silence_seconds: float = SILENCE_SECONDS) -> None:
+    """Wait until every other replica of this job has reported its end or sent nothing for ``silence_seconds``.
 
-    Whose process is gone from this host is not waited for: after a crash the others are in a hurry to start again.
+    A replica whose process on this host has ended is not waited for: after a crash the ranks should restart soon.
     """
     tail = JournalTail(run_folder / "events")
     state = RunState()
@@ -169,7 +169,7 @@ def wait_for_replicas_of(run_folder: Path, place: Place, *, silence_seconds: flo
 
 
 def _has_died(started: JobStarted) -> bool:
-    """Whether the process that started is known to be gone. On another host nothing is known."""
+    """Whether the process that started is known to have ended. False for a process on another host."""
     if started.host != socket.gethostname() or not started.process_id:
         return False
     try:

@@ -1,6 +1,6 @@
-"""How a rank's process and device are doing, sampled now and then; and what devices can do at best.
+"""Samples memory and load of a rank's process and device at intervals.
 
-Works without a GPU and without torch in the process (then those figures are None). Knows nothing of who listens.
+Works without a GPU and without torch in the process (those values are then None). Knows no back ends.
 """
 
 import contextlib
@@ -16,9 +16,9 @@ from storymem_dist.hardware import GIB, current_device, device_memory
 
 
 class SystemSampler:
-    """Sends a ``SystemSampled`` every ``interval_seconds`` from a thread of its own, until it is closed.
+    """Sends a ``SystemSampled`` every ``interval_seconds`` from its own thread, until it is closed.
 
-    The device is that of the thread which makes it: every thread has a current device of its own.
+    Samples the current device of the thread that creates it: every thread has its own.
     """
 
     def __init__(self, observer: Observer, *, rank: int, interval_seconds: float) -> None:
@@ -38,7 +38,7 @@ class SystemSampler:
         self._thread.join(timeout=5.0)
 
     def sample(self) -> SystemSampled:
-        """Measure now. ``cpu_ratio`` is CPU seconds per second since the sample before (1.0: one core busy)."""
+        """Measure now. ``cpu_ratio`` is CPU seconds per second since the previous sample (1.0: one busy core)."""
         now, used = time.monotonic(), _cpu_seconds()
         before, used_before = self._last_cpu
         self._last_cpu = (now, used)

@@ -1,1 +1,1 @@
-"""Everything that may say "rank": session, mesh, sequence and guidance parallelism, sharding, parallel VAE."""
+"""All code that depends on ranks: session, mesh, sequence and guidance parallelism, sharding, parallel VAE."""

@@ -1,8 +1,8 @@
-"""How long a rank is held up by collectives: a counter that is put around the calls, read now and then.
+"""Counts the time that a rank spends in collectives.
 
-The host's clock is the right one only where the host waits for a collective: on CPUs with gloo, outside compiled code.
-Where it is not (GPUs work asynchronously, a compiled graph cannot read clocks) there is no counter, and the time is
-unknown. What FSDP2 gathers goes through calls of its own and is not seen. Knows nothing of processes or tensors.
+The host's clock can measure it only where the host waits for a collective: on CPUs with gloo, outside compiled code.
+Elsewhere (GPUs run asynchronously, a compiled graph cannot read clocks) there is no counter, and the time is unknown.
+FSDP2's own all-gathers are not counted. Knows nothing of processes or tensors.
 """
 
 import time
@@ -10,14 +10,14 @@ from contextlib import AbstractContextManager, nullcontext
 
 
 class CollectiveClock:
-    """Adds up the seconds for which ``with clock:`` was open. For one thread; not to be nested."""
+    """Adds up the seconds inside ``with clock:``. For one thread; must not be nested."""
 
     def __init__(self) -> None:
         self._seconds = 0.0
         self._began = 0.0
 
     def take(self) -> float:
-        """The seconds since this was last asked."""
+        """Return the seconds counted since the last call."""
         seconds, self._seconds = self._seconds, 0.0
         return seconds
 
@@ -29,5 +29,5 @@ class CollectiveClock:
 
 
 def timed(clock: CollectiveClock | None) -> AbstractContextManager[None]:
-    """A context whose time ``clock`` counts; without a clock, one that does nothing."""
+    """Return a context whose time ``clock`` counts; without a clock, one that does nothing."""
     return nullcontext() if clock is None else clock

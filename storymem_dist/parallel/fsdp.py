@@ -1,9 +1,9 @@
 """Where the weights of a ``WanDiT`` live: sharded over the ranks of a replica with FSDP2, on the device or on the host.
 
-Each block is one FSDP group, and so are the layers before the blocks (they are done before the first block runs, so
-their 0.8 GB need not stay gathered); the head is the root's own. Parameters keep their dtypes (norms, modulation and
-time embedding are fp32 inside bf16 blocks), nothing is cast: results are bit-equal to those of unsharded weights. Knows
-neither how weights are read nor what runs on them.
+Each block is one FSDP group, and so are the layers before the blocks (they finish before the first block runs, so
+their 0.8 GB need not stay gathered); the head belongs to the root group. Parameters keep their dtypes (norms,
+modulation and time embedding are fp32 inside bf16 blocks) and nothing is cast: results are bit-equal to those of
+unsharded weights. Knows neither how weights are read nor what runs on them.
 """
 
 from collections.abc import Mapping
@@ -56,7 +56,7 @@ def shard_weights(dit: WanDiT, mesh: DeviceMesh, *, offload: bool, prefetch_bloc
 def share_streams(experts: Mapping[str, nn.Module]) -> None:
     """Let sharded experts use the same streams: they never run at once, so one can reuse the other's memory.
 
-    To be called before the first forward. Unsharded experts are left alone.
+    Call it before the first forward. Unsharded experts do not change.
     """
     sharded: list[FSDPModule] = [module for module in experts.values() if isinstance(module, FSDPModule)]
     if len(sharded) > 1:

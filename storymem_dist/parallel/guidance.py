@@ -1,7 +1,7 @@
-"""Classifier-free guidance with the two passes side by side: one on each half of the ``cfg`` axis.
+"""Classifier-free guidance with its two passes in parallel: one on each half of the ``cfg`` axis.
 
-Implements ``storymem_dist.diffusion.guidance.Guidance`` with one exchange per step, and combines the velocities with
-the same ``guide`` as one device does. Knows nothing about sequence parallelism or weights.
+Implements ``storymem_dist.diffusion.guidance.Guidance`` with one all-gather per step, and combines the velocities with
+the same ``guide`` as on one device. Knows nothing about sequence parallelism or weights.
 """
 
 import torch
@@ -17,7 +17,7 @@ from storymem_dist.parallel.mesh import Axis, ReplicaMesh
 
 
 class ParallelGuidance:
-    """Place 0 of the ``cfg`` axis runs the conditional pass, place 1 the unconditional one; both get the result."""
+    """Rank 0 of the ``cfg`` axis runs the conditional pass, rank 1 the unconditional one; both get the result."""
 
     def __init__(self, cfg: Axis) -> None:
         """``cfg``: an axis of size 2."""
@@ -38,7 +38,7 @@ class ParallelGuidance:
         that before weights are read).
         """
         if expert.guidance_scale == 1.0:
-            raise LayoutError(f"guidance_scale=1 of the {expert.name} expert does not go with parallel.cfg=2")
+            raise LayoutError(f"guidance_scale=1 of the {expert.name} expert cannot be combined with parallel.cfg=2")
         uncond_BSE = require_uncond(uncond_BSE, expert)
         branch, context_BSE = (COND, cond_BSE) if self._cfg.rank == 0 else (UNCOND, uncond_BSE)
         mine = expert.run(branch, x_BCTHW, timestep_B, context_BSE, temporal_positions_T).contiguous()
@@ -50,5 +50,5 @@ class ParallelGuidance:
 
 
 def make_guidance(mesh: ReplicaMesh) -> Guidance:
-    """The guidance of this layout: side by side on a ``cfg`` axis of 2, else one pass after the other."""
+    """Return the guidance of this layout: in parallel on a ``cfg`` axis of 2, else one pass after the other."""
     return LocalGuidance() if mesh.cfg.size == 1 else ParallelGuidance(mesh.cfg)

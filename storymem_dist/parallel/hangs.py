@@ -1,7 +1,7 @@
-"""Which ranks hold up their replica: from what each rank last said of itself to names and words. Pure.
+"""Finds the ranks that block their replica, from the last report of each rank, and describes them. Pure functions.
 
-A rank hangs where the others wait for it: it has ended, or says nothing any more, or is not inside a collective while
-others are, or is at an earlier place. Nothing here knows how ranks hear of each other, or what they render.
+A rank blocks the others if it has ended, is silent, is outside a collective while others are inside one, or is at an
+earlier position. Knows neither how ranks exchange reports nor what they render.
 """
 
 from collections.abc import Sequence
@@ -10,13 +10,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sighting:
-    """A rank, as it last described itself.
+    """The last report of a rank about itself.
 
-    ``number`` is equal on ranks at equal places of the lock step and grows along it; ``where`` is the place in words,
-    ``line`` the line of code. ``waits``: inside a collective. ``here_seconds`` is how long it has been at that place,
-    ``silent_seconds`` how long without a sign of life outside collectives; both stand still while the process does.
-    ``patience`` multiplies how long it may be silent. ``failure``: why it gave up; ``unheard_seconds``: how long ago
-    this was.
+    ``number`` is equal on ranks at equal positions of the lock step and grows along it; ``where`` is the position in
+    words, ``line`` the line of code. ``waits``: inside a collective. ``here_seconds`` is the time at this position,
+    ``silent_seconds`` the time without a sign of life outside collectives; neither grows while the process is paused.
+    ``patience`` multiplies the allowed silence. ``failure`` is why the rank gave up, ``unheard_seconds`` the age of the
+    report.
     """
 
     rank: int
@@ -34,17 +34,17 @@ class Sighting:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Verdict:
-    """``culprits`` are the ranks that the others wait for; none when nobody is behind. ``text`` tells of every rank."""
+    """``culprits`` are the ranks that the others wait for, if any. ``text`` describes every rank."""
 
     culprits: tuple[int, ...]
     text: str
 
 
 def judge(seen: Sequence[Sighting], *, alive_seconds: float) -> Verdict:
-    """Find who holds up a replica whose ranks are ``seen``. Who was not heard of for ``alive_seconds`` is silent."""
+    """Find the ranks that block a replica. A rank without a report for ``alive_seconds`` is silent."""
     culprits = _culprits(seen, alive_seconds)
     others = [one for one in seen if one not in culprits]
-    parts = [_accuse(one, alive_seconds) for one in culprits]
+    parts = [_describe(one, alive_seconds) for one in culprits]
     groups: dict[str, list[Sighting]] = {}
     for one in others:
         groups.setdefault(one.where, []).append(one)
@@ -67,7 +67,7 @@ def _culprits(seen: Sequence[Sighting], alive_seconds: float) -> list[Sighting]:
     return outside or (behind if len(behind) < len(seen) else [])
 
 
-def _accuse(one: Sighting, alive_seconds: float) -> str:
+def _describe(one: Sighting, alive_seconds: float) -> str:
     name = f"rank {one.rank} ({one.host})"
     if one.failure:
         return f"{name} ended in {one.where}: {one.failure}"

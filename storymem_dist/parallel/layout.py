@@ -1,7 +1,7 @@
-"""Decides whether a layout fits the ranks that were started, before anything heavy happens. Pure arithmetic.
+"""Decides whether a layout fits the started ranks, before anything is loaded. Pure arithmetic.
 
 Ranks are numbered by torchrun, node after node; the axes ``replica x cfg x ring x ulysses`` are laid over them with the
-last axis fastest, so that the ranks which talk most are neighbours. Nothing here knows ``torch.distributed``.
+last axis fastest, so that ranks that communicate most are neighbours. Nothing here knows ``torch.distributed``.
 """
 
 from collections.abc import Iterable
@@ -74,7 +74,7 @@ class Layout:
 def plan_layout(settings: ParallelSettings, *, world_size: int, ranks_per_node: int | None = None) -> Layout:
     """Fit the settings to ``world_size`` started ranks, ``ranks_per_node`` of them on each node (None: all).
 
-    Raises ``LayoutError``, saying which number is wrong and which would work.
+    Raises ``LayoutError`` with the wrong number and one that would work.
     """
     per_node = ranks_per_node or world_size
     per_replica = settings.ranks_per_replica
@@ -99,7 +99,7 @@ def plan_layout(settings: ParallelSettings, *, world_size: int, ranks_per_node: 
     if settings.num_replicas not in (None, num_replicas):
         wanted = per_replica * (settings.num_replicas or 1)
         raise LayoutError(
-            f"parallel.num_replicas={settings.num_replicas} does not go with the {_counted(world_size)} of this job: "
+            f"parallel.num_replicas={settings.num_replicas} does not fit the {_counted(world_size)} of this job: "
             f"{needs}. Start {_counted(wanted)}, set parallel.num_replicas={num_replicas}, or leave it out (null) to "
             "use all ranks (parallel=replicas does)"
         )
@@ -123,7 +123,7 @@ def check_heads(settings: ParallelSettings, num_heads: int) -> None:
 
 
 def check_guidance(settings: ParallelSettings, *, guidance_scale_high: float, guidance_scale_low: float) -> None:
-    """Raise ``LayoutError`` if the two guidance passes are to run side by side but an expert has only one.
+    """Raise ``LayoutError`` if the two guidance passes are to run in parallel but an expert has only one.
 
     With a scale of 1 there is no unconditional pass: half of the ranks would idle, and their share of the sharded
     weights would never be gathered.
@@ -133,13 +133,13 @@ def check_guidance(settings: ParallelSettings, *, guidance_scale_high: float, gu
     for name, scale in (("guidance_scale_high", guidance_scale_high), ("guidance_scale_low", guidance_scale_low)):
         if scale == 1:
             raise LayoutError(
-                f"parallel.cfg=2 runs the conditional and the unconditional pass side by side, but "
+                f"parallel.cfg=2 runs the conditional and the unconditional pass in parallel, but "
                 f"sampler.{name}=1 has no unconditional pass; set parallel.cfg=1 (and double parallel.ulysses or ring)"
             )
 
 
 def layouts_for(world_size: int, *, num_heads: int) -> list[ParallelSettings]:
-    """Every choice of axes that ``world_size`` ranks on one node can hold, smallest replicas first."""
+    """Return all choices of axes that ``world_size`` ranks on one node can form, smallest replicas first."""
     return [
         ParallelSettings(cfg=cfg, ring=ring, ulysses=per_replica // cfg // ring)
         for per_replica in _divisors(world_size)

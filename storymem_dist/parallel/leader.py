@@ -1,8 +1,8 @@
-"""One rank decides, every rank of its group receives the value or the exception; or all try, and fail as one.
+"""One rank decides and all ranks of its group receive the value or exception; or all run a function and fail together.
 
 What only the leader can know (what is on disk, whether a save worked, "stop now") goes through ``LeaderDecides``. While
-the leader works, a helper thread sends signs of life, so that a leader may take hours (no shot is ready yet) and a dead
-one is still noticed within the time-out of the group. Nothing here knows what is being decided.
+the leader works, a helper thread sends signs of life: a leader may take hours (no shot is ready yet), and a dead one is
+still noticed within the time-out of the group. Nothing here knows what is decided.
 """
 
 import pickle
@@ -17,11 +17,11 @@ import torch.distributed as dist
 from storymem_dist.errors import StoryMemError
 
 T = TypeVar("T")
-_ALIVE = b""  # an empty message: the leader is still at work
+_ALIVE = b""  # an empty message: the leader is still working
 
 
 class LeaderDecides:
-    """``decide(fn)`` runs ``fn`` on the first rank of ``group`` and gives its outcome to all of them.
+    """``decide(fn)`` runs ``fn`` on the first rank of ``group`` and sends its outcome to all of them.
 
     The value must survive pickling, and tensors in it must be on the CPU. A value that cannot be pickled fails the call
     on every rank. An exception arrives as it was raised; one that cannot be pickled arrives as ``RuntimeError`` with
@@ -35,7 +35,7 @@ class LeaderDecides:
         self._is_leader = group.rank() == 0
 
     def __call__(self, fn: Callable[[], T]) -> T:
-        """Return ``fn()`` as the leader computed it, or raise what it raised."""
+        """Return the leader's ``fn()``, or raise its exception. Collective over the group."""
         if not self._is_leader:
             return _unpacked(self._receive())
         with self._signs_of_life():
@@ -83,7 +83,7 @@ class LeaderDecides:
 def all_or_none(group: dist.ProcessGroup, fn: Callable[[], T]) -> T:
     """Run ``fn`` on every rank of the gloo ``group``. If it raises anywhere, every rank raises.
 
-    A rank where ``fn`` worked raises what the first other rank raised; so nobody goes on to wait for those that failed.
+    A rank where ``fn`` succeeded raises the exception of the first rank that failed, so no rank waits for failed ones.
     """
     error: Exception | None = None
     try:
@@ -106,7 +106,7 @@ def decide_alone(fn: Callable[[], T]) -> T:
 
 
 def _packed(value: object, error: BaseException | None) -> tuple[bytes, BaseException | None]:
-    """Pickle an outcome; what cannot travel becomes an error that can."""
+    """Pickle an outcome; what cannot be pickled becomes an error that can."""
     try:
         message = pickle.dumps((value, error))
         if error is not None:

@@ -1,7 +1,7 @@
-"""Builds an expert for a session: empty model, parallelized, memory for this rank's part only, then that part read.
+"""Builds an expert for a session: creates an empty model, parallelizes it, allocates and reads this rank's part only.
 
-Wraps ``storymem_dist.weights.loading`` with what it does not know: which rows of a parameter this rank holds, and that
-ranks of one node which need the same part may let one of them read it. Knows nothing about checkpoints' formats.
+Adds to ``storymem_dist.weights.loading`` which rows of a parameter this rank holds, and that one rank per node may read
+for all that need the same part. Knows nothing about the formats of checkpoints.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -35,7 +35,7 @@ from storymem_dist.weights.loading import (
 )
 
 OFFLOADED = ("fsdp_offload", "zero3")
-"""Kinds of ``ParallelSettings.weights`` that live in host memory."""
+"""Values of ``ParallelSettings.weights`` that keep weights in host memory."""
 
 Progress = Callable[[int, int], None]
 
@@ -56,11 +56,11 @@ def build_expert(
 ) -> tuple[WanDiT, LoadReport]:
     """An expert with its weights, ready for forwards on every rank of the replica. Collective over the replica.
 
-    Memory is taken for this rank's part alone, and no tensor larger than a chunk of one is ever held beside it.
+    Allocates memory for this rank's part only; while reading, at most one chunk of a tensor in addition.
     ``deltas`` (LoRAs) are merged into that part. ``linears`` is the format of the blocks' layers. ``share_reads``
     (None: as ``settings`` say) lets one rank per node read for all that need the same part; it makes the call
     collective over the replicas of the node, so all of them must load at that moment (as at the start of a job),
-    whether they need the weights at once or not. Replicas that turn out to load different weights read on their own.
+    even if they need the weights later. If the replicas load different weights, each reads its own.
 
     Raises ``CheckpointError`` (on every rank of the reading team when weights are shared).
     """
@@ -88,7 +88,7 @@ def build_expert(
     if settings.weights == "zero3":
         assert session.mesh.shard_mesh is not None, "start_session starts a process group for zero3"
         group = session.mesh.shard_mesh.get_group()
-        hand_to_zero3(dit, group, settings, device=session.device, local_rank=session.local_rank)
+        hand_to_zero3(dit, group, device=session.device, local_rank=session.local_rank)
     return dit, report
 
 
@@ -97,15 +97,15 @@ def place_experts(
 ) -> tuple[dict[str, nn.Module], Residency]:
     """Decide where the experts of ``build_expert`` (by name) wait while they are idle. Before the first forward only.
 
-    ``swap``: the idle one costs no device memory. Each expert is sent away before ``experts`` makes the next one, so
-    that one at most is ever on the device. Offloaded weights (``fsdp_offload``, ``zero3``) never wait there. Others
-    stay there, and ``may_swap`` later if they are asked to idle.
+    ``swap``: the idle one uses no device memory. Each expert moves to the host before ``experts`` yields the next one,
+    so the device never holds two. Offloaded weights (``fsdp_offload``, ``zero3``) never wait on the device. Others stay
+    there; with ``may_swap`` the returned ``Residency`` can move them to the host later.
     """
     memory = HostMemory(device)
     modules: dict[str, nn.Module] = {}
     waiting: dict[str, HostWeights] = {}
 
-    def send_away(module: nn.Module) -> HostWeights:
+    def move_to_host(module: nn.Module) -> HostWeights:
         if weights == "fsdp":
             return HostWeights(module, memory, device, local_of=_local_shard, by_block=False)
         return HostWeights(module, memory, device)
@@ -113,13 +113,13 @@ def place_experts(
     for name, module in experts:
         modules[name] = module
         if swap and weights not in OFFLOADED:
-            waiting[name] = send_away(module)
+            waiting[name] = move_to_host(module)
     share_streams(modules)
     if waiting:
         return modules, HostSwap(waiting)
     if weights in OFFLOADED or device.type == "cpu" or not may_swap:
         return modules, AllResident()
-    return modules, AllResident(lambda: HostSwap({name: send_away(module) for name, module in modules.items()}))
+    return modules, AllResident(lambda: HostSwap({name: move_to_host(module) for name, module in modules.items()}))
 
 
 def local_part(name: str, parameter: nn.Parameter) -> LocalPart:
@@ -136,7 +136,7 @@ def _local_shard(parameter: Tensor) -> Tensor:
 
 
 def _readers_agree(name: str, session: Session) -> bool:
-    """Whether there are others to read for, and all of them are about to load ``name``. Collective over the readers."""
+    """Whether this rank shares reads with others that all load ``name`` now. Collective over the readers."""
     if session.readers.control is None:
         return False
     names: list[str | None] = [None] * session.readers.size

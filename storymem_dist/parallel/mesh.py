@@ -1,7 +1,7 @@
 """The axes of one rank's replica, as process groups: ``replica x cfg x ring x ulysses``, plus two flattened ones.
 
 ``sequence`` = ring x ulysses (the ranks that share one forward's tokens) and ``shard`` = cfg x ring x ulysses (the
-ranks that share the weights). A ``ReplicaMesh`` is handed to whoever needs one; nothing looks it up. It knows neither
+ranks that share the weights). A ``ReplicaMesh`` is passed as an argument, never kept in a global. It knows neither
 models nor settings.
 """
 
@@ -22,8 +22,8 @@ from storymem_dist.parallel.layout import AXES, Layout
 class Axis:
     """One axis as a rank sees it: its size, this rank's place on it, and the group of the ranks along it.
 
-    ``group`` is None on an axis of size 1: there is nobody to talk to, and no collective may be called. ``clock``
-    counts the time in collectives where that can be measured; whoever calls one on ``group`` puts it ``timed(clock)``.
+    ``group`` is None on an axis of size 1: no collective may be called. ``clock`` counts the time in collectives where
+    that can be measured; put every collective on ``group`` inside ``timed(clock)``.
     """
 
     name: str
@@ -33,7 +33,7 @@ class Axis:
     clock: CollectiveClock | None = None
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum of ``values`` over the axis, on every rank; ``values`` may be overwritten."""
+        """Return the sum of ``values`` over the axis, on every rank; may overwrite ``values``. Collective."""
         if self.group is not None:
             with timed(self.clock):
                 dist.all_reduce(values, group=self.group)
@@ -44,7 +44,7 @@ class Axis:
 class ReplicaMesh:
     """The axes inside one replica. ``shard_mesh`` is what FSDP2 shards over (None: no process group was started).
 
-    ``clock`` is that of all axes: the time this rank spends in collectives, None where it cannot be measured.
+    All axes share ``clock``: the time this rank spends in collectives, None where it cannot be measured.
     """
 
     cfg: Axis
@@ -57,7 +57,7 @@ class ReplicaMesh:
 
 
 def lone_mesh() -> ReplicaMesh:
-    """The mesh of a single rank that started no process group. It calls no collectives, so its clock stands still."""
+    """The mesh of a single rank that started no process group. It calls no collectives, so its clock stays at 0."""
     return ReplicaMesh(
         cfg=Axis(name="cfg"),
         ring=Axis(name="ring"),
@@ -78,10 +78,10 @@ def build_mesh(
 ) -> ReplicaMesh:
     """Build the groups of every axis. Collective over the default process group, whose size is the layout's.
 
-    ``device`` decides whether the mesh is one of CPU or of CUDA ranks. ``clock`` is given to all axes. ``timeout`` is
-    that of their collectives (None: torch's own, which a mesh gives its groups whatever the default group has).
-    ``sharded``: weights travel along ``shard`` while activations travel along the others. It then has a group of its
-    own even where another axis has the same ranks, since a group runs its collectives one after the other.
+    ``device`` decides between CPU and CUDA ranks. All axes share ``clock``. ``timeout`` is that of their collectives
+    (None: torch's default, not that of the default group). ``sharded``: weights travel along ``shard`` while
+    activations travel along the other axes. ``shard`` then has its own group even if another axis has the same ranks,
+    because a group runs its collectives one after the other.
     """
     mesh = init_device_mesh(device.type, layout.shape, mesh_dim_names=AXES)
     shard_mesh = mesh["cfg", "ring", "ulysses"]._flatten("shard", dist.get_backend() if sharded else None)

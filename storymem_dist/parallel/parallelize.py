@@ -1,8 +1,8 @@
 """Makes a finished single-device ``WanDiT`` run over a replica's ranks, without changing what it computes.
 
 The order matters: sequence parallelism first (it rewires attention), compilation second (it captures the rewired
-blocks), FSDP last (it wraps them). Guidance and the VAE are split elsewhere; weights are filled in by
-``storymem_dist.parallel.loading``.
+blocks), FSDP last (it wraps them). Guidance and the VAE are split elsewhere; ``storymem_dist.parallel.loading`` reads
+the weights.
 """
 
 from storymem_dist.models.compile import compile_blocks

@@ -1,9 +1,9 @@
-"""Sequence parallelism for a finished ``WanDiT``: Ulysses, ring, or both (USP), applied through the model's seams.
+"""Sequence parallelism for a finished ``WanDiT``: Ulysses, ring, or both (USP), applied from outside with hooks.
 
 Tokens are cut into equal runs, one per rank of the ``sequence`` axis (ring x ulysses, ulysses fastest), right after the
-patch embedding, and joined after the head; everything in between works token by token, apart from self-attention. There
-a Ulysses all-to-all trades tokens for heads (q, k and v packed into one message), and a ring passes keys and values on
-while each rank attends to those it holds, merging partial results by their log-sum-exp. The last run is filled up with
+patch embedding, and joined after the head; everything in between works token by token, except self-attention. There a
+Ulysses all-to-all trades tokens for heads (q, k and v packed into one message), and a ring passes keys and values on
+while each rank attends to those it holds and merges partial results by their log-sum-exp. The last run is padded with
 zero tokens; they are cut off *before* attention, so no mask is needed and nothing attends to padding.
 
 Knows nothing about weights, guidance or replicas.
@@ -27,10 +27,9 @@ from storymem_dist.parallel.mesh import Axis, ReplicaMesh
 class TokenSplit:
     """How the tokens of the running forward are spread over the ``sequence`` axis.
 
-    ``num_tokens`` is set when a forward's tokens are split. Compiled blocks must not read it: a number that they find
-    on a module is a constant to them, and each new one costs a compilation. They take it from the size of
-    ``all_tokens_L0``, a tensor without elements. One graph then serves every number of tokens with padding, and one
-    every number without.
+    ``num_tokens`` is set when a forward's tokens are split. Compiled blocks must not read it: a number on a module is
+    a constant to them, and each new value costs a compilation. They use the size of ``all_tokens_L0``, a tensor without
+    elements. One graph then serves all numbers of tokens with padding, and one all numbers without.
     """
 
     def __init__(self, mesh: ReplicaMesh) -> None:
@@ -39,7 +38,7 @@ class TokenSplit:
         self.all_tokens_L0 = torch.empty(0, 0)
 
     def start(self, tokens_BLD: Tensor) -> None:
-        """Spread these tokens, and as many from here on."""
+        """Set the number of tokens to that of ``tokens_BLD``."""
         self.num_tokens = tokens_BLD.shape[1]
         self.all_tokens_L0 = tokens_BLD.new_empty(self.num_tokens, 0)
 
@@ -74,7 +73,7 @@ class TokenSplit:
 
 
 class SequenceParallelAttend(Attend):
-    """Takes the place of a self-attention's ``attend`` where tokens are spread over ranks."""
+    """Replaces the ``attend`` of a self-attention whose tokens are spread over ranks."""
 
     def __init__(self, attend: Attend, split: TokenSplit) -> None:
         super().__init__(attend.backend)
@@ -174,7 +173,7 @@ def ring_attention(
     """Attention of this rank's queries to the keys of the whole ring: same shape and dtype as ``q_BLNH``.
 
     Rank r of the ring holds ``lengths[r]`` tokens (they may differ, and be 0); this rank's inputs have its length. Keys
-    and values travel packed, to the next rank, while the ones at hand are attended to. Partial results are merged in
+    and values travel packed to the next rank while this rank attends to those it holds. Partial results are merged in
     fp32.
     """
     batch, num_mine, *heads = q_BLNH.shape
@@ -214,9 +213,9 @@ class _MergedAttention:
         self._lse_BLN1: Tensor | None = None
 
     def add(self, out_BLNH: Tensor, lse_BNL: Tensor) -> None:
-        """Take in the result over one more part of the keys.
+        """Merge the result for one more part of the keys.
 
-        Weights are exp(lse) over their sum, so the newcomer's share is the sigmoid of the difference.
+        Weights are exp(lse) divided by their sum, so the share of the new part is the sigmoid of the difference.
         """
         out_BLNH, lse_BLN1 = out_BLNH.float(), lse_BNL.transpose(1, 2)[..., None]
         if self._out_BLNH is None or self._lse_BLN1 is None:

@@ -1,8 +1,8 @@
-"""What one rank knows about its job: who it is, its device, its mesh, and how its replica agrees on things.
+"""One rank's view of its job: its numbers, device and mesh, and how its replica takes decisions.
 
-``start_session`` is called once, by whatever started the process: ``torchrun`` and ``accelerate launch`` (ranks are
-described by the environment) or plain python (one rank, no process group). It refuses impossible layouts before
-anything heavy happens. Sessions know no models; nothing keeps one in a global.
+``start_session`` is called once per process, under ``torchrun`` or ``accelerate launch`` (the environment describes
+the ranks) or plain python (one rank, no process group). It refuses impossible layouts before anything is loaded.
+Sessions know no models and are never kept in a global.
 """
 
 import importlib.util
@@ -29,7 +29,7 @@ _SIGNS_OF_LIFE_PER_TIMEOUT = 6
 
 @dataclass(frozen=True, kw_only=True)
 class Team:
-    """Ranks whose first one leads, joined by a gloo group for decisions. A team of one has no group."""
+    """Ranks with a gloo group for decisions; the first rank is the leader. A team of one has no group."""
 
     size: int = 1
     rank: int = 0
@@ -69,7 +69,7 @@ class Session:
 
     @property
     def rank_in_replica(self) -> int:
-        """This rank's place in its replica."""
+        """This rank's index in its replica."""
         return self.rank % self.layout.ranks_per_replica
 
     @property
@@ -93,7 +93,7 @@ class Session:
         return fn() if self.team.control is None else all_or_none(self.team.control, fn)
 
     def close(self) -> None:
-        """Destroy the process groups that this session started. Call it on every rank, as the last thing.
+        """Destroy the process groups that this session started. Call it on every rank, last of all.
 
         A process can start the default group once only: torch's store keeps the addresses of the first one.
         """
@@ -118,14 +118,14 @@ class Session:
 
 
 def start_session(settings: ParallelSettings, *, num_heads: int | None = None) -> Session:
-    """Start this rank. Collective over all started ranks.
+    """Create this rank's session. Collective over all started ranks.
 
     The ranks are those of the environment (``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, ``LOCAL_WORLD_SIZE``,
-    ``MASTER_ADDR``, ``MASTER_PORT``: torchrun and accelerate set them), or this process alone. A default process group
-    that exists already is used, and outlives ``close``. ``num_heads``: the model's attention heads, where known.
+    ``MASTER_ADDR``, ``MASTER_PORT``: torchrun and accelerate set them), or this process alone. An existing default
+    process group is used, and outlives ``close``. ``num_heads``: the model's attention heads, where known.
 
     Raises ``LayoutError`` when the layout does not fit the ranks, or device and backend do not fit the machine, and
-    ``ExtraNotInstalled`` when the weights are to be held by DeepSpeed and it is not there.
+    ``ExtraNotInstalled`` when ``weights=zero3`` and DeepSpeed is not installed.
     """
     place = _place_from_environment()
     layout = plan_layout(settings, world_size=place.world_size, ranks_per_node=place.ranks_per_node)
@@ -205,7 +205,7 @@ def choose_backend(choice: str, device: torch.device) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class _Place:
-    """Which rank this process is, as its starter said."""
+    """Which rank this process is, according to its launcher."""
 
     rank: int
     world_size: int
@@ -231,7 +231,7 @@ def _place_from_environment() -> _Place:
 def _number(variable: str, default: int) -> int:
     text = os.environ.get(variable, str(default))
     if not text.isdecimal():
-        raise LayoutError(f"the environment says {variable}={text!r}; torchrun and accelerate set a whole number there")
+        raise LayoutError(f"the environment has {variable}={text!r}; torchrun and accelerate set a whole number")
     return int(text)
 
 
@@ -239,7 +239,7 @@ def _require_deepspeed() -> None:
     if importlib.util.find_spec("deepspeed") is None:
         raise ExtraNotInstalled(
             "parallel.weights=zero3 needs DeepSpeed, which is not installed: pip install 'storymem_dist[deepspeed]' "
-            "(or use parallel.weights=fsdp_offload, which needs nothing more)"
+            "(or use parallel.weights=fsdp_offload, which needs no extra package)"
         )
 
 
@@ -267,7 +267,7 @@ def _start_default_group(place: _Place, backend: str, device: torch.device, time
 
 
 def _join_team(teams: list[list[int]], timeout: timedelta) -> Team:
-    """This rank's team out of a partition of all ranks. Collective over all of them."""
+    """This rank's team in a partition of all ranks. Collective over all ranks."""
     control = _join_group(teams, timeout, backend="gloo")
     if control is None:
         return Team()

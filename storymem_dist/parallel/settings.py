@@ -1,7 +1,7 @@
 """Settings of the parallel layout: how many ranks share one forward, and where the weights live.
 
-Plain values only (they come from ``conf/parallel``). Whether a layout fits the ranks that were started is decided by
-``storymem_dist.parallel.layout``; nothing here looks at the machine.
+Plain values only (they come from ``conf/parallel``). ``storymem_dist.parallel.layout`` decides whether they fit the
+started ranks; nothing here looks at the machine.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from storymem_dist.errors import ConfigError, require_at_least, require_one_of
 WEIGHTS = ("replicated", "fsdp", "fsdp_offload", "zero3")
 DEVICES = ("auto", "cpu", "cuda")
 BACKENDS = ("auto", "gloo", "nccl")
-ZERO3_OFFLOADS = ("cpu", "nvme")
+ZERO3_OFFLOADS = ("cpu",)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -19,24 +19,25 @@ class ParallelSettings:
     """One entry of ``conf/parallel``.
 
     Layout: ``num_replicas`` (None: as many as the started ranks hold), and the axes inside a replica, outermost first:
-    ``cfg`` (2 runs the conditional and the unconditional pass side by side), ``ring`` and ``ulysses`` (sequence
+    ``cfg`` (2 runs the conditional and the unconditional pass in parallel), ``ring`` and ``ulysses`` (sequence
     parallel; ``ulysses`` must divide the number of attention heads). ``across_nodes`` allows one replica to span nodes.
 
     Weights: ``replicated`` (every rank holds them whole), ``fsdp`` (FSDP2 shards over all ranks of the replica),
-    ``fsdp_offload`` (the shards live in host memory), ``zero3`` (DeepSpeed ZeRO-3 with the weights in host memory or,
-    ``zero3_offload: nvme``, on disk under ``zero3_nvme_path``; the disk variant has not been tried).
-    ``prefetch_blocks`` is how many FSDP blocks are gathered ahead of the one that computes. ``share_reads`` lets one
-    rank per node read a part of the weights and broadcast it to the ranks of that node that hold the same part.
+    ``fsdp_offload`` (the shards live in host memory), ``zero3`` (DeepSpeed ZeRO-3 with the weights in host memory).
+    ``zero3_offload`` is ``cpu``, and ``zero3_nvme_path`` is not read: both are kept for configurations that set them.
+    ``prefetch_blocks`` is the number of FSDP blocks that are gathered ahead of the one that computes. ``share_reads``
+    lets one rank per node read a part of the weights and broadcast it to the ranks of that node that hold the same
+    part. ``compile`` runs the transformer's blocks under torch.compile.
 
     Process groups: ``device`` and ``backend`` ("auto": CUDA with nccl where a GPU is present, else CPU with gloo).
-    ``cpu_threads`` is how many threads a rank computes with when its device is the CPU: one by default, because the
-    number changes the last bits of results, and several ranks or jobs on one machine would get in each other's way.
+    ``cpu_threads`` is the number of threads of a rank on the CPU: one by default, because the number changes the last
+    bits of results, and several ranks or jobs on one machine would compete for cores.
     ``collective_timeout_seconds`` ends a collective that hangs. ``leader_timeout_seconds`` is how long the ranks of a
-    replica wait for each other to meet, or for a sign of life from their leader (a leader that works sends them).
-    ``stall_timeout_seconds`` ends a rank that hangs outside of collectives (in a driver, on a dead file system), alone
-    in its replica or not. A sign of life is a stage or step that begins or ends, weights that are read, a look for the
-    next shot; so a wait for hours is none of its business, but one denoising step, one decode or the saving of one shot
-    must take less. Reading text encoder and weights may take three times as long. None: never, for a debugger.
+    replica wait for each other, or for a sign of life from their leader (a working leader sends them).
+    ``stall_timeout_seconds`` ends a rank that hangs outside of collectives (in a driver, on a dead file system), also
+    in a replica of one rank. Signs of life are: a stage or step begins or ends, weights are read, a leader looks for
+    the next shot. So a wait of hours for a shot is no hang, but one denoising step, one decode or one save must take
+    less. Reading text encoder and weights may take three times as long. None: no limit, for a debugger.
     """
 
     num_replicas: int | None = None
@@ -65,6 +66,10 @@ class ParallelSettings:
         require_at_least("parallel.ulysses", self.ulysses, 1)
         require_one_of("parallel.weights", self.weights, WEIGHTS)
         require_at_least("parallel.prefetch_blocks", self.prefetch_blocks, 0)
+        if self.zero3_offload == "nvme":
+            raise ConfigError(
+                "parallel.zero3_offload=nvme (weights on disk) has never been run and is not supported; use cpu"
+            )
         require_one_of("parallel.zero3_offload", self.zero3_offload, ZERO3_OFFLOADS)
         require_one_of("parallel.device", self.device, DEVICES)
         require_one_of("parallel.backend", self.backend, BACKENDS)
@@ -87,10 +92,8 @@ class ParallelSettings:
     def _check_zero3(self) -> None:
         if self.ranks_per_replica > 1:
             raise ConfigError(
-                f"parallel.weights=zero3 goes with cfg=1, ring=1 and ulysses=1; got cfg={self.cfg}, ring={self.ring}, "
+                f"parallel.weights=zero3 needs cfg=1, ring=1 and ulysses=1; got cfg={self.cfg}, ring={self.ring}, "
                 f"ulysses={self.ulysses}. Use parallel.weights=fsdp_offload to split a forward and offload its weights"
             )
         if self.compile:
             raise ConfigError("parallel.weights=zero3 runs in eager mode only; set parallel.compile=false")
-        if self.zero3_offload == "nvme" and not self.zero3_nvme_path:
-            raise ConfigError("parallel.zero3_offload=nvme needs parallel.zero3_nvme_path, a folder on the local disk")

@@ -1,7 +1,7 @@
 """The prompts of a job, encoded once: spread over all ranks, shared through the prompt cache.
 
 What is cached already is not encoded again, a rank with nothing to encode loads no encoder, and the encoder is released
-before this returns, so that the experts find the memory free. Works on one process without a process group. Knows
+before this returns, so that its memory is free for the experts. Works on one process without a process group. Knows
 nothing about stories or guidance: a negative prompt is a prompt like any other.
 """
 
@@ -26,7 +26,7 @@ MIN_PROMPTS_PER_RANK = 8
 """Reading the 11 GB encoder costs a rank more than encoding this many prompts on a GPU."""
 
 PATIENCE = timedelta(hours=1)
-"""How long ranks wait for one that still loads or encodes."""
+"""How long ranks wait for a rank that still loads or encodes."""
 
 
 class Encoder(Protocol):
@@ -36,7 +36,7 @@ class Encoder(Protocol):
         """One embedding ``[num_tokens, text_dim]`` per text, independent of the other texts."""
 
 
-class Place(Protocol):
+class WorldRank(Protocol):
     """What ``encode_prompts`` needs of a ``Session``."""
 
     @property
@@ -53,15 +53,15 @@ def encode_prompts(
     cache: PromptCache,
     load_encoder: Callable[[], Encoder],
     *,
-    place: Place,
+    place: WorldRank,
     min_prompts_per_rank: int = MIN_PROMPTS_PER_RANK,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
-    """See to it that every prompt has an entry in ``cache``.
+    """Encode every prompt that has no entry in ``cache``.
 
     Collective over all started ranks, which pass equal prompts and a cache on one file system. ``load_encoder`` is
-    called on the ranks that have prompts to encode, as few as give each ``min_prompts_per_rank``.
-    ``on_progress(done, total)`` counts prompts that were missing. If a rank fails, every rank raises what it raised.
+    called on ranks that have prompts to encode: one for every ``min_prompts_per_rank`` missing prompts, rounded up.
+    ``on_progress(done, total)`` counts missing prompts. If a rank fails, every rank raises its exception.
     """
     first_of_path: dict[Path, str] = {}
     for prompt in prompts:
@@ -83,13 +83,13 @@ def encode_prompts(
             on_progress(start + len(batch), len(missing))
         if encoder is not None:
             encoder = None
-            gc.collect()  # modules that refer to each other would keep their weights until some later collection
+            gc.collect()  # cyclic references would keep the weights until a later collection
             if torch.cuda.is_available():
-                torch.cuda.empty_cache()  # experts would leave gaps between what is left of the encoder's blocks
+                torch.cuda.empty_cache()  # cached blocks of the encoder would fragment the experts' memory
 
 
 def _missing_anywhere(
-    unique: list[str], cache: PromptCache, place: Place, group: dist.ProcessGroup | None
+    unique: list[str], cache: PromptCache, place: WorldRank, group: dist.ProcessGroup | None
 ) -> list[str]:
     """The prompts without an entry, the same on all ranks even while others write: one rank looks up each prompt."""
     looked_up = unique[place.rank :: place.world_size]
@@ -110,7 +110,7 @@ def _together(group: dist.ProcessGroup | None, fn: Callable[[], T]) -> T:
 def _control_group(world_size: int) -> Iterator[dist.ProcessGroup | None]:
     """A gloo group of all started ranks for small messages, None for one rank.
 
-    It waits long, because one rank may read a large encoder from a slow disk; a peer that dies is noticed at once.
+    It waits long, because one rank may read a large encoder from a slow disk; a peer that dies is noticed immediately.
     """
     if world_size == 1:
         yield None

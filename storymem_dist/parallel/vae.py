@@ -2,21 +2,21 @@
 
 Every rank of a group calls ``encode`` and ``decode`` with the same input and receives the same full result; each rank
 computes one strip of the picture. The networks keep their weights, their forwards and their own zero padding: hooks cut
-the strip on the way in, hand the neighbours' columns around in between and join the strips on the way out. There are no
-tiles and nothing is blended: the result is that of one device, up to the rounding of sums taken in another order.
+the strip on the way in, exchange the neighbours' columns in between and join the strips on the way out. There are no
+tiles and no blending: the result is that of one device, up to the rounding of sums in another order.
 
-How it stays exact with few messages: a rank carries, beside its own columns, a few *ghost* columns that belong to its
-neighbours. A convolution of width 3 spoils the outermost ghost column on either side, because it looks past it into
-padding; the columns further in are still exact. Ghosts are refreshed by one exchange (both sides, all frames in one
-message) only when the next step would look past the last exact one, which is once per residual block instead of once
-per convolution. Feature caches of earlier frames are taken from the same strips and need no message of their own. At
-the border of the picture a strip has no ghosts, and the networks' zero padding is the right one.
+How it stays exact with few messages: besides its own columns, a rank carries a few *ghost* columns that belong to its
+neighbours. A convolution of width 3 makes the outermost ghost column on either side inexact, because it reads padding
+beyond it; the inner columns stay exact. One exchange (both sides, all frames in one message) refreshes the ghosts only
+when the next layer would read beyond the last exact one: once per residual block instead of once per convolution.
+Feature caches of earlier frames are taken from the same strips and need no message of their own. At the border of the
+picture a strip has no ghosts, and the networks' zero padding is correct.
 
 This module does not know what a latent means, and normalizes nothing. It knows the layers of diffusers'
 ``AutoencoderKLWan`` (Wan2.1 VAE) and refuses a network that holds any other.
 
 Tensor names: B batch, C channels, T frames, H rows, W columns, N tokens of one frame. "Columns" are rows when the
-picture is higher than wide: the longer side is the one that is split.
+picture is higher than wide: the longer side is split.
 """
 
 from collections.abc import Callable
@@ -45,14 +45,14 @@ from storymem_dist.errors import LayoutError
 from storymem_dist.models.wan.vae import WanVae
 from storymem_dist.parallel.clock import CollectiveClock, timed
 
-RESIDUAL_REACH = 2  # columns that a residual block looks to either side: two convolutions of width 3
+RESIDUAL_REACH = 2  # columns that a residual block reads on either side: two convolutions of width 3
 ENTRY_GHOSTS = 1 + RESIDUAL_REACH  # the first convolution and the first residual block run on the input's own columns
-ATTENTION_GHOSTS = 2 * RESIDUAL_REACH  # the frame is whole in attention: two residual blocks need no exchange after it
+ATTENTION_GHOSTS = 2 * RESIDUAL_REACH  # attention has the whole frame: the two blocks after it need no exchange
 MIN_OWN_COLUMNS = RESIDUAL_REACH  # a neighbour's ghosts come from one rank
 
 _KNOWN_LAYERS = (
-    *(WanEncoder3d, WanDecoder3d, WanMidBlock, WanUpBlock, nn.ModuleList, nn.Sequential),  # they only call others
-    *(WanRMS_norm, nn.SiLU, nn.Dropout, nn.Identity),  # they look at one pixel
+    *(WanEncoder3d, WanDecoder3d, WanMidBlock, WanUpBlock, nn.ModuleList, nn.Sequential),  # they only call other layers
+    *(WanRMS_norm, nn.SiLU, nn.Dropout, nn.Identity),  # they read one pixel
     *(WanResidualBlock, WanResample, WanUpsample, nn.ZeroPad2d, WanAttentionBlock),  # _Strip has a rule for them
 )
 
@@ -72,7 +72,7 @@ class SpatialParallelVae:
             self._split(network, _Strip(group, clock))
 
     def remove(self) -> None:
-        """Take every hook and replaced layer out again: the VAE is as it was."""
+        """Remove all hooks and put replaced layers back: the VAE is as before."""
         for hook in self._hooks:
             hook.remove()
         for network, name, original in self._replaced:
@@ -106,9 +106,9 @@ class SpatialParallelVae:
 def parallelize_vae(vae: WanVae, group: dist.ProcessGroup, clock: CollectiveClock | None = None) -> SpatialParallelVae:
     """Split every later ``encode`` and ``decode`` of ``vae`` over the ranks of ``group``; ``remove()`` ends that.
 
-    The longer side of the picture is cut into strips of whole latent columns, as even as possible; widths need not
-    divide. A strip has at least two latent columns: where the picture is too narrow for all ranks, the surplus ranks
-    repeat the last strip and receive the result like everyone. ``clock`` counts the time in collectives.
+    The longer side of the picture is cut into strips of whole latent columns, as even as possible; the width need
+    not divide. A strip has at least two latent columns. If the picture is too narrow for all ranks, the surplus ranks
+    repeat the last strip and receive the result like all others. ``clock`` counts the time in collectives.
 
     Raises ``LayoutError`` if the networks hold a layer that this module has no rule for.
     """
@@ -140,7 +140,7 @@ class _Strip:
         self._ghosts = _Ghosts(0, 0)
         self._exact = 0
 
-    # ---- what the layers ask for
+    # ---- for the layers
 
     def enter(self, full_BCTHW: Tensor, columns_per_unit: int) -> Tensor:
         """Cut this rank's strip out of a network's input; ``columns_per_unit`` input columns make one latent column."""
@@ -163,7 +163,7 @@ class _Strip:
         return full.narrow(self._dim, before - self._ghosts.left, self._num_own + sum(self._ghosts))
 
     def gather(self, x: Tensor) -> Tensor:
-        """The whole tensor, from everyone's own columns. Strips of different width travel padded to the widest."""
+        """The whole tensor, from all ranks' own columns. Strips of different width travel padded to the widest."""
         widths = [units * self._columns_per_unit for units in self._units]
         padding = max(widths) - self._num_own
         own = F.pad(self._own(x), (0, padding) if self._dim == -1 else (0, 0, 0, padding)).contiguous()
@@ -175,7 +175,7 @@ class _Strip:
         )
 
     def before_convolutions(self, x: Tensor, reach: int) -> Tensor:
-        """Make the own columns come out exact from a layer that looks ``reach`` columns to either side."""
+        """Let a layer that reads ``reach`` columns on either side compute this rank's own columns exactly."""
         if self._exact < reach:
             x = self._with_ghosts(x, _Ghosts(reach, reach), exchange=True)
             self._exact = reach
@@ -183,7 +183,7 @@ class _Strip:
         return x
 
     def before_halving(self, x: Tensor) -> Tensor:
-        """Ready ``x`` for columns 2i, 2i+1 and 2i+2 to become column i: a ghost goes in on the right, none come out."""
+        """Prepare ``x`` for columns 2i, 2i+1 and 2i+2 to become column i: one ghost in on the right, none out."""
         x = self._with_ghosts(x, _Ghosts(0, 1), exchange=self._exact < 1)
         self._columns_per_unit //= 2
         self._ghosts = _Ghosts(0, 0)
@@ -191,7 +191,7 @@ class _Strip:
         return x
 
     def before_doubling(self, x: Tensor) -> Tensor:
-        """Ready ``x`` for each column to become two, then a convolution: a ghost goes in, two come out, one exact."""
+        """Prepare ``x`` for each column to become two, then a convolution: one ghost in, two out, one of them exact."""
         x = self._with_ghosts(x, _Ghosts(1, 1), exchange=self._exact < 1)
         self._columns_per_unit *= 2
         self._ghosts = _Ghosts(2 * self._ghosts.left, 2 * self._ghosts.right)
@@ -202,7 +202,7 @@ class _Strip:
 
     @property
     def _part(self) -> int:
-        """The part this rank computes. Surplus ranks repeat the last one, without neighbours; nobody reads theirs."""
+        """The part this rank computes. Surplus ranks repeat the last one without neighbours; it is not used."""
         return min(self._rank, len(self._units) - 1)
 
     @property
@@ -223,7 +223,7 @@ class _Strip:
     # ---- data movement
 
     def _with_ghosts(self, x: Tensor, wanted: _Ghosts, *, exchange: bool) -> Tensor:
-        """``x`` with the ``wanted`` ghosts (none at the picture's border), new ones from the neighbours if asked."""
+        """``x`` with the ``wanted`` ghosts (none at the picture's border), new from the neighbours on ``exchange``."""
         own, present = self._own(x), self._ghosts
         self._ghosts = _Ghosts(wanted.left * self._has_left, wanted.right * self._has_right)
         received = self._exchange(own, wanted) if exchange else None
@@ -231,13 +231,13 @@ class _Strip:
         if received and min(spare) < 0:
             return torch.cat([received[0], own, received[1]], self._dim)
         x = x.narrow(self._dim, spare.left, self._num_own + sum(self._ghosts))
-        if received:  # written in place: the layer before has just made x, and its own columns need no copy
+        if received:  # written in place: the layer before has just created x, and its own columns need no copy
             x.narrow(self._dim, 0, self._ghosts.left).copy_(received[0])
             x.narrow(self._dim, self._ghosts.left + self._num_own, self._ghosts.right).copy_(received[1])
         return x
 
     def _exchange(self, own: Tensor, wanted: _Ghosts) -> tuple[Tensor, Tensor]:
-        """Give both neighbours their ghosts and receive one's own, in one collective; no columns where nobody is."""
+        """Send both neighbours their ghosts and receive own ones, in one collective; none without a neighbour."""
         num_to_left, num_to_right = wanted.right * self._has_left, wanted.left * self._has_right
         to_left = own.narrow(self._dim, 0, num_to_left)
         to_right = own.narrow(self._dim, self._num_own - num_to_right, num_to_right)
@@ -266,8 +266,8 @@ class _Strip:
 class _SplitQueryAttention(nn.Module):
     """The attention of a ``WanAttentionBlock``: keys and values of the whole frame, queries of this rank's strip.
 
-    It stands in the block's place and borrows its layers under their names, so the state dict does not change. Hooks
-    alone would leave every rank with the queries of the whole frame, the one cost that grows with the frame's square.
+    It replaces the block and keeps its layers under their names, so the state dict does not change. With hooks alone
+    every rank would compute the queries of the whole frame, the one cost that grows with the square of its size.
     """
 
     def __init__(self, block: WanAttentionBlock, strip: _Strip) -> None:
@@ -293,7 +293,7 @@ def _tokens(frames_BCHW: Tensor) -> Tensor:
 
 
 def _refuse_unknown_layers(network: nn.Module) -> None:
-    """Raise ``LayoutError`` at the first layer that may look sideways in a way ``_Strip`` has no rule for."""
+    """Raise ``LayoutError`` at the first layer for whose reach sideways ``_Strip`` has no rule."""
     strides = {network.conv_in: 1, network.conv_out: 1}
     for layer in network.modules():
         if isinstance(layer, WanResidualBlock):
@@ -308,6 +308,6 @@ def _refuse_unknown_layers(network: nn.Module) -> None:
             known = looks == ((1, 1), (1, 1), (1, 1)) or looks == ((3, 3), (stride, stride), (1, 1))
         if not known:
             raise LayoutError(
-                f"the VAE cannot be split over ranks: nothing is known about how far {type(network).__name__}.{name} "
-                f"({layer}) looks sideways. Known are the layers of the Wan2.1 VAE; run this one on a single rank"
+                f"the VAE cannot be split over ranks: it is unknown how many columns {type(network).__name__}.{name} "
+                f"({layer}) reads on either side. Use the layers of the Wan2.1 VAE, or run this VAE on a single rank"
             )

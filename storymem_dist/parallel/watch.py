@@ -1,14 +1,14 @@
-"""Sees to it that no rank hangs for ever, and says which rank holds up its replica, and where.
+"""Ends ranks that hang, and reports which rank blocks its replica, and where.
 
-A thread on every rank looks about once a second where its own rank is, tells the other ranks of the replica through the
-job's store, and hears of them. So when a collective fails, the error names the rank that did not come. A rank that
-hangs itself ends when a peer has given up, or when it has shown no sign of life for too long: it prints its stack and
-exits with 1, and whoever started it can start the group again. Device-neutral: NCCL's own watchdog aborts a process
-without raising anything, so what is known is told shortly before a collective would time out.
+About once a second, a thread on every rank exchanges reports with the other ranks of the replica through the job's
+store. So when a collective fails, the error names the rank that did not come. A hanging rank is ended when a peer has
+given up, or after too long without a sign of life: it prints its stack and exits with 1, and its launcher can restart
+the group. This works on every device: NCCL's own watchdog aborts a process without raising an exception, so a hang is
+reported shortly before a collective would time out.
 
-Time is counted in ticks of that thread, so that a process which was paused does not take the pause for a hang. A rank
-whose interpreter is stuck (in C code that keeps its lock) is ended by faulthandler's timer after twice the time, which
-counts pauses too. Knows ranks and clocks; not what is rendered, nor who reads what it tells.
+Time is counted in ticks of that thread, so that a paused process does not take the pause for a hang. If the interpreter
+itself is stuck (in C code that keeps its lock), faulthandler's timer ends the rank after twice the time, pauses
+included. Knows ranks and clocks; not what is rendered or where reports go.
 """
 
 import faulthandler
@@ -34,42 +34,42 @@ from storymem_dist.parallel.settings import ParallelSettings
 
 _LONGEST_INTERVAL = 1.0  # seconds between two looks
 _INTERVALS_PER_TIMEOUT = 10
-_ALIVE_INTERVALS = 3  # who was not heard of for so many is silent; who fails stays a little longer than that
-_GRACE_INTERVALS = 5  # who hears that a peer has given up may take so many to end by itself; twice that in a collective
-_TELL_RATIO = 0.9  # part of the time-out of a collective after which a hang is told
-_SLOW_PATIENCE = 3.0  # how many times longer a slow stage may be silent
+_ALIVE_INTERVALS = 3  # a rank not heard from for this many intervals is silent; a failing rank stays slightly longer
+_GRACE_INTERVALS = 5  # intervals a rank gets to exit after a peer gave up; doubled inside a collective
+_REPORT_RATIO = 0.9  # share of a collective's time-out after which a hang is reported
+_SLOW_PATIENCE = 3.0  # a slow stage may be silent this many times longer
 _STORE_SECONDS = 5.0
-_TELL_SECONDS = 5.0
-_LEAVE_SECONDS = 30.0  # after an error, for what is still being saved; torchrun too gives 30 s
+_REPORT_SECONDS = 5.0
+_LEAVE_SECONDS = 30.0  # after an error, for unfinished saves; torchrun allows 30 s as well
 
 
-class Progress(Protocol):
-    """Where a rank is. ``number`` grows along the lock step of a replica, ``num_signs`` with every sign of life."""
+class Activity(Protocol):
+    """The position of a rank."""
 
     @property
     def number(self) -> int:
-        """Equal on ranks at equal places."""
+        """Grows along the lock step of a replica; equal on ranks at equal positions."""
 
     @property
     def num_signs(self) -> int:
-        """Changes with every sign of life."""
+        """Grows with every sign of life."""
 
     @property
     def where(self) -> str:
-        """The place in words."""
+        """The position in words."""
 
     @property
     def is_slow(self) -> bool:
-        """Whether it may take long without a sign of life."""
+        """Whether it may last long without a sign of life."""
 
 
 class Watch:
-    """Watches the rank of ``session`` while it is open; leaving it with the error of a collective explains the error.
+    """Watches the rank of ``session`` while it is open, and explains an error of a collective that ends it.
 
-    ``look`` says where the rank is; ``tell`` gets what a person should know (once for each hang, on one rank of the
+    ``look`` returns where the rank is; ``tell`` receives a message for people (once for each hang, on one rank of the
     replica). Must be opened on the thread that renders, by all ranks of the replica.
 
-    Raises ``CollectiveFailed`` in place of an error of ``torch.distributed``.
+    Raises ``CollectiveFailed`` instead of an error of ``torch.distributed``.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Watch:
         session: Session,
         settings: ParallelSettings,
         *,
-        look: Callable[[], Progress],
+        look: Callable[[], Activity],
         tell: Callable[[str], None],
     ) -> None:
         self._rank = session.rank
@@ -105,12 +105,12 @@ class Watch:
         )
         self._num_signs = -1
         self._seen: dict[int, Sighting] = {}
-        self._heard: dict[int, int] = {}
+        self._received: dict[int, int] = {}
         self._beat = 0
         self._last_tick = self._armed_at = -float("inf")
         self._alarm_seconds = self._leaving_seconds = 0.0
         self._error: BaseException | None = None
-        self._told_of = -1
+        self._reported_at = -1
 
     def __enter__(self) -> "Watch":
         self._tick()
@@ -118,7 +118,7 @@ class Watch:
         return self
 
     def note(self, error: BaseException) -> None:
-        """Tell the other ranks that ``error`` ends this one, before it tidies up, which may take a while."""
+        """Let the other ranks know that ``error`` ends this one, before its clean-up, which may take a while."""
         self._error = self._error or error
 
     def __exit__(
@@ -133,12 +133,13 @@ class Watch:
         self._exchange()
         if not (_is_of_a_collective(error) and self._peers):
             return
-        self._stay_to_be_heard()
-        verdict, speaker = self._verdict()
-        if speaker != self._rank:
-            raise CollectiveFailed(f"rank {self._rank} ends: a collective failed; rank {speaker} says why") from error
+        self._stay_until_received()
+        verdict, reporter = self._verdict()
+        if reporter != self._rank:
+            why = f"a collective failed; rank {reporter} reports why"
+            raise CollectiveFailed(f"rank {self._rank} ends: {why}") from error
         message = (
-            f"replica {self._replica} ends, a collective failed: {verdict.text} (torch says: {_first_line(error)})"
+            f"replica {self._replica} ends, a collective failed: {verdict.text} (torch reports: {_first_line(error)})"
         )
         self._tell(message)
         raise CollectiveFailed(message) from error
@@ -161,14 +162,14 @@ class Watch:
             self._alarm_seconds += elapsed
             patience = 2 if self._own.waits else 1  # its own collective will fail very soon
             if self._alarm_seconds > patience * _GRACE_INTERVALS * self._interval:
-                self._end("did not end by itself when another rank had given up")
+                self._end("did not exit after another rank had given up")
         own = self._own
         if self._stall_seconds is not None and own.silent_seconds > self._stall_seconds * own.patience:
             self._end(f"no sign of life for {own.silent_seconds:.0f} s (parallel.stall_timeout_seconds), at {own.line}")
-        self._tell_of_a_hang()
+        self._report_a_hang()
 
     def _exchange(self) -> float:
-        """See where this rank is, tell the others, hear of them; the seconds that passed since the last time."""
+        """Send this rank's report and receive those of its peers; return the seconds since the last exchange."""
         now = time.monotonic()
         elapsed = min(now - self._last_tick, _ALIVE_INTERVALS * self._interval) if self._beat else 0.0
         self._last_tick = now
@@ -191,7 +192,7 @@ class Watch:
     def _look_at_own_rank(self, elapsed: float) -> None:
         progress, own = self._look(), self._own
         line, waits = _position(sys._current_frames().get(self._thread_id))
-        is_alive = waits or progress.num_signs != self._num_signs  # who waits is watched by the collective's time-out
+        is_alive = waits or progress.num_signs != self._num_signs  # the collective's time-out limits a wait
         self._num_signs = progress.num_signs
         self._own = replace(
             own,
@@ -214,63 +215,63 @@ class Watch:
         for rank, message in zip(self._peers, self._store.multi_get(keys), strict=True):
             fields = json.loads(message)
             beat = fields.pop("beat")
-            if self._heard.get(rank) != beat:
-                self._heard[rank] = beat
+            if self._received.get(rank) != beat:
+                self._received[rank] = beat
                 self._seen[rank] = Sighting(**fields)
 
     # -- what is found -------------------------------------------------------------------------------------------------
 
     def _verdict(self) -> tuple[Verdict, int]:
-        """Who holds up the replica, and the rank that speaks about it: one that does not hang, if there is one."""
+        """Which ranks block the replica, and the rank that reports it: one that does not hang, if there is one."""
         seen = sorted([self._own, *self._seen.values()], key=lambda one: one.rank)
         verdict = judge(seen, alive_seconds=_ALIVE_INTERVALS * self._interval)
         ranks = [one.rank for one in seen]
         return verdict, min(set(ranks) - set(verdict.culprits) or ranks)
 
-    def _tell_of_a_hang(self) -> None:
-        """Tell once of every place where the replica stands still, before its collectives time out."""
-        if not self._peers or self._told_of == self._own.number:
+    def _report_a_hang(self) -> None:
+        """Report a hang once for each position, before the collectives time out."""
+        if not self._peers or self._reported_at == self._own.number:
             return
-        verdict, speaker = self._verdict()
-        if speaker != self._rank or not verdict.culprits:
+        verdict, reporter = self._verdict()
+        if reporter != self._rank or not verdict.culprits:
             return
         known = {self._rank: self._own, **self._seen}
         culprit = known[verdict.culprits[0]]
         still = culprit.silent_seconds + culprit.unheard_seconds
-        if still > _TELL_RATIO * self._collective_seconds * culprit.patience:
-            self._told_of = self._own.number
+        if still > _REPORT_RATIO * self._collective_seconds * culprit.patience:
+            self._reported_at = self._own.number
             limit = f"collectives fail after {self._collective_seconds:g} s (parallel.collective_timeout_seconds)"
-            self._say(f"replica {self._replica} stands still, {limit}: {verdict.text}")
+            self._report(f"replica {self._replica} is stuck; {limit}: {verdict.text}")
 
     def _end(self, failure: str) -> None:
-        """End this process, since its rank cannot do so: say why, with its stack."""
+        """End this process, since its rank cannot: print the reason and the stack."""
         self._own = replace(self._own, failure=failure)
         self._exchange()
-        verdict, speaker = self._verdict()
-        if self._rank in verdict.culprits or speaker == self._rank:
-            self._say(f"replica {self._replica} ends: {verdict.text}")
+        verdict, reporter = self._verdict()
+        if self._rank in verdict.culprits or reporter == self._rank:
+            self._report(f"replica {self._replica} ends: {verdict.text}")
         if self._rank in verdict.culprits and sys.__stderr__ is not None:
             faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
         if not self._alarm_seconds:
-            self._stay_to_be_heard()
+            self._stay_until_received()
         os._exit(1)
 
-    def _stay_to_be_heard(self) -> None:
-        """Peers hear of a failure before this process, which may hold the store, is gone."""
+    def _stay_until_received(self) -> None:
+        """Give peers time to receive the failure: this process may hold the store."""
         if self._peers:
             for _ in range(_ALIVE_INTERVALS + 1):
                 time.sleep(self._interval)
                 self._exchange()
 
-    def _say(self, message: str) -> None:
+    def _report(self, message: str) -> None:
         sys.stderr.write(f"storymem: {message}\n")
         sys.stderr.flush()
-        teller = threading.Thread(target=self._tell, args=(message,), name="replica-watch-tells", daemon=True)
-        teller.start()
-        teller.join(_TELL_SECONDS)  # what hangs may be the very disk or lock that telling needs
+        reporting = threading.Thread(target=self._tell, args=(message,), name="replica-watch-report", daemon=True)
+        reporting.start()
+        reporting.join(_REPORT_SECONDS)  # it may need the disk or lock that hangs
 
     def _arm_for_a_stuck_interpreter(self) -> None:
-        """Have a thread of the C library end this process when no Python thread runs any more."""
+        """Let a C thread of faulthandler end this process when no Python thread runs any more."""
         if self._stall_seconds is None or sys.__stderr__ is None:
             return
         if self._last_tick - self._armed_at > self._stall_seconds / 4:
@@ -279,7 +280,7 @@ class Watch:
 
 
 def _own_connection() -> Any:
-    """The job's store over a connection that no other thread waits for. Torch's stubs lack its class."""
+    """Connect to the job's store; no other thread waits for this connection. Torch's stubs lack the class."""
     assert dist.group.WORLD is not None
     store: Any = dist.group.WORLD.get_group_store()
     connection = store.clone()
@@ -301,7 +302,7 @@ def _is_of_a_collective(error: BaseException) -> bool:
 
 
 def _position(frame: FrameType | None) -> tuple[str, bool]:
-    """The innermost line of a thread that says something, and whether torch waits there for other ranks."""
+    """A thread's innermost line outside torch and threading, and whether torch waits there for other ranks."""
     waits = False
     while frame is not None:
         module = str(frame.f_globals.get("__name__", ""))

@@ -1,7 +1,7 @@
-"""Whether the experts fit this machine: known from their sizes alone, before anything is read or allocated.
+"""Decides whether the experts fit this machine, from their sizes alone, before anything is read or allocated.
 
-Counts weights and nothing else (activations, text encoder and caches come on top), so what is refused here can never
-run. Decides ``model.experts=auto``. Computes no layout and moves nothing.
+Counts weights only (activations, text encoder and caches need more), so what is refused here can never run. Resolves
+``model.experts=auto``. Computes no layout and moves nothing.
 """
 
 from dataclasses import dataclass, replace
@@ -19,8 +19,8 @@ from storymem_dist.parallel.settings import ParallelSettings
 from storymem_dist.weights.settings import ModelSettings
 
 _FORWARD_BYTES, _DECODE_BYTES, _MORE_BYTES = 14 * GIB, 18 * GIB, 4 * GIB
-"""What a forward and a decode take beside weights at 1280x720 with ten keyframes on a rank (``benchmarks/memory.py``);
-and room for gathered blocks, libraries and gaps."""
+"""Working memory of a rank besides weights: for a forward and for a decode (1280x720, ten keyframes, measured by
+``benchmarks/memory.py``), and headroom for all-gathers, libraries and fragmentation."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,7 +33,7 @@ class WeightMemory:
 
 @cache
 def expert_bytes(config: DiTConfig, dtype: torch.dtype, linears: str) -> int:
-    """Bytes of one expert's weights as they are held."""
+    """Return the bytes of one expert's weights, held in ``dtype`` and with the layer format ``linears``."""
     with torch.device("meta"):
         dit = WanDiT(config, dtype=dtype)
     quantize_linears(dit.blocks, linears)
@@ -41,15 +41,14 @@ def expert_bytes(config: DiTConfig, dtype: torch.dtype, linears: str) -> int:
 
 
 def weight_memory(model: ModelSettings, parallel: ParallelSettings, config: DiTConfig) -> WeightMemory:
-    """What ``parallel.loading.place_experts`` makes of the settings (``model.experts`` decided).
+    """Return what a rank needs for ``parallel.loading.place_experts``; ``model.experts`` must not be ``auto``.
 
     Uneven shards are counted as if they were even.
     """
     whole = expert_bytes(config, getattr(torch, model.dtype), model.linears)
     one = whole if parallel.weights == "replicated" else whole // parallel.ranks_per_replica
     if parallel.weights in OFFLOADED:
-        on_disk = parallel.weights == "zero3" and parallel.zero3_offload == "nvme"
-        return WeightMemory(on_device=0, on_host=0 if on_disk else len(EXPERTS) * one)
+        return WeightMemory(on_device=0, on_host=len(EXPERTS) * one)
     if model.experts == "swap":
         return WeightMemory(on_device=one, on_host=len(EXPERTS) * one)
     return WeightMemory(on_device=len(EXPERTS) * one, on_host=0)
@@ -58,7 +57,7 @@ def weight_memory(model: ModelSettings, parallel: ParallelSettings, config: DiTC
 def decide_experts(
     model: ModelSettings, parallel: ParallelSettings, config: DiTConfig, device: torch.device
 ) -> ModelSettings:
-    """The settings with ``experts=auto`` decided: resident where that leaves room to work on ``device``."""
+    """Return the settings with ``experts=auto`` resolved: ``resident`` if that leaves room to work."""
     if model.experts != "auto":
         return model
     resident, total = replace(model, experts="resident"), device_memory_bytes(device)
@@ -84,7 +83,7 @@ def check_weight_memory(
 ) -> None:
     """Raise ``ConfigError`` if this rank's device, or the memory that its node's ranks share, is too small.
 
-    ``model.experts`` is decided.
+    ``model.experts`` must not be ``auto``.
     """
     needed = weight_memory(model, parallel, config)
     asked = f"model.experts={model.experts} with parallel.weights={parallel.weights}"
@@ -95,15 +94,16 @@ def check_weight_memory(
     elif on_device > total:
         raise ConfigError(
             f"{asked} needs {_gib(on_device)} GiB for weights on each device; {device} has {_gib(total)} GiB. Use "
-            "model.experts=swap, a layout whose ranks share the weights (parallel=fsdp2, fsdp8, ...), or "
-            "parallel=fsdp_offload"
+            "model.experts=swap, a layout whose ranks share the weights (parallel=fsdp_2gpu, fsdp_8gpu, ...), "
+            "or parallel=offload_1gpu"
         )
     if on_host > (host := host_memory_bytes()):
         raise ConfigError(
             f"{asked} needs {_gib(on_host)} GiB of host memory for the weights of {ranks_per_node} "
-            f"rank{'s' if ranks_per_node > 1 else ''} on this node, which has {_gib(host)} GiB (or its job may use no "
-            "more). Use model.experts=resident where the devices hold both experts, fewer ranks "
-            "(launch.processes_per_node=N), or a layout whose ranks share the weights (parallel=fsdp2, fsdp8, ...)"
+            f"rank{'s' if ranks_per_node > 1 else ''} on this node, which has {_gib(host)} GiB (the limit of its "
+            "job counts). Use model.experts=resident if the devices can hold both experts, fewer ranks "
+            "(launch.processes_per_node=N), or a layout whose ranks share the weights "
+            "(parallel=fsdp_2gpu, fsdp_8gpu, ...)"
         )
 
 

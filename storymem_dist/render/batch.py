@@ -1,11 +1,15 @@
-"""Renders a batch: claims ready shots until none is left. Read this first.
+"""Renders a batch: claims ready shots until none is left.
 
 Every rank of a replica runs this loop in lock step. What only the leader can know or do (what is on disk, which shot is
-next, whether a save worked, "stop now") is a method of its ``Desk`` and goes through ``leader_decides``, which gives
-all ranks the same value or the same exception. So this file has no test of ranks and touches no file.
+next, whether a save worked, whether to stop) is a method of its ``Coordinator``, called through ``leader_decides``:
+all ranks get the same value or the same exception. So this module checks no rank numbers and opens no file. Only two
+methods are called on each rank: ``close``, which does nothing where the coordinator is not open, and
+``note_out_of_memory``.
 
-Resuming is the same call again: committed shots are skipped, a shot that was left between two denoising steps goes on
-there.
+A *chain* is the shots of a story in order, a *kind* names the experts that a shot needs (t2v or m2v), a *part* is the
+stories with one set of settings: a job has one part, a joined sweep one for each point.
+
+To resume, make the same call again: it skips committed shots and continues a stopped shot at its last saved step.
 """
 
 import time
@@ -16,7 +20,7 @@ from functools import partial
 import torch
 
 from storymem_dist.diffusion.denoise import DenoiseState, DenoiseStopped, StepInfo
-from storymem_dist.dispatch.coordinator import Desk
+from storymem_dist.dispatch.coordinator import Coordinator
 from storymem_dist.dispatch.plan import BatchPart
 from storymem_dist.dispatch.protocol import Assignment, End, LeaderDecides, RenderedShot, ShotRenderer, alone
 from storymem_dist.dispatch.settings import DispatchSettings
@@ -42,14 +46,13 @@ def render_batch(
     """Render all shots of all ``parts`` that are not committed, together with the other replicas and jobs.
 
     ``check_contents`` compares the contents of all files of a resumed run with their records, not only their sizes.
-    ``loaded`` is the kind whose experts the renderer has already. ``on_crash`` hears at once of an error that ends the
-    batch, before what is being saved is waited for.
-    All ranks return the same summary.
+    ``loaded`` is the kind of experts that the renderer has already loaded. ``on_crash`` is called with an unexpected
+    error that ends the batch, before the wait for a shot that is being saved. All ranks return the same summary.
 
-    Raises ``RunFolderError`` and other ``StoryMemError`` when the batch cannot begin, and whatever the renderer raised
-    when it is not the fault of one shot; the shot in flight is then claimed again after a restart.
+    Raises ``RunFolderError`` and other ``StoryMemError`` when the batch cannot begin, and any error of the renderer
+    that is not the fault of one shot; a restart then claims the shot in flight again.
     """
-    desk = Desk(
+    coordinator = Coordinator(
         parts=parts,
         settings=settings,
         replica=replica or Replica(),
@@ -57,62 +60,64 @@ def render_batch(
         check_contents=check_contents,
     )
     try:
-        leader_decides(desk.open)
+        leader_decides(coordinator.open)
         while True:
-            assignment = leader_decides(partial(desk.next_assignment, loaded))
+            assignment = leader_decides(partial(coordinator.next_assignment, loaded))
             if isinstance(assignment, End):
-                return leader_decides(partial(desk.finish, assignment))
+                return leader_decides(partial(coordinator.finish, assignment))
             kind = assignment.job.kind
             if kind != loaded:
                 began = time.monotonic()
                 with timed_stage(parts[assignment.job.part].observers, "load"):
                     renderer.prepare(kind)
                 elapsed = time.monotonic() - began
-                leader_decides(partial(desk.note_prepared, elapsed, swapped=loaded is not None))
+                leader_decides(partial(coordinator.note_prepared, elapsed, swapped=loaded is not None))
                 loaded = kind
-            _render(assignment, parts[assignment.job.part], renderer, desk, settings, leader_decides)
-    except StoryMemError:  # the shot in flight is not to blame
-        desk.close()
+            _render_shot(assignment, parts[assignment.job.part], renderer, coordinator, settings, leader_decides)
+    except StoryMemError:  # from the coordinator; an error of a shot does not get here (see _render_shot)
+        coordinator.close()
         raise
     except KeyboardInterrupt:
-        desk.close(at_once=True)
+        coordinator.close(at_once=True)
         raise
     except BaseException as error:
         on_crash(error)
-        desk.close(crashed=True)
+        coordinator.close(crashed=True)
         raise
 
 
-def _render(
+def _render_shot(
     assignment: Assignment,
     part: BatchPart,
     renderer: ShotRenderer,
-    desk: Desk,
+    coordinator: Coordinator,
     settings: DispatchSettings,
     leader_decides: LeaderDecides,
 ) -> None:
-    """Render one shot and hand in the result, or the reason why there is none."""
+    """Render one shot and pass the result, or why there is none, to the coordinator."""
     try:
-        rendered = _attempt(assignment, part, renderer, desk, settings, leader_decides)
+        rendered = _attempt(assignment, part, renderer, coordinator, settings, leader_decides)
     except DenoiseStopped as stopped:
-        leader_decides(partial(desk.shot_stopped, stopped.state))
+        leader_decides(partial(coordinator.shot_stopped, stopped.state))
     except StoryMemError as error:
-        leader_decides(partial(desk.shot_failed, str(error), type(error).__name__, details=traceback.format_exc()))
+        leader_decides(
+            partial(coordinator.shot_failed, str(error), type(error).__name__, details=traceback.format_exc())
+        )
     except (torch.OutOfMemoryError, MemoryError) as error:
         if not renderer.retries_in_place:
-            desk.note_out_of_memory(assignment, _brief(error))
+            coordinator.note_out_of_memory(assignment, _brief(error))
             raise
         again = not assignment.low_memory
-        leader_decides(partial(desk.shot_failed, _brief(error), type(error).__name__, low_memory_next=again))
+        leader_decides(partial(coordinator.shot_failed, _brief(error), type(error).__name__, low_memory_next=again))
     else:
-        leader_decides(partial(desk.shot_rendered, rendered))
+        leader_decides(partial(coordinator.shot_rendered, rendered))
 
 
 def _attempt(
     assignment: Assignment,
     part: BatchPart,
     renderer: ShotRenderer,
-    desk: Desk,
+    coordinator: Coordinator,
     settings: DispatchSettings,
     leader_decides: LeaderDecides,
 ) -> RenderedShot:
@@ -121,8 +126,8 @@ def _attempt(
     def on_step(info: StepInfo) -> None:
         part.observers.notify(
             StepFinished(
-                story_id=job.story.story_id,
-                shot_id=job.shot.shot_id,
+                story_id=job.story_id,
+                shot_id=job.shot_id,
                 step=info.step,
                 num_steps=info.num_steps,
                 expert=info.expert,
@@ -134,14 +139,14 @@ def _attempt(
         )
 
     def on_checkpoint(state: DenoiseState) -> None:
-        leader_decides(partial(desk.save_checkpoint, state))
+        leader_decides(partial(coordinator.save_checkpoint, state))
 
     return renderer.render(
         job,
         assignment.history,
         resume=assignment.resume,
         on_step=on_step,
-        should_stop=lambda: leader_decides(desk.should_stop),
+        should_stop=lambda: leader_decides(coordinator.should_stop),
         on_checkpoint=on_checkpoint,
         checkpoint_every_steps=settings.checkpoint_every_steps,
         low_memory=assignment.low_memory,

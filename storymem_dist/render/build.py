@@ -1,7 +1,6 @@
-"""Settings into objects: the one place that knows every class.
+"""Turns settings into objects: the one module that knows every class.
 
-Decides once who does what (device, layout, residency); the code it wires together has no such tests. Nothing here
-computes a pixel.
+Decides device, layout and residency once, so that the code it connects has no such conditions. Computes no pixel.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -37,14 +36,17 @@ from storymem_dist.weights.text_encoder import load_text_encoder
 from storymem_dist.weights.vae import load_vae
 
 LoadProgress = Callable[[str, int, int], None]
-"""Called while weights load: what, bytes done, bytes in all."""
+"""Called while weights load: name, bytes done, bytes in total."""
 
 BytesRead = Callable[[int], None]
-"""Called on all ranks after a load with the bytes that the ranks of the replica have read for it together."""
+"""Called on all ranks after a load with the bytes that the ranks of the replica read for it in total."""
 
 
 class ExpertLoader:
-    """Loads the two experts of a kind onto this session's ranks; the callable that a ``ClipSampler`` is given."""
+    """Loads the two experts of a kind onto this session's ranks: the ``load_experts`` of a ``ClipSampler``.
+
+    ``num_loads`` counts the loads by kind.
+    """
 
     def __init__(
         self,
@@ -67,7 +69,7 @@ class ExpertLoader:
         self.num_loads: dict[str, int] = {}
 
     def __call__(self, kind: str) -> ExpertPair:
-        """The experts of ``kind`` ("t2v" or "m2v"), ready to run. Collective over the replica."""
+        """Return the experts of ``kind`` ("t2v" or "m2v"), ready to run. Collective over the replica."""
         num_bytes = 0
 
         def build() -> Iterator[tuple[str, WanDiT]]:
@@ -89,7 +91,7 @@ class ExpertLoader:
                 ranks_per_node=self._session.layout.ranks_per_node,
             ),
         )
-        self._tell_read(num_bytes)
+        self._report_read(num_bytes)
         self.num_loads[kind] = self.num_loads.get(kind, 0) + 1
         return ExpertPair(
             high_noise=modules[HIGH_NOISE],
@@ -125,7 +127,7 @@ class ExpertLoader:
         finally:
             self._reads_together = False
 
-    def _tell_read(self, num_bytes: int) -> None:
+    def _report_read(self, num_bytes: int) -> None:
         if self._on_read is not None:
             mine = torch.tensor([num_bytes], device=self._session.device)
             self._on_read(int(self._session.mesh.shard.sum(mine)))
@@ -139,7 +141,7 @@ class ExpertLoader:
 
 @dataclass(kw_only=True)
 class Engine:
-    """One rank's means to render clips: its session, and a sampler whose experts load on first use."""
+    """What one rank needs to render clips: its session, and a sampler that loads experts on first use."""
 
     session: Session
     clips: ClipSampler
@@ -162,7 +164,7 @@ class Engine:
     ) -> "Engine":
         """Start the ranks (unless ``session`` is given) and load the VAE. Collective over all started ranks.
 
-        Raises, before weights are read, ``LayoutError`` when layout, ranks and guidance do not go together, and
+        Raises, before weights are read, ``LayoutError`` when layout, ranks and guidance do not fit together, and
         ``ConfigError`` when the experts do not fit, or the attention kernel or the linear layers cannot be used.
         """
         check_guidance(
@@ -181,7 +183,7 @@ class Engine:
         return cls(session=session, clips=clips, experts=experts, _model=model, _weights=weights)
 
     def measure(self) -> ThroughputSampled:
-        """What this process knows of itself: memory now, and time in collectives since it was last asked."""
+        """Return this process's device memory (GiB) now and its seconds in collectives since the last call."""
         clock, memory = self.session.mesh.clock, device_memory(current_device())
         return ThroughputSampled(
             collective_seconds=None if clock is None else clock.take(),
@@ -191,7 +193,7 @@ class Engine:
 
     @property
     def text_dtype(self) -> torch.dtype:
-        """The number format of the text encoder."""
+        """The dtype of the text encoder."""
         return getattr(torch, self._model.text_encoder_dtype)
 
     def load_text_encoder(self) -> TextEncoder:
@@ -201,7 +203,10 @@ class Engine:
         return load_text_encoder(self._weights.any_checkpoint, device, self.text_dtype)
 
     def encode_texts(self, texts: Sequence[str], *, keep_encoder: bool = False) -> dict[str, Tensor]:
-        """Embeddings ``[L <= 512, text_dim]`` on the CPU, by text; every rank encodes all of them."""
+        """Return embeddings ``[L <= 512, text_dim]`` on the CPU, by text. Every rank encodes all of them.
+
+        ``keep_encoder`` keeps the text encoder loaded for the next call.
+        """
         encoder = self._text_encoder or self.load_text_encoder()
         self._text_encoder = encoder if keep_encoder else None
         return {text: embed.cpu() for text, embed in zip(texts, encoder.encode(texts), strict=True)}

@@ -1,4 +1,7 @@
-"""What is wrong with a job, found before anything is started: settings, storyboards, weights."""
+"""Checks a job before anything starts: settings, storyboards, weights.
+
+Knows nothing of ranks, run folders or devices.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +18,7 @@ from storymem_dist.weights.settings import ModelSettings
 
 @dataclass(frozen=True, kw_only=True)
 class CheckedJob:
-    """A job whose storyboards are read and whose weights are found; nothing is loaded. One batch for each point."""
+    """A job whose storyboards are read and whose weights are found, not loaded. ``batches`` has one for each point."""
 
     batches: Sequence[StoryBatch]
     model: ModelSettings
@@ -23,9 +26,10 @@ class CheckedJob:
 
 
 def check_job(points: Sequence[Point]) -> CheckedJob:
-    """Find out what is wrong with a job without starting anything: settings, storyboards, weights. Reads headers only.
+    """Check settings, storyboards and weights of a job without starting anything. Reads only headers of weights.
 
-    Raises ``StoryMemError``.
+    A storyboard that cannot be read is listed in ``rejected`` of its batch. Raises ``StoryMemError`` for the first
+    other error, and when no storyboard can be read.
     """
     batches = []
     for point in points:

@@ -3,7 +3,7 @@
 Every rank of the replica calls the same methods with the same arguments and gets the same pixels. Knows modes, seeds
 and which base model a mode needs; nothing of stories, memory banks or files.
 
-Legend: C channels, F frames, H/W pixels, K memory keyframes.
+Legend: B batch, C channels, F frames, H/W pixels, T latent frames, h/w latent sizes, L tokens, E text channels.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,12 +29,12 @@ Stage = Callable[[str], AbstractContextManager[object]]
 
 
 def no_stage(name: str) -> AbstractContextManager[object]:
-    """A ``Stage`` that nobody watches."""
+    """A ``Stage`` that does nothing."""
     return nullcontext()
 
 
 class ClipVae(LatentEncoder, Protocol):
-    """What a clip needs of the VAE; pixels in [-1, 1], latents normalized, both float32."""
+    """The methods of the VAE that a clip needs; pixels in [-1, 1], latents normalized, both float32."""
 
     def decode(self, latents_CTHW: Tensor) -> Tensor:
         """Decode ``[16, T, h, w]`` to ``[3, F, H, W]``."""
@@ -43,7 +43,7 @@ class ClipVae(LatentEncoder, Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClipRequest:
-    """All that determines one clip, besides weights. ``sampler`` gives sizes, steps, guidance; not the seed.
+    """Everything that determines one clip except weights. ``sampler`` gives sizes, steps and guidance, not the seed.
 
     ``mode`` is "t2v", "m2v", "mi2v" (with ``first_frame`` uint8 ``[3, H, W]``) or "mm2v" (with ``motion_frames`` uint8
     ``[5, 3, H, W]``). ``memory_images`` are uint8 ``[3, H, W]``, oldest first. ``fingerprint`` ties step checkpoints to
@@ -73,7 +73,7 @@ class ClipRequest:
 class ClipSampler:
     """Turns requests into pixels, with one base model's experts in memory at a time.
 
-    ``load_experts(kind)`` loads the experts of "t2v" or "m2v"; the ones before are released first.
+    ``load_experts(kind)`` loads the experts of "t2v" or "m2v"; the previous ones are released first.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class ClipSampler:
         self.kind: str | None = None
 
     def prepare(self, kind: str) -> ExpertPair:
-        """Have the experts of ``kind`` ("t2v" or "m2v") loaded. Collective over the replica."""
+        """Load the experts of ``kind`` ("t2v" or "m2v") unless they are loaded. Collective over the replica."""
         if self._experts is None or kind != self.kind:
             self.release()
             self._experts = self._load_experts(kind)
@@ -118,11 +118,11 @@ class ClipSampler:
         on_checkpoint: Callable[[DenoiseState], None] | None = None,
         low_memory: bool = False,
     ) -> Tensor:
-        """The clip, float32 ``[3, F, H, W]`` in [-1, 1], the repeated frames of MI2V and MM2V included.
+        """Return the clip, float32 ``[3, F, H, W]`` in [-1, 1], with the given frames at the start of a continuation.
 
         ``low_memory`` keeps on the device only the expert that is computing, and none while the VAE works.
 
-        Raises ``DenoiseStopped`` when ``should_stop`` says so, ``ShotFailed`` when latents stop being finite.
+        Raises ``DenoiseStopped`` when ``should_stop`` returns True, ``ShotError`` when latents are not finite.
         """
         grid, kind, settings = request.grid, KIND_OF_MODE[request.mode], request.sampler
         experts = self.prepare(kind)
@@ -175,5 +175,5 @@ class ClipSampler:
 
 
 def to_uint8(pixels: Tensor) -> Tensor:
-    """Pixels in [-1, 1] as uint8, rounded to the nearest level."""
+    """Return pixels in [-1, 1] as uint8, rounded to the nearest level."""
     return pixels.add(1.0).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8)

@@ -1,4 +1,4 @@
-"""Who a process is in its job, and on what it runs: names from the environment, versions, device.
+"""Identifies a process: job and group names from the environment, package versions, device name.
 
 Knows the variables that launchers set; starts nothing.
 """
@@ -9,13 +9,11 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from storymem_dist import __version__
-
-_REPORTED_PACKAGES = ("torch", "diffusers", "transformers", "av", "accelerate")
+_REPORTED_PACKAGES = ("storymem_dist", "torch", "diffusers", "transformers", "av", "accelerate")
 
 
 def job_identity() -> str:
-    """A name that all ranks and restarts of this job share, and no other job: empty for a process started by hand.
+    """Return a name that all ranks and restarts of this job share, and no other job; empty for a single process.
 
     ``STORYMEM_JOB_ID`` where a launcher sets it (all nodes of a SLURM job share it); else torchrun's run id; else the
     address at which the ranks met and the process that started them.
@@ -31,14 +29,14 @@ def job_identity() -> str:
 
 
 def group_identity() -> str:
-    """A name that the ranks which were started together share, and their restarts: that of the job and the node."""
+    """Return a name that the ranks of one launcher and their restarts share: that of the job and the node."""
     node = os.environ.get("STORYMEM_NODE", "")
     return f"{job_identity()}.node{node}" if node else job_identity()
 
 
 def package_versions() -> dict[str, str]:
-    """Versions of this project, Python and the packages that shape the result."""
-    versions = {"storymem_dist": __version__, "python": platform.python_version()}
+    """Return the versions of this project, Python and the packages that can change the result."""
+    versions = {"python": platform.python_version()}
     for name in _REPORTED_PACKAGES:
         try:
             versions[name] = version(name)
@@ -48,5 +46,5 @@ def package_versions() -> dict[str, str]:
 
 
 def device_name(device: torch.device) -> str:
-    """The device as its maker calls it."""
+    """Return the product name of a GPU, else ``cpu``."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

@@ -1,6 +1,6 @@
-"""What a job renders and from which inputs: stories cut to size, kinds of experts, what changes pixels, expected cost.
+"""The inputs of a job: its stories, cut to size; kinds of experts; everything that changes pixels; expected cost.
 
-Pure functions of settings, stories and checked weights. Nothing is started or loaded here.
+Pure functions of settings, stories and checked weights; starts and loads nothing.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from storymem_dist.story.schema import Scene, Story
 from storymem_dist.weights.bundle import Weights
 
 PIXEL_VERSION = 1
-"""Part of every fingerprint: raised when a change of this program changes pixels."""
+"""Part of every fingerprint. Increase it when a change of this program changes pixels."""
 
 _PIXEL_SAMPLER_KEYS = (
     "num_inference_steps",
@@ -47,7 +47,7 @@ def choose_stories(batch: StoryBatch, settings: StoriesSettings) -> StoryBatch:
 
 
 def first_shots(story: Story, max_shots: int) -> Story:
-    """The story up to its first ``max_shots`` shots; scenes that become empty are left out."""
+    """Return the story with its first ``max_shots`` shots; scenes that become empty are left out."""
     scenes = [
         Scene(scene_num=scene.scene_num, shots=tuple(shot for shot in scene.shots if shot.index < max_shots))
         for scene in story.scenes
@@ -56,13 +56,13 @@ def first_shots(story: Story, max_shots: int) -> Story:
 
 
 def kinds_of(stories: Sequence[Story], settings: RenderConfig) -> list[str]:
-    """The kinds of experts that the stories need, in the order in which a job loads them."""
+    """Return the kinds of experts that the stories need, in the order in which a job loads them."""
     needed = {shot_mode(story, shot, settings.sampler)[0] for story in stories for shot in story.shots}
     return [kind for kind in KINDS if kind in needed]
 
 
 def pixel_inputs(kind: str, settings: RenderConfig, weights: Weights) -> dict[str, Any]:
-    """All that changes the pixels of a ``kind`` shot, or what it leaves in memory, beyond prompt, seed and mode."""
+    """Return everything that changes the pixels or keyframes of a ``kind`` shot, except prompt, seed and mode."""
     sampler, memory = settings.sampler, settings.memory
     inputs: dict[str, Any] = {f"sampler.{key}": getattr(sampler, key) for key in _PIXEL_SAMPLER_KEYS}
     inputs["sampler.flow_shift"] = sampler.flow_shift(kind)
@@ -82,7 +82,7 @@ def pixel_inputs(kind: str, settings: RenderConfig, weights: Weights) -> dict[st
 
 
 def cost_model(settings: RenderConfig, weights: Weights) -> CostModel:
-    """What the planner needs to know of settings and weights."""
+    """Return the cost model of shots with these settings and weights."""
     sampler, sizes = settings.sampler, weights.any_checkpoint.dit_config
     return CostModel(
         num_frames=sampler.num_frames,
@@ -96,6 +96,8 @@ def cost_model(settings: RenderConfig, weights: Weights) -> CostModel:
 
 
 def config_hash(plain_config: Mapping[str, Any]) -> str:
-    """Hash of a configuration without what says where or how fast, but not what."""
+    """Return 16 hex digits over the groups that say what is rendered, not where or how fast: model, sampler, memory,
+    video.
+    """
     kept = {key: value for key, value in plain_config.items() if key in ("model", "sampler", "memory", "video")}
     return hashlib.sha256(json.dumps(kept, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]

@@ -1,10 +1,11 @@
 """One render job on one rank: from settings to an exit code.
 
-The order is the point: everything that can be wrong with storyboards, layout, weights and folder is found out before
-the first byte of weights is read. Knows how the parts go together; what they do is theirs.
+The order matters: storyboards, layout, weights and run folder are checked before the first byte of weights is read.
+Knows how the parts fit together, not how they work.
 """
 
 import json
+import logging
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -20,21 +21,18 @@ from storymem_dist.dispatch.plan import BatchPart, plan_part
 from storymem_dist.dispatch.stop import StopSwitch, own_stop_files
 from storymem_dist.dispatch.summary import BatchSummary, Replica
 from storymem_dist.errors import StoryboardError
-from storymem_dist.events import (
-    Observer,
-    ThroughputSampled,
-    timed_stage,
-)
+from storymem_dist.events import Observer, ThroughputSampled, timed_stage
 from storymem_dist.memory.scorers import ScorerShelf
 from storymem_dist.models.attention import describe_backend
 from storymem_dist.observe.settings import TrackingSettings
-from storymem_dist.observe.start import Place, start_observers
+from storymem_dist.observe.start import RankInfo, start_observers
 from storymem_dist.parallel.progress import ProgressBoard
 from storymem_dist.parallel.session import Session, start_session
 from storymem_dist.parallel.watch import Watch
 from storymem_dist.render.batch import render_batch
 from storymem_dist.render.build import Engine
 from storymem_dist.render.check import CheckedJob, check_job
+from storymem_dist.render.debugging import debugging, logged
 from storymem_dist.render.identity import device_name, group_identity, job_identity, package_versions
 from storymem_dist.render.inputs import config_hash, cost_model, pixel_inputs
 from storymem_dist.render.outcome import announce, print_outcome, report_loading
@@ -45,56 +43,69 @@ from storymem_dist.story.modes import KINDS
 from storymem_dist.weights.bundle import Weights
 from storymem_dist.weights.text_encoder import text_encoder_identity
 
+logger = logging.getLogger(__name__)
+
 
 def render_job(points: Sequence[Point], *, sweep: str | None = None) -> int:
     """Render everything that ``points`` ask for on this rank, together with the other ranks; return the exit code.
 
-    Several points must share their weights and their layout (``can_join``): they become parts of one job, each with its
-    own run folder, and all other settings but the sampler's, memory's, stories' and tracking's are those of the first.
-    ``sweep`` names the sweep that they belong to.
+    Several points must share weights and layout (``can_join``). They become parts of one job, each with its own run
+    folder, stories, sampler, memory, video and tracking; all other settings are those of the first point. ``sweep`` is
+    the name of their sweep.
 
-    Raises ``StoryMemError`` for whatever is wrong before the first shot.
+    Raises ``StoryMemError`` for what is wrong with the job: mostly found before weights are read, some at the first use
+    of a part (a scorer's weights, the run folder).
     """
     checked = check_job(points)
     settings, weights = points[0].settings, checked.weights
     with (
+        debugging(settings.debug),
         start_session(settings.parallel, num_heads=weights.any_checkpoint.dit_config.num_heads) as session,
         ExitStack() as closing,
     ):
         runs = [RunFolder(point.settings.output) for point in points]
         run_ids = session.leader_decides(lambda: [run.open() for run in runs])
-        place = Place(
+        rank_info = RankInfo(
             job=group_identity(),
             rank=session.rank,
             replica=session.replica,
             num_replicas=session.layout.replica,
             is_leader=session.is_leader,
         )
+        logger.info(
+            "rank %d of %d, replica %d, device %s, backend %s, layout %s",
+            session.rank,
+            session.world_size,
+            session.replica,
+            session.device,
+            session.backend,
+            session.layout,
+        )
         board = ProgressBoard()
         dtype, head_dim = getattr(torch, checked.model.dtype), weights.any_checkpoint.dit_config.head_dim
         attention = describe_backend(checked.model.attention, device=session.device, dtype=dtype, head_dim=head_dim)
-        parts, watchers = [], []
+        parts, all_observers = [], []
         for point, batch, run, run_id in zip(points, checked.batches, runs, run_ids, strict=True):
             tracking = tracking_of_part(point.settings.tracking, num_parts=len(points))
-            observers = closing.enter_context(start_observers(tracking, run.root, place, sweep=sweep))
-            watchers.append(observers)
-            part = _part(point, batch, run, weights, board.watching(observers.observer), session)
+            observers = closing.enter_context(start_observers(tracking, run.root, rank_info, sweep=sweep))
+            all_observers.append(observers)
+            part = _part(point, batch, run, weights, board.watching(logged(observers.observer)), session)
             announce(part, batch, run_id, session, attention)
             parts.append(part)
 
-        def tell(message: str) -> None:
-            for observers in watchers:
+        def warn(message: str) -> None:
+            for observers in all_observers:
                 observers.warn(message, "parallel")
 
-        with Watch(session, settings.parallel, look=board.look, tell=tell) as watch:
-            summary = _render(parts, points, checked, session, board, watch)
+        with Watch(session, settings.parallel, look=board.look, tell=warn) as watch:
+            summary = _render_parts(parts, points, checked, session, board, watch)
     print_outcome(points, checked.batches, summary, session)
     rejected = any(batch.rejected for batch in checked.batches)
     return summary.exit_code or (StoryboardError.exit_code if rejected else 0)
 
 
 def tracking_of_part(tracking: TrackingSettings, *, num_parts: int) -> TrackingSettings:
-    """Tracking of one of ``num_parts`` parts: several cannot each redraw the terminal, so they write lines."""
+    """Return the tracking settings of one of ``num_parts`` parts: only a single part may redraw the terminal."""
     if num_parts == 1 or tracking.console.mode == "off":
         return tracking
     return replace(tracking, console=replace(tracking.console, mode="plain"))
@@ -118,7 +129,7 @@ def _part(
     )
 
 
-def _render(
+def _render_parts(
     parts: Sequence[BatchPart],
     points: Sequence[Point],
     checked: CheckedJob,
@@ -130,7 +141,7 @@ def _render(
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     stop_files = [part.run.stop_file for part in parts]
     stop_switch = StopSwitch(stop_files, own_files=own_stop_files(), restarted=restarted, on_ask=board.sign)
-    stop_switch.reason()  # the first look, before weights are read: a stop file that is made meanwhile counts
+    stop_switch.start_watching()  # before weights are read: a stop file that is made meanwhile counts
     engine = Engine.start(
         checked.model,
         weights,
@@ -145,8 +156,8 @@ def _render(
         for part, point in zip(parts, points, strict=True)
     ]
     scorers = ScorerShelf(session.device)
-    for one in rules:
-        session.leader_decides(partial(scorers.check, one.memory))
+    for rule in rules:
+        session.leader_decides(partial(scorers.check, rule.memory))
     cache = parts[0].run.cache_folder / "prompts"
     prompts = CachedPrompts(
         PromptCache(cache, text_encoder_identity(weights.any_checkpoint, engine.text_dtype)),
@@ -185,13 +196,15 @@ def _render(
 
 
 def _load_together(parts: Sequence[BatchPart], engine: Engine, session: Session, *, share_reads: bool) -> str | None:
-    """Load the first experts on all replicas of this node at once, where one rank reads them for all; return the kind.
+    """Load the first experts on all replicas of this node together, so that one rank reads them for all.
 
-    Later loads are each replica's own. So is the first one where nobody shares: it then waits for the first shot.
+    Returns their kind. None where ranks do not share reads: each replica then loads at its first shot, and so do all
+    later loads.
     """
     if session.readers.size == 1 or not share_reads:
         return None
-    # all readers of a node agree on what their first one sees, then every replica on what its leader has heard
+    # Two agreements, since other jobs may commit shots meanwhile. First all readers of this node take the answer of one
+    # of them, then all ranks of a replica, on any node, take the answer of their leader.
     on_node: str | None = session.readers.decide(lambda: first_kind_left(parts))
     kind = session.leader_decides(lambda: on_node)
     if kind is not None:
@@ -201,20 +214,14 @@ def _load_together(parts: Sequence[BatchPart], engine: Engine, session: Session,
 
 
 def first_kind_left(parts: Sequence[BatchPart]) -> str | None:
-    """The kind of experts that the first shots need which are not committed; None when there are no such shots."""
+    """Return the kind of experts that the first uncommitted shots need; None when all shots are committed."""
     left = set()
-    for number, part in enumerate(parts):
-        for _, planned in plan_part(number, part):
+    for part_index, part in enumerate(parts):
+        for _, planned in plan_part(part_index, part):
             if isinstance(planned, StoryboardError):
                 continue
             for shot in planned:
-                if not part.run.shot(shot.story.story_id, shot.shot.shot_id).is_committed(shot.fingerprint):
+                if not part.run.shot(shot.story_id, shot.shot_id).is_committed(shot.fingerprint):
                     left.add(shot.kind)
                     break
     return min(left, key=KINDS.index, default=None)
-
-
-# -- what is loaded once -----------------------------------------------------------------------------------------------
-
-
-# -- what people see ---------------------------------------------------------------------------------------------------

@@ -1,4 +1,7 @@
-"""What people see of a job: its start, the progress of loading, and how it ended."""
+"""Reports a job to people: its start, the progress of loading, and its end.
+
+Knows events and standard output; decides nothing.
+"""
 
 import os
 import socket
@@ -11,12 +14,7 @@ from storymem_dist.artifacts.run_folder import RunFolder
 from storymem_dist.config.points import Point
 from storymem_dist.dispatch.plan import BatchPart
 from storymem_dist.dispatch.summary import BatchSummary
-from storymem_dist.events import (
-    JobStarted,
-    Observer,
-    StoryboardRejected,
-    WeightsProgress,
-)
+from storymem_dist.events import JobStarted, Observer, StoryboardRejected, WeightsProgress
 from storymem_dist.hardware import peak_tflops
 from storymem_dist.parallel.session import Session
 from storymem_dist.render.identity import device_name, group_identity, package_versions
@@ -50,7 +48,7 @@ def announce(part: BatchPart, batch: StoryBatch, run_id: str, session: Session, 
 
 
 def report_loading(observer: Observer) -> Callable[[str, int, int], None]:
-    """Progress of loading as events, a few a second."""
+    """Return a callback (name, bytes done, bytes in total) that reports loading as events, at most four a second."""
     began: dict[str, float] = {}
     last = [0.0]
 
@@ -70,7 +68,7 @@ def report_loading(observer: Observer) -> Callable[[str, int, int], None]:
 def print_outcome(
     points: Sequence[Point], batches: Sequence[StoryBatch], summary: BatchSummary, session: Session
 ) -> None:
-    """The end of the job in a few lines on standard output, by its first rank."""
+    """Print the end of the job in a few lines on standard output; rank 0 only."""
     if session.rank != 0:
         return
     out = sys.stdout.write
@@ -88,6 +86,6 @@ def print_outcome(
     out(
         f"{summary.state}: {summary.num_stories_done} of {summary.num_stories} stories, {summary.num_rendered} shots "
         f"rendered here, {summary.num_skipped} found finished, {summary.num_failed} failed, "
-        f"{summary.num_blocked} waiting for them; everything is in {where}\n"
+        f"{summary.num_blocked} blocked by them; everything is in {where}\n"
     )
     sys.stdout.flush()

@@ -1,4 +1,7 @@
-"""Prompt embeddings for the shots of a job: from the run folder's cache, made by the ranks together where missing."""
+"""Provides prompt embeddings from the run folder's cache; the ranks encode missing ones together.
+
+Knows nothing of stories or experts.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -6,8 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from storymem_dist.artifacts.prompt_cache import PromptCache
-from storymem_dist.parallel.text import Encoder, encode_prompts
-from storymem_dist.parallel.text import Place as TextPlace
+from storymem_dist.parallel.text import Encoder, WorldRank, encode_prompts
 
 
 class CachedPrompts:
@@ -17,12 +19,12 @@ class CachedPrompts:
         self._cache = cache
         self._load_encoder = load_encoder
 
-    def ensure_together(self, prompts: Sequence[str], place: TextPlace) -> None:
-        """Encode what is not cached of all prompts of a job, spread over its ranks. Collective over all of them."""
+    def ensure_together(self, prompts: Sequence[str], place: WorldRank) -> None:
+        """Encode the uncached prompts of a job, spread over its ranks. Collective over all ranks of the job."""
         encode_prompts(prompts, self._cache, self._load_encoder, place=place)
 
     def embeds(self, prompt: str) -> Tensor:
-        """See ``PromptSource.embeds``; an entry that was lost meanwhile is made again."""
+        """See ``PromptSource.embeds``; encodes a prompt again whose entry was lost."""
         embeds = self._cache.find(prompt)
         if embeds is None:
             encode_prompts([prompt], self._cache, self._load_encoder, place=_Alone())
@@ -33,5 +35,7 @@ class CachedPrompts:
 
 @dataclass(frozen=True)
 class _Alone:
+    """The ``WorldRank`` of a process that encodes alone."""
+
     rank: int = 0
     world_size: int = 1

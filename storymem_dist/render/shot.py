@@ -17,7 +17,7 @@ from storymem_dist.diffusion.conditioning import cover_crop
 from storymem_dist.diffusion.denoise import DenoiseState, PromptEmbeds, StepInfo
 from storymem_dist.diffusion.settings import SamplerSettings
 from storymem_dist.dispatch.protocol import LeaderDecides, RenderedShot, ShotHistory, ShotJob
-from storymem_dist.errors import ShotFailed
+from storymem_dist.errors import ShotError
 from storymem_dist.events import NullObserver, Observer, ThroughputSampled, memory_events, timed_stage
 from storymem_dist.memory.bank import Keyframe, MemoryBank, Recall, reference_keyframes
 from storymem_dist.memory.keyframes import Chosen, choose_keyframes
@@ -29,20 +29,20 @@ from storymem_dist.story.modes import M2V, MI2V, MM2V, NUM_GIVEN_FRAMES
 from storymem_dist.story.schema import Story
 
 NUM_TAIL_FRAMES = max(NUM_GIVEN_FRAMES.values())
-"""Last frames of a clip that are kept for whatever continuation may follow."""
+"""Last frames of a clip that are kept: the most that any continuation needs."""
 
 
 class PromptSource(Protocol):
     """Text embeddings by prompt."""
 
     def embeds(self, prompt: str) -> Tensor:
-        """The embedding ``[L <= 512, text_dim]`` of a prompt, on the CPU."""
+        """Return the embedding ``[L <= 512, text_dim]`` of a prompt, on the CPU."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShotRules:
-    """The settings that one part of a batch is rendered with, and who hears about it."""
+    """The settings of one part of a batch, and the observer of its events."""
 
     sampler: SamplerSettings
     memory: MemorySettings
@@ -50,10 +50,10 @@ class ShotRules:
 
 
 class StoryShotRenderer:
-    """The ``ShotRenderer`` of a replica (see ``dispatch.jobs``).
+    """The ``ShotRenderer`` of a replica (see ``dispatch.protocol``).
 
-    ``rules`` has an entry for every part of the batch. ``scorers`` gives similarity and quality for memory settings;
-    it is asked on the leader alone. ``measure`` gives what this process has measured since it was last asked.
+    ``rules`` has an entry for every part of the batch. ``scorers`` returns similarity and quality for memory settings;
+    only the leader calls it. ``measure`` returns what this process has measured since the last call.
     """
 
     def __init__(
@@ -93,9 +93,7 @@ class StoryShotRenderer:
     ) -> RenderedShot:
         """See ``ShotRenderer.render``."""
         rules, seconds = self._rules[job.part], dict[str, float]()
-        stage = partial(
-            timed_stage, rules.observer, story_id=job.story.story_id, shot_id=job.shot.shot_id, totals=seconds
-        )
+        stage = partial(timed_stage, rules.observer, story_id=job.story_id, shot_id=job.shot_id, totals=seconds)
         with stage("recall"):
             bank = MemoryBank((*references(job.story, rules.sampler), *history.keyframes))
             recall = bank.recall(rules.memory) if job.kind == M2V else Recall(keyframes=(), decisions=())
@@ -117,7 +115,7 @@ class StoryShotRenderer:
             rules.observer.notify(self._measure())
         with stage("keyframes"):
             clip = to_uint8(pixels).permute(1, 0, 2, 3)[NUM_GIVEN_FRAMES[job.mode] :].cpu()
-            chosen = self._leader_decides(lambda: self._choose(clip, bank, rules.memory, job.shot.index))
+            chosen = self._leader_decides(lambda: self._choose(clip, bank, rules.memory, job.index))
             decisions = {"decisions": [asdict(decision) for decision in chosen.decisions]}
             _report(rules.observer, job, decisions)
         return RenderedShot(
@@ -135,8 +133,8 @@ class StoryShotRenderer:
         if num_given:
             if history.tail is None or len(history.tail) < num_given:
                 found = 0 if history.tail is None else len(history.tail)
-                raise ShotFailed(
-                    f"{job.mode} continues the shot before it from its last {num_given} frames, but that clip left "
+                raise ShotError(
+                    f"{job.mode} continues the shot before it from its last {num_given} frames, but that clip has only "
                     f"{found}; use more frames (sampler.num_frames) or sampler.continuation=none"
                 )
             given = history.tail[-num_given:]
@@ -160,12 +158,15 @@ class StoryShotRenderer:
 
 
 def negative_prompts(rules: Sequence[ShotRules]) -> list[str]:
-    """The negative prompts that guidance needs, each once."""
+    """Return the negative prompts that guidance needs, each once."""
     return list(dict.fromkeys(one.sampler.negative_prompt for one in rules if one.sampler.needs_negative_prompt))
 
 
 def references(story: Story, sampler: SamplerSettings) -> tuple[Keyframe, ...]:
-    """The story's reference images at the clip's size. Raises ``StoryboardError`` when one cannot be read."""
+    """Return the story's reference images, uint8 ``[3, H, W]`` at the clip's size.
+
+    Raises ``StoryboardError`` when one cannot be read.
+    """
     images = []
     for path in story.reference_images:
         pixels = np.array(open_reference_image(path))
@@ -175,5 +176,5 @@ def references(story: Story, sampler: SamplerSettings) -> tuple[Keyframe, ...]:
 
 
 def _report(observer: Observer, job: ShotJob, memory: Mapping[str, Any]) -> None:
-    for event in memory_events(job.story.story_id, job.shot.shot_id, job.shot.index, memory):
+    for event in memory_events(job.story_id, job.shot_id, job.index, memory):
         observer.notify(event)

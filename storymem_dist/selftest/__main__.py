@@ -1,4 +1,4 @@
-"""``python -m storymem_dist.selftest``."""
+"""The command ``python -m storymem_dist.selftest``. Knows options and exit codes; the checks are in ``layouts``."""
 
 import argparse
 import sys

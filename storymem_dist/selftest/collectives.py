@@ -1,4 +1,4 @@
-"""Each collective of a layout by itself, with numbers whose result is known."""
+"""Checks each collective of a layout alone, with numbers whose result is known. Knows no models."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -11,11 +11,11 @@ from storymem_dist.parallel.session import Session
 from storymem_dist.selftest.reference import distance
 
 MESSAGE_ELEMENTS = 2**18
-"""Numbers that each rank sends to each other one in the collectives that are tried by themselves (1 MiB)."""
+"""fp32 numbers that a rank sends to another one in each of these collectives (1 MiB)."""
 
 
 def collective_checks(session: Session) -> Iterator[tuple[str, Callable[[], float]]]:
-    """The collectives that this layout uses, by name and axis; each returns its largest error (0 is right)."""
+    """Yield the collectives of this layout by name and axis; each returns its largest error (0 is right)."""
     mesh, device = session.mesh, session.device
     if mesh.ulysses.group is not None:
         yield "all_to_all over ulysses", lambda: _all_to_all_error(mesh.ulysses, device)
@@ -42,7 +42,7 @@ def _all_to_all_error(axis: Axis, device: torch.device) -> float:
 
 
 def _neighbours_error(axis: Axis, device: torch.device) -> float:
-    """Each rank sends its place to the one before and the one after it, and nothing to others, as the VAE does."""
+    """Each rank sends its number to its two neighbours and nothing to the others, as the VAE does."""
     lengths = [MESSAGE_ELEMENTS if abs(place - axis.rank) == 1 else 0 for place in range(axis.size)]
     sent = torch.full((sum(lengths),), float(axis.rank), device=device)
     received = torch.empty_like(sent)

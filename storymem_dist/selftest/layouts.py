@@ -1,4 +1,4 @@
-"""Walks through the layouts that the started ranks can hold, and compares each with one device."""
+"""Compares each layout that the started ranks can form with one device. Knows no command line."""
 
 import faulthandler
 import os
@@ -28,11 +28,11 @@ BLOCK_TOLERANCE = 2e-2
 """Largest error of the bf16 block: sums of other shapes round differently, and guidance multiplies that by 6."""
 
 EIGHT_BIT_TOLERANCE = 5e-2
-"""Largest error of layers in eight bits: what differs in the last bit may be rounded to another of few values."""
+"""Tolerance for 8-bit layers: a last-bit difference can round to the next representable value."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Finding:
+class Mismatch:
     """One thing that is wrong: ``check`` (a collective with its axis, or a model) gave a wrong result on ``rank``."""
 
     layout: str
@@ -45,7 +45,7 @@ class Finding:
 
 
 class SelfTest:
-    """Walks through the layouts; every rank runs the same checks and learns of everyone's findings."""
+    """Checks all layouts; every rank runs the same checks and receives the findings of all ranks."""
 
     def __init__(self, world: Session, settings: ParallelSettings, console: Console, timeout_seconds: float) -> None:
         self._world = world
@@ -55,10 +55,10 @@ class SelfTest:
         self._verdicts: dist.ProcessGroup | None = None
         if world.world_size > 1:  # waits for the slowest rank to give up
             self._verdicts = dist.new_group(backend="gloo", timeout=timedelta(seconds=4 * timeout_seconds))
-        self._findings: list[Finding] = []
+        self._findings: list[Mismatch] = []
 
-    def run(self, block_dim: int) -> list[Finding]:
-        """All checks, cheapest first; ends early when a check raises, since the ranks are then out of step."""
+    def run(self, block_dim: int) -> list[Mismatch]:
+        """Run all checks, cheapest first; end early when a check raises, since the ranks are then out of step."""
         layouts = layouts_for(self._world.world_size, num_heads=NUM_HEADS)
         widest = [axes for axes in layouts if axes.ranks_per_replica == self._world.world_size]
         tiny = Reference(TINY, torch.float32, self._world.device, tolerance=TINY_TOLERANCE)
@@ -81,7 +81,7 @@ class SelfTest:
     def _run(
         self, axes: ParallelSettings, weights: str, reference: "Reference", *, with_collectives: bool = False
     ) -> None:
-        """Start the layout and compare its model; ``with_collectives`` tries its collectives and the VAE as well."""
+        """Start the layout and compare its model; ``with_collectives``: check its collectives and the VAE as well."""
         settings = replace(
             self._settings, cfg=axes.cfg, ring=axes.ring, ulysses=axes.ulysses, weights=weights, across_nodes=True
         )
@@ -97,7 +97,7 @@ class SelfTest:
                 self._check(layout, "VAE, float32", lambda: vae_error(session), tolerance=TINY_TOLERANCE)
 
     def _run_quantized(self, widest: Sequence[ParallelSettings], linears: str) -> None:
-        """Sharded layers in eight bits, in the widest layouts; nothing where device or torch cannot do it."""
+        """Check sharded 8-bit layers in the widest layouts; nothing where device or torch cannot run them."""
         device = self._world.device
         try:
             check_linears(linears, device)
@@ -108,7 +108,7 @@ class SelfTest:
         try:
             for axes in widest:
                 self._run(axes, "fsdp", reference)
-        except ConfigError as error:  # raised by all ranks alike, before they have sent anything
+        except ConfigError as error:  # raised on all ranks, before any message
             self._console.print(f"not tested: {error}", markup=False)
 
     def _check(self, layout: str, name: str, check: Callable[[], float], *, tolerance: float) -> None:
@@ -122,14 +122,14 @@ class SelfTest:
             except RuntimeError as failure:
                 problem, raised = f"{type(failure).__name__}: {str(failure).splitlines()[0]}", True
             outcomes = self._gather((error, problem, raised))
-        new = [Finding(layout=layout, check=name, rank=rank, problem=o[1]) for rank, o in enumerate(outcomes) if o[1]]
+        new = [Mismatch(layout=layout, check=name, rank=rank, problem=o[1]) for rank, o in enumerate(outcomes) if o[1]]
         self._findings += new
         verdict = "FAILED" if new else f"ok, error {max(o[0] for o in outcomes):.1e}" if tolerance else "ok"
         self._console.print(f"{layout:<58} {name:<38} {verdict}", markup=False)
         for finding in new:
             self._console.print(f"  FAILED {finding}", markup=False)
         if any(o[2] for o in outcomes):
-            self._console.print("  the ranks are out of step now: what follows is not tested", markup=False)
+            self._console.print("  the ranks are out of step now; the remaining checks are skipped", markup=False)
             raise _OutOfStep
 
     def _gather(self, outcome: tuple[float, str, bool]) -> list[tuple[float, str, bool]]:
@@ -141,7 +141,7 @@ class SelfTest:
 
     @contextmanager
     def _watched(self, what: str) -> Iterator[None]:
-        """End this process, saying where it hangs, if the body takes much longer than a collective may."""
+        """End this process and print where it hangs if the body takes much longer than a collective may."""
 
         def give_up() -> None:
             seconds = f"{2 * self._timeout_seconds:.0f} s"

@@ -1,4 +1,4 @@
-"""Small models on one device, and the same models split over ranks: the largest difference between the two."""
+"""Small models on one device and split over ranks, and the largest difference between the two. Knows no collectives."""
 
 from dataclasses import replace
 
@@ -29,7 +29,7 @@ TINY = DiTConfig(
 
 
 class Reference:
-    """A guided velocity computed on one device, the same on every rank, to compare layouts with."""
+    """A guided velocity computed on one device, equal on every rank, with which layouts are compared."""
 
     def __init__(
         self,
@@ -61,7 +61,7 @@ class Reference:
         self._expected = LocalGuidance().velocity(self._expert(self._single), *self._inputs)
 
     def error_of(self, session: Session, settings: ParallelSettings) -> float:
-        """Largest error on this rank with tokens, guidance and weights split as the layout says."""
+        """Return the largest error on this rank with tokens, guidance and weights split by the layout."""
         with torch.device("meta"):
             many = WanDiT(self.config, dtype=self._dtype)
         quantize_linears(many.blocks, self._linears)
@@ -80,7 +80,7 @@ class Reference:
 
 
 def vae_error(session: Session) -> float:
-    """Error of encoding and decoding a clip, split over the replica, against one device; larger of the two."""
+    """Return the larger error of encoding and decoding a clip over the replica, compared with one device."""
     torch.manual_seed(2)
     vae = WanVae(AutoencoderKLWan(base_dim=8, z_dim=16, num_res_blocks=1).to(session.device))
     clip = torch.rand(3, 5, 32, 16 * session.layout.ranks_per_replica + 8, device=session.device) * 2 - 1
@@ -93,7 +93,7 @@ def vae_error(session: Session) -> float:
 
 
 def one_block(dim: int) -> DiTConfig:
-    """One block of A14B, or of another width with heads of the same size."""
+    """Return one block of A14B, or of another width with heads of the same size."""
     full = WAN22_A14B.t2v
     return replace(
         full,
@@ -105,5 +105,5 @@ def one_block(dim: int) -> DiTConfig:
 
 
 def distance(found: Tensor, expected: Tensor) -> float:
-    """Largest absolute difference."""
+    """Return the largest absolute difference."""
     return (found.float() - expected.float()).abs().max().item()

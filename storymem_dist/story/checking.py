@@ -1,8 +1,8 @@
-"""Check plain data against the storyboard format and build a ``Story`` from it.
+"""Checks plain data against the storyboard format and builds a ``Story`` from it.
 
 The format is ST-Bench's: ``{story_name, story_overview, scenes: [{scene_num, video_prompts, cut}]}``, and optionally
-``reference_images``, ``seed`` and ``style``. The first problem found is raised as one message that names the file, the
-scene and the shot, and says what is allowed. Reads no file but the reference images.
+``reference_images``, ``seed`` and ``style``. The first problem is raised as one message that names the file, the scene,
+the shot and what is allowed. Reads no file but the reference images; knows nothing about file formats.
 """
 
 import difflib
@@ -23,7 +23,7 @@ IGNORED_SCENE_KEYS = ("first_frame_prompt", "comment", "notes")
 """``first_frame_prompt`` is ST-Bench's, for other methods; StoryMem does not use it."""
 
 MAX_PROMPT_CHARACTERS = 10_000
-"""The text encoder reads 512 tokens, some 2,500 characters; far more than that is not a prompt."""
+"""The text encoder reads 512 tokens, about 2,500 characters; far more than that is not a prompt."""
 
 MAX_REFERENCE_IMAGES = 64
 MAX_SCENE_NUM = 10**6
@@ -33,9 +33,8 @@ MAX_SEED = 2**63 - 1
 def build_story(document: object, *, story_id: str, source: Path) -> Story:
     """Check ``document`` (parsed JSON or YAML) and return the story; ``source`` is its file, for messages and images.
 
-    Relative ``reference_images`` are looked for beside ``source``. ``style`` is put before every prompt. The first
-    shot of the chain starts from nothing, so its ``cut`` is True whatever the storyboard says. Raises
-    ``StoryboardError``.
+    Relative ``reference_images`` are searched in the folder of ``source``. ``style`` is put before every prompt. The
+    first shot of the chain continues no other, so its ``cut`` is always True. Raises ``StoryboardError``.
     """
     where = str(source)
     story = _mapping(document, where, "a storyboard", STORY_KEYS, OPTIONAL_STORY_KEYS, IGNORED_STORY_KEYS)
@@ -158,7 +157,7 @@ def _list(value: object, where: str, key: str, of_what: str) -> list[object]:
 def _text(
     value: object, where: str, key: str, *, may_be_empty: bool = False, max_characters: int = MAX_PROMPT_CHARACTERS
 ) -> str:
-    """``value`` as text without surrounding white space, free of characters that no file should hold."""
+    """``value`` as text without surrounding white space; rejects control characters."""
     if not isinstance(value, str):
         raise StoryboardError(f"{where}: {key} is {_describe(value)}; allowed: text")
     if len(value) > max_characters:
@@ -192,7 +191,7 @@ def _whole_number(value: object, where: str, key: str, minimum: int, maximum: in
 
 
 def _describe(value: object) -> str:
-    """What ``value`` is, in the words of somebody who writes storyboards, short whatever its size."""
+    """A short description of ``value`` for the author of a storyboard."""
     if value is None:
         return "empty (null)"
     if isinstance(value, bool):

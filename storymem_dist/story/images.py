@@ -1,4 +1,4 @@
-"""Read the reference images of a storyboard: every pixel decoded, upright, RGB. Knows nothing about sizes of videos."""
+"""Reads the reference images of a storyboard: fully decoded, upright, RGB. Knows nothing about the size of clips."""
 
 import warnings
 from pathlib import Path
@@ -33,6 +33,6 @@ def open_reference_image(path: Path) -> Image.Image:
                 return upright.convert("RGB")
     except StoryboardError:
         raise
-    except Exception as error:  # decoders raise anything on damaged files: OSError, SyntaxError, struct.error, ...
+    except Exception as error:  # decoders raise many types for damaged files: OSError, SyntaxError, struct.error, ...
         problem = " ".join(str(error).split())[:200]
         raise StoryboardError(f"the image {path} cannot be read ({problem}); {allowed}") from None

@@ -1,7 +1,7 @@
-"""Find storyboards (a file, a folder, a glob, a list of these) and load each on its own.
+"""Finds storyboards (a file, a folder, a glob, a list of these) and loads each on its own.
 
-One bad file never stops the others: it is rejected with its message. Knows nothing about rendering or run folders
-beyond this: a ``story_id`` is used as a folder name.
+One bad file never stops the others: it is rejected with its message. Knows nothing about rendering or run folders,
+except that a ``story_id`` is used as a folder name.
 """
 
 import glob
@@ -19,7 +19,7 @@ from storymem_dist.story.parsing import STORYBOARD_SUFFIXES, parse_document
 from storymem_dist.story.schema import Story
 
 MAX_STORY_ID_BYTES = 96
-"""Leaves room in a file name's 255 bytes for what others add to it."""
+"""Leaves room in a file name's 255 bytes for prefixes and suffixes."""
 
 _PATTERNS = ", ".join(f"*{suffix}" for suffix in STORYBOARD_SUFFIXES)
 
@@ -34,7 +34,7 @@ class RejectedStoryboard:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoryBatch:
-    """What a request for storyboards came to. ``stories`` have distinct ``story_id``; the order is reproducible."""
+    """The result of a request for storyboards. ``stories`` have distinct ``story_id``; the order is reproducible."""
 
     stories: tuple[Story, ...]
     rejected: tuple[RejectedStoryboard, ...]
@@ -52,8 +52,8 @@ def load_storyboard(path: str | os.PathLike[str]) -> Story:
 def load_storyboards(spec: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> StoryBatch:
     """Load every storyboard that ``spec`` names: a file, a folder (not its subfolders), a glob, or a list of these.
 
-    Files of a folder or glob come sorted by name, entries of a list in their order, a file named twice once. Two
-    files that would share a ``story_id`` are both rejected. Raises ``StoryboardError`` when nothing is found at all.
+    Files of a folder or glob are sorted by name, entries of a list keep their order, and a file named twice is loaded
+    once. Two files with the same ``story_id`` are both rejected. Raises ``StoryboardError`` when nothing is found.
     """
     rejected: list[RejectedStoryboard] = []
     files: dict[Path, Path] = {}
@@ -91,7 +91,7 @@ def load_storyboards(spec: str | os.PathLike[str] | Iterable[str | os.PathLike[s
 def story_id_from(stem: str) -> str:
     """A folder name made from a file's stem: letters (of any script), digits, ``.``, ``-`` and ``_``.
 
-    Every other character becomes ``_``; a name too long for file systems is cut and ends in a hash of the whole.
+    Every other character becomes ``_``; a name too long for file systems is cut and ends in a hash of the full stem.
     """
     normal = unicodedata.normalize("NFC", stem.encode("utf-8", "replace").decode())
     safe = "".join(character if character.isalnum() or character in "-_." else "_" for character in normal).strip(".")
@@ -109,7 +109,7 @@ def _find(entry: str | os.PathLike[str]) -> Iterator[Path]:
         raise StoryboardError(f"stories holds {entry!r:.80}; allowed: files, folders or globs of {_PATTERNS}")
     text = os.fspath(entry)
     if not text.strip() or "\0" in text:
-        raise StoryboardError(f"stories={text!r:.80} is no path; allowed: files, folders or globs of {_PATTERNS}")
+        raise StoryboardError(f"stories={text!r:.80} is not a path; allowed: files, folders or globs of {_PATTERNS}")
     path = Path(text)
     try:
         path = path.expanduser()
@@ -130,10 +130,10 @@ def _find(entry: str | os.PathLike[str]) -> Iterator[Path]:
             found = _storyboards_among(matches)
             if not found:
                 raise StoryboardError(
-                    f"{path}: {len(matches) or 'nothing'} matched, no storyboard among it; allowed: {_PATTERNS}"
+                    f"{path}: {len(matches) or 'nothing'} matched, no storyboard found; allowed: {_PATTERNS}"
                 )
             yield from found
-    except (OSError, RuntimeError) as error:  # RuntimeError: "~name" of nobody
+    except (OSError, RuntimeError) as error:  # RuntimeError: "~name" of an unknown user
         raise StoryboardError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
 
@@ -150,7 +150,7 @@ def _as_source(entry: object) -> Path | str:
 
 
 def _one_line(message: str) -> str:
-    """``message`` with line breaks and what no terminal can show (parts of file names, of garbage) as escapes."""
+    """``message`` with line breaks and other unprintable characters as escapes."""
     return "".join(
         character if character.isprintable() else character.encode("unicode_escape").decode() for character in message
     )

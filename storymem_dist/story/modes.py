@@ -1,6 +1,7 @@
 """How a shot can be rendered: kinds of experts, modes, and the frames that a continuation is given.
 
-A *mode* says how a shot is conditioned, a *kind* which base model's experts render it. Names and counts only.
+A *mode* is how a shot is conditioned; a *kind* is the base model whose experts render it. Names and counts only: knows
+nothing about models.
 """
 
 T2V = "t2v"
@@ -25,10 +26,10 @@ CONDITIONED_MODES = tuple(mode for mode, kind in KIND_OF_MODE.items() if kind ==
 """The modes that see the memory."""
 
 NUM_GIVEN_FRAMES = {T2V: 0, M2V: 0, MI2V: 1, MM2V: 5}
-"""Frames of the shot before it that a mode repeats at its start (StoryMem, section on continuations)."""
+"""Frames of the shot before it that a mode repeats at its start (as in StoryMem's MI2V and MM2V)."""
 
 NO_CONTINUATION = "none"
-"""The continuation of a job whose shots are all rendered like cuts."""
+"""The continuation of a job that renders all shots like cuts."""
 
 CONTINUATIONS = (NO_CONTINUATION, MI2V, MM2V)
 """How a job's shots may continue the shot before them."""

@@ -1,7 +1,7 @@
-"""Turn a storyboard file into plain data: dicts, lists, text, numbers, truth values.
+"""Turns a storyboard file into plain data: dicts, lists, text, numbers, truth values.
 
-Reads JSON, JSON5 and YAML from files that may be anything at all (garbage, a device, ten gigabytes, a YAML bomb) in
-bounded time, and explains what is wrong with them. Knows nothing about what a storyboard has to contain.
+Reads JSON, JSON5 and YAML in bounded time, whatever the file is (garbage, a device, ten gigabytes, a YAML bomb), and
+reports what is wrong with it. Knows nothing about the required content of a storyboard.
 """
 
 import json
@@ -21,12 +21,12 @@ MAX_FILE_BYTES = 2**20
 """A storyboard is a few kilobytes; all thirty of ST-Bench together are 150 KB."""
 
 MAX_JSON5_CHARACTERS = 32 * 2**10
-"""The json5 package reads 10 to 35 kB a second. Comments and trailing commas, the usual JSON5, do not need it."""
+"""The json5 package reads 10 to 35 kB per second. Comments and trailing commas, the usual JSON5, do not need it."""
 
 MAX_DEPTH = 32
 """Nesting allowed in YAML, whose C composer would overflow the stack; the JSON parsers guard themselves."""
 
-# libyaml is some thirty times faster than the Python loader; both are safe loaders.
+# libyaml is about thirty times faster than the Python loader; both are safe loaders.
 _SafeYamlLoader: type = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 # An unterminated string or comment runs to the end of the text, so that no start is scanned twice.
@@ -133,7 +133,7 @@ def _loads_json(text: str) -> object:
 
 
 def _blank_json5_extras(text: str) -> str:
-    """``text`` with comments and trailing commas replaced by spaces, so that positions in errors stay true."""
+    """``text`` with comments and trailing commas replaced by spaces, so that positions in errors stay correct."""
 
     def blank(match: re.Match[str]) -> str:
         found = match[0]
@@ -155,10 +155,10 @@ def _no_duplicate_keys(items: Iterable[tuple[str, object]]) -> dict[str, object]
 
 
 class _YamlLoader(_SafeYamlLoader):
-    """The safe loader, refusing a key that is written twice."""
+    """The safe loader, which also rejects a key that is written twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[object, object]:
-        """Build a dict; the base class would let the last of two equal keys win."""
+        """Build a dict; the base class would keep the last of two equal keys."""
         seen: set[str] = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode):
@@ -179,12 +179,12 @@ def _parse_yaml(text: str) -> object:
         mark = error.problem_mark or error.context_mark
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         raise _Unreadable(f"not valid YAML, {where}{' '.join(str(error.problem or error.context).split())}") from None
-    except Exception as error:  # the YAML constructors raise anything on values such as "!!int x" or month 13
+    except Exception as error:  # the YAML constructors raise many types for values such as "!!int x" or month 13
         raise _Unreadable(f"not valid YAML: {' '.join(str(error).split())[:200]}") from None
 
 
 def _check_yaml_structure(text: str) -> None:
-    """Refuse aliases (a few lines of them expand to gigabytes) and deep nesting, before anything is built."""
+    """Reject aliases (a few lines of them expand to gigabytes) and deep nesting, before anything is built."""
     depth = 0
     for event in yaml.parse(text, Loader=_SafeYamlLoader):
         if isinstance(event, yaml.AliasEvent):

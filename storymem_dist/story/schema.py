@@ -1,7 +1,7 @@
-"""What a storyboard is, once it has been read and checked: plain frozen values.
+"""A storyboard after reading and checking, as plain frozen values. Knows nothing about files or rendering.
 
 A story is a list of scenes, a scene a list of shots. For rendering, all shots of a story form one *chain*, in order;
-scene boundaries matter only for seeds (STORYMEM quirk) and for display. Nothing here reads files.
+scene boundaries matter only for seeds (as in StoryMem) and for display.
 """
 
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ class Shot:
 
     @property
     def shot_id(self) -> str:
-        """Name of the shot in its story, for people and for paths: ``shot_01`` for the first."""
+        """Name of the shot in its story, for messages and paths: ``shot_01`` for the first."""
         return f"shot_{self.index + 1:02d}"
 
 

@@ -1,4 +1,4 @@
-"""All weights that a job needs, found and checked together; nothing is loaded."""
+"""Finds and checks all weights that a job needs. Loads nothing; knows nothing about devices or ranks."""
 
 import os
 from collections.abc import Sequence
@@ -22,7 +22,10 @@ def cache_folder() -> Path:
 
 
 def with_generated_weights(settings: ModelSettings) -> ModelSettings:
-    """Settings whose paths point at weights: a generated checkpoint is written to the user's cache on first use."""
+    """``settings`` with the paths of the checkpoint that ``generate`` names, written to the cache on first use.
+
+    Raises ``ConfigError`` for a name other than ``tiny``.
+    """
     if settings.generate is None:
         return settings
     if settings.generate != "tiny":
@@ -50,11 +53,11 @@ class Weights:
 
     @property
     def any_checkpoint(self) -> WanCheckpoint:
-        """Where text encoder and VAE are taken from: both base models hold the same."""
+        """One of the checkpoints: both base models hold the same text encoder and VAE."""
         return next(iter(self.checkpoints.values()))
 
     def identity(self, kind: str) -> str:
-        """Changes when any weight that ``kind`` renders with changes."""
+        """A text that changes when any weight for rendering ``kind`` changes."""
         parts = [self.checkpoints[kind].identity]
         parts += [f"{name}:{lora.identity}" for name in EXPERTS for lora in self.loras[kind][name]]
         return " ".join(parts)
@@ -63,10 +66,10 @@ class Weights:
 def open_weights(settings: ModelSettings, kinds: Sequence[str], continuation: str) -> Weights:
     """Find and check all weights that rendering ``kinds`` needs; reads headers only.
 
-    A prepared folder has its LoRAs merged; it is checked to be prepared for this job, and no LoRA is opened for it.
+    A prepared folder has its LoRAs merged already; this checks that they are those of the job.
 
     Raises:
-        WeightsNotFound: a path is not given, or what it names is incomplete; the message has the command.
+        WeightsNotFound: a path is not set, missing or incomplete; the message names the command that fetches it.
         CheckpointError: files are damaged or of another model.
     """
     checkpoints: dict[str, WanCheckpoint] = {}

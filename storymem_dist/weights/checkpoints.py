@@ -1,10 +1,9 @@
-"""Wan2.2-A14B weights in a folder: which layout it has, whether it is whole and the right one, where each part lies.
+"""Wan2.2-A14B weights in a folder: finds layout and parts, and checks that they are complete and the right ones.
 
-Two published layouts are understood: the native one (``high_noise_model/``, ``low_noise_model/``, ``*.pth``) and
-diffusers' (``transformer/`` = high noise, ``transformer_2/`` = low noise); and folders written by ``storymem-weights
-prepare``. Everything that can be wrong and is cheap to see is
-refused here, before weights are read: files, index, headers against file sizes, model sizes, keys and shapes. How
-tensors get into a model is not decided here.
+Three layouts: the native one (``high_noise_model/``, ``low_noise_model/``, ``*.pth``), diffusers' (``transformer/`` =
+high noise, ``transformer_2/`` = low noise), and folders written by ``storymem-weights prepare``. All cheap checks run
+here, before weights are read: files, index, headers against file sizes, model sizes, keys and shapes. Knows nothing
+about how tensors get into a model.
 """
 
 import json
@@ -42,7 +41,7 @@ _TI2V_5B_IN_DIM = 48
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Layout:
+class CheckpointLayout:
     """Where a layout keeps its parts, relative to the folder, and how its DiT keys become native ones."""
 
     name: str
@@ -53,7 +52,7 @@ class Layout:
     rename: Callable[[str], str]
 
 
-NATIVE = Layout(
+NATIVE = CheckpointLayout(
     name="native",
     expert_folders={"high_noise": "high_noise_model", "low_noise": "low_noise_model"},
     vae="Wan2.1_VAE.pth",
@@ -61,7 +60,7 @@ NATIVE = Layout(
     tokenizer="google/umt5-xxl",
     rename=str,
 )
-DIFFUSERS = Layout(
+DIFFUSERS = CheckpointLayout(
     name="diffusers",
     expert_folders={"high_noise": "transformer", "low_noise": "transformer_2"},
     vae="vae",
@@ -101,10 +100,10 @@ def open_checkpoint(path: str | Path, kind: str) -> WanCheckpoint:
     Args:
         path: the folder of a download of ``Wan-AI/Wan2.2-{T2V,I2V}-A14B`` or its ``-Diffusers`` variant, or one
             prepared from either.
-        kind: ``t2v`` or ``i2v``: which of the two is needed.
+        kind: the base model that is needed, ``t2v`` or ``i2v``.
 
     Raises:
-        WeightsNotFound: the folder or a file in it is missing; the message has the command that fetches it.
+        WeightsNotFound: the folder or a file in it is missing; the message names the command that fetches it.
         CheckpointError: a file is damaged, or the weights are of another model than ``kind``.
     """
     require_one_of("kind", kind, IN_DIMS)
@@ -158,7 +157,7 @@ def sharded_files(folder: Path, fetch_command: str) -> list[SafetensorsFile]:
     """The safetensors files of one model: those its index names, or the single file where there is no index.
 
     Raises:
-        WeightsNotFound: a shard is missing (which of how many), or there are none.
+        WeightsNotFound: a shard is missing (the message has its number), or there are none.
         CheckpointError: a file is damaged, or index and files contradict each other.
     """
     indexes = sorted(folder.glob("*.safetensors.index.json"))
@@ -180,12 +179,12 @@ def sharded_files(folder: Path, fetch_command: str) -> list[SafetensorsFile]:
     opened = {name: SafetensorsFile(folder / name) for name in names}
     for key, name in weight_map.items():
         if key not in opened[name]:
-            raise CheckpointError(f"{indexes[0]}: says that {key} is in {name}, but it is not")
+            raise CheckpointError(f"{indexes[0]}: lists {key} in {name}, which does not hold it")
     return list(opened.values())
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object; anything else is a ``CheckpointError``, its absence ``WeightsNotFound``."""
+    """Read a JSON object. Raises ``WeightsNotFound`` without a file, ``CheckpointError`` for any other content."""
     if not path.is_file():
         raise WeightsNotFound(f"{path}: no such file; the download is incomplete")
     try:
@@ -198,7 +197,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _check_prepared(root: Path, kind: str) -> PreparedManifest:
-    """The manifest of a prepared folder whose files are whole and not older than their sources (if still there)."""
+    """The manifest of a prepared folder; checks that files are complete and sources, if still there, unchanged."""
     manifest = read_manifest(root)
     if manifest.kind != kind:
         raise CheckpointError(
@@ -209,7 +208,7 @@ def _check_prepared(root: Path, kind: str) -> PreparedManifest:
     try:
         changed = open_checkpoint(source, kind).identity != manifest.source["identity"]
     except StoryMemError:
-        changed = False  # moved away or cleaned up since: nothing to compare with
+        changed = False  # the source was moved or removed: nothing to compare with
     if changed:
         raise CheckpointError(f"{root}: stale: {source} changed since it was prepared; prepare the weights again")
     for lora in (lora for loras in manifest.loras.values() for lora in loras):
@@ -219,7 +218,7 @@ def _check_prepared(root: Path, kind: str) -> PreparedManifest:
     return manifest
 
 
-def _prepared_layout(manifest: PreparedManifest) -> Layout:
+def _prepared_layout(manifest: PreparedManifest) -> CheckpointLayout:
     return replace(
         NATIVE,
         name="prepared",
@@ -229,7 +228,7 @@ def _prepared_layout(manifest: PreparedManifest) -> Layout:
     )
 
 
-def _detect_layout(root: Path, kind: str) -> Layout:
+def _detect_layout(root: Path, kind: str) -> CheckpointLayout:
     for layout, marker in ((NATIVE, None), (DIFFUSERS, "model_index.json")):
         there = [folder for folder in layout.expert_folders.values() if (root / folder).is_dir()]
         if len(there) == len(layout.expert_folders):
@@ -251,7 +250,7 @@ def _detect_layout(root: Path, kind: str) -> Layout:
 
 
 def _refuse_other_models(config_path: Path, kind: str) -> None:
-    """Name the model when a configuration shows that it is not an A14B expert at all."""
+    """Raise ``CheckpointError`` naming the model when a configuration is not that of an A14B expert."""
     if not config_path.is_file():
         return
     values = read_json(config_path)
@@ -299,7 +298,7 @@ def _check_dtypes(source: TensorSource) -> None:
             )
 
 
-def _check_other_parts(root: Path, layout: Layout, kind: str) -> dict[str, Path]:
+def _check_other_parts(root: Path, layout: CheckpointLayout, kind: str) -> dict[str, Path]:
     parts = {"vae": root / layout.vae, "text_encoder": root / layout.text_encoder, "tokenizer": root / layout.tokenizer}
     for name, path in parts.items():
         if not path.exists():
@@ -320,7 +319,7 @@ def _check_other_parts(root: Path, layout: Layout, kind: str) -> dict[str, Path]
 
 
 def _check_pth(path: Path) -> None:
-    """A cut archive has lost its directory, which lies at its end; older pickles are checked when they are read."""
+    """Reject a truncated zip archive (its directory is at its end); older pickles are checked when they are read."""
     with path.open("rb") as file:
         start = file.read(len(_ZIP_MAGIC))
     if start == _ZIP_MAGIC and not zipfile.is_zipfile(path):

@@ -1,8 +1,8 @@
-"""Downloads published weights from a Hugging Face hub (or a mirror): space first, resumable inside a file, hashed.
+"""Downloads published weights from a Hugging Face hub or a mirror: checks disk space, resumes inside files, hashes.
 
-A file is fetched beside its place and moved there once its size and hash are right. What a connection that breaks, or a
-process that dies, has fetched is kept and continued. The folder remembers its commit, so a download that goes on
-tomorrow does not mix two versions. Knows nothing about what the files are.
+A file is fetched under a temporary name and renamed once its size and hash are right. After a broken connection or a
+killed process, the same download continues inside the file. The folder records its commit, so that a resumed download
+does not mix two versions. Knows nothing about the content of files.
 """
 
 import errno
@@ -29,7 +29,7 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import build_hf_headers, disable_progress_bars  # type: ignore[attr-defined]
 
 from storymem_dist.errors import CheckpointError, ConfigError, StoryMemError, WeightsNotFound
-from storymem_dist.files import locked_folder
+from storymem_dist.files import locked_folder, write_bytes
 
 STATE_NAME = "storymem_download.json"
 _PARTIAL_FOLDER = ".storymem_partial"
@@ -49,7 +49,7 @@ class RemoteFile:
 
     @property
     def partial_name(self) -> str:
-        """Name of its unfinished download; content of another version never continues it."""
+        """Name of its unfinished download, different for every version of the file."""
         return f"{self.sha256 or self.git_sha1}.incomplete"
 
     def matches(self, path: Path) -> bool:
@@ -65,7 +65,7 @@ class RemoteFile:
 
 @dataclass(kw_only=True, slots=True)
 class DownloadState:
-    """What a folder is a copy of. ``checked`` maps a path to the modification time at which its hash was right."""
+    """The version that a folder copies. ``checked``: modification times (ns) of files whose hash was right, by path."""
 
     repo: str
     revision: str
@@ -74,14 +74,12 @@ class DownloadState:
     checked: dict[str, int] = field(default_factory=dict)
 
     def save(self, root: Path) -> None:
-        """Write into ``root``, beside and renamed."""
+        """Write the state into ``root``, atomically."""
         root.mkdir(parents=True, exist_ok=True)
-        partial = root / f"{STATE_NAME}.partial"
-        partial.write_text(json.dumps(asdict(self), indent=1))
-        partial.replace(root / STATE_NAME)
+        write_bytes(root / STATE_NAME, json.dumps(asdict(self), indent=1).encode())
 
     def is_checked(self, root: Path, file: RemoteFile) -> bool:
-        """Whether the local file is there, complete, and unchanged since its hash was found right."""
+        """Whether the local file is complete and unchanged since its hash was right."""
         path = root / file.path
         if not path.is_file():
             return False
@@ -107,7 +105,7 @@ class Hub:
         self._api = HfApi(endpoint=self.endpoint)
 
     def list_files(self, repo: str, revision: str) -> DownloadState:
-        """The commit that ``revision`` is now, and its files."""
+        """The commit that ``revision`` names now, and its files. Raises ``WeightsNotFound``."""
         with self._explained(repo, revision):
             commit = self._api.model_info(repo, revision=revision).sha
             assert commit is not None
@@ -125,7 +123,10 @@ class Hub:
         return DownloadState(repo=repo, revision=revision, commit=commit, files=files)
 
     def fetch(self, state: DownloadState, file: RemoteFile, partial: Path, on_bytes: Callable[[int], None]) -> None:
-        """Bring ``partial`` to the file's full size, continuing what it holds; broken connections are tried again."""
+        """Fetch the bytes of ``file`` that ``partial`` lacks; retry broken connections. Raises ``WeightsNotFound``.
+
+        ``on_bytes`` is called with counts of new bytes.
+        """
         url = hf_hub_url(state.repo, file.path, revision=state.commit, endpoint=self.endpoint)
         for attempt in range(1, _ATTEMPTS + 1):
             before = partial.stat().st_size if partial.exists() else 0
@@ -142,7 +143,7 @@ class Hub:
         metadata = get_hf_file_metadata(url, endpoint=self.endpoint)
         headers = build_hf_headers()
         if metadata.location.split("/")[2] != url.split("/")[2]:
-            headers.pop("authorization", None)  # a signed address of another host: the token is not for it
+            headers.pop("authorization", None)  # a signed URL of another host, which must not get the token
         partial.parent.mkdir(parents=True, exist_ok=True)
         partial.touch()
         with partial.open("r+b") as target:
@@ -157,7 +158,7 @@ class Hub:
 
     @contextmanager
     def _explained(self, repo: str, revision: str, path: str | None = None) -> Iterator[None]:
-        """Turn the hub's errors into ones a user can act on; transient ones become ``_Interrupted``."""
+        """Turn the hub's errors into errors that a user can act on; transient ones become ``_Interrupted``."""
         where = f"{repo}@{revision[:12]}" + (f": {path}" if path else "")
         try:
             yield
@@ -178,13 +179,14 @@ class Hub:
             raise WeightsNotFound(f"{where}: listed, but not on the server ({self.endpoint})") from None
         except OfflineModeIsEnabled:
             raise WeightsNotFound(f"{where}: HF_HUB_OFFLINE is set; unset it to download") from None
-        except Exception as error:  # requests, httpx and the hub raise dozens of kinds for a network that fails
+        except Exception as error:  # requests, httpx and the hub raise dozens of types when the network fails
             if isinstance(error, OSError) and error.errno == errno.ENOSPC:
                 raise WeightsNotFound(f"{where}: no space left on the disk; what was fetched is kept") from None
             first_line = str(error).strip().partition("\n")[0]
             explained = WeightsNotFound(
-                f"{where}: {self.endpoint} cannot be reached or broke off ({type(error).__name__}: {first_line}); "
-                "check the network or give a mirror with --endpoint. What was fetched is kept: the same command goes on"
+                f"{where}: {self.endpoint} cannot be reached, or the connection broke ({type(error).__name__}: "
+                f"{first_line}); check the network or give a mirror with --endpoint. What was fetched is kept: the "
+                "same command continues"
             )
             if path is None:
                 raise explained from None
@@ -192,7 +194,7 @@ class Hub:
 
 
 class _Interrupted(Exception):
-    """A transfer broke off; worth another try."""
+    """The connection broke during a transfer, which can be retried."""
 
     def __init__(self, explained: WeightsNotFound) -> None:
         super().__init__(str(explained))
@@ -200,7 +202,7 @@ class _Interrupted(Exception):
 
 
 class _Counting:
-    """A file that reports what is written to it."""
+    """A file that reports the number of bytes written to it."""
 
     def __init__(self, file: object, on_bytes: Callable[[int], None]) -> None:
         self._file = file
@@ -217,16 +219,16 @@ class _Counting:
 def plan_download(
     hub: Hub, repo: str, revision: str, root: Path, *, only: Sequence[str] = (), expected_bytes: int | None = None
 ) -> DownloadPlan:
-    """Find out what is missing in ``root``; fetches nothing but the listing.
+    """List what is missing in ``root``; fetches only the list of files.
 
-    A folder that was begun with the same repository and revision stays with its commit.
+    A folder begun with the same repository and revision keeps its commit.
 
     Args:
         only: patterns of paths (``high_noise_model/*``); empty: everything.
-        expected_bytes: what all files should come to, where that is known.
+        expected_bytes: about the total size of all files, if known.
 
     Raises:
-        WeightsNotFound: the hub cannot be reached or does not have it, or the disk is too small.
+        WeightsNotFound: the hub cannot be reached, or does not have the repository or all of it.
         ConfigError: ``only`` matches no file, or ``root`` is a copy of another repository.
     """
     begun = read_state(root)
@@ -253,7 +255,7 @@ def plan_download(
 
 
 def check_space(plan: DownloadPlan) -> None:
-    """Raise ``WeightsNotFound`` unless the disk can take what the plan fetches."""
+    """Raise ``WeightsNotFound`` unless the disk has room for what the plan fetches."""
     existing = next(folder for folder in (plan.root, *plan.root.resolve().parents) if folder.exists())
     free = shutil.disk_usage(existing).free
     if free < plan.num_bytes_to_fetch + _SPARE_BYTES:
@@ -269,8 +271,8 @@ def download(
     """Carry out a plan. ``on_bytes`` is called with counts of fetched bytes, from several threads.
 
     Raises:
-        WeightsNotFound: the network failed for good, or a file is not on the server.
-        CheckpointError: a file that arrived has the wrong content; it is removed.
+        WeightsNotFound: the disk is too small, the network failed in all attempts, or a file is not on the server.
+        CheckpointError: a fetched file has the wrong content; it is removed.
     """
     check_space(plan)
     disable_progress_bars()
@@ -290,7 +292,7 @@ def download(
 
 
 def read_state(root: Path) -> DownloadState | None:
-    """What ``root`` is a copy of; None if it was not made by ``download``. A damaged note is a ``CheckpointError``."""
+    """The state that ``download`` wrote into ``root``, or None. Raises ``CheckpointError`` if it is damaged."""
     path = root / STATE_NAME
     if not path.is_file():
         return None
@@ -302,7 +304,7 @@ def read_state(root: Path) -> DownloadState | None:
 
 
 def verify_hashes(root: Path, state: DownloadState, on_file: Callable[[RemoteFile], None] | None = None) -> list[str]:
-    """Hash every file that is there; returns the paths of the published files that are not (``--only`` skips some).
+    """Hash every file that exists; return the paths of published files that do not (``--only`` skips some).
 
     Raises:
         CheckpointError: a file's content is not the published one.
@@ -324,7 +326,7 @@ def verify_hashes(root: Path, state: DownloadState, on_file: Callable[[RemoteFil
 
 
 def _fetch_and_check(hub: Hub, plan: DownloadPlan, file: RemoteFile, on_bytes: Callable[[int], None]) -> int:
-    """Make sure that one file is in place with the right content; returns its modification time."""
+    """Fetch one file unless it has the right content already; returns its modification time (ns)."""
     target = plan.root / file.path
     if not (target.is_file() and file.matches(target)):
         partial = plan.root / _PARTIAL_FOLDER / file.partial_name

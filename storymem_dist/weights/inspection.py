@@ -1,6 +1,6 @@
-"""Says what a file or folder of weights is, from headers alone: layout, kind, types, sizes, LoRA ranks and scales.
+"""Describes a file or folder of weights from headers alone: layout, kind, types, sizes, LoRA ranks and scales.
 
-For people (``storymem-weights inspect``): a list of facts, in the order in which they are read.
+For ``storymem-weights inspect``: facts in the order in which they are printed. Knows nothing about devices or jobs.
 """
 
 import math
@@ -39,7 +39,7 @@ def inspect_weights(path: Path) -> Facts:
 
     Raises:
         WeightsNotFound: there is nothing at ``path``.
-        CheckpointError: it is damaged, or nothing this project knows.
+        CheckpointError: it is damaged, or of a model that this project does not know.
     """
     if not path.exists():
         raise WeightsNotFound(f"{path}: no such file or folder")
@@ -70,7 +70,7 @@ def kind_of(root: Path) -> str:
             raise CheckpointError(
                 f"{config}: in_dim {in_dim} is neither T2V ({IN_DIMS['t2v']}) nor I2V ({IN_DIMS['i2v']})"
             )
-    open_checkpoint(root, "i2v")  # says what is there instead, or what is missing
+    open_checkpoint(root, "i2v")  # its error names what is there instead, or what is missing
     raise WeightsNotFound(f"{root}: no configuration of a high-noise expert")
 
 

@@ -1,6 +1,6 @@
-"""Key names of the Wan weights: native (Wan-AI's own files) against diffusers and transformers.
+"""Maps key names of Wan weights between native (Wan-AI's own files) and diffusers.
 
-Pure text: no tensor is touched here. All maps are written once, as pairs, and applied in either direction.
+Each map is written once, as pairs, and applied in either direction. Knows nothing about tensors or files.
 """
 
 import re
@@ -85,7 +85,7 @@ _VAE_RESIDUAL = (
     ("shortcut.", "conv_shortcut."),
 )
 _VAE_UP = re.compile(r"decoder\.up_blocks\.(\d+)\.(resnets|upsamplers)\.(\d+)\.(.+)")
-# In the native decoder a stage is three residual blocks and, but for the last stage, an upsampler, in one flat list.
+# One flat list holds the native decoder's stages: three residual blocks, then an upsampler (not in the last stage).
 _VAE_UP_STAGE = 4
 _VAE_UP_RESNETS = 3
 

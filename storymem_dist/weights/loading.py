@@ -1,9 +1,8 @@
-"""Streams weights from files into an already allocated model: only the rows held here, cast and merged on the way.
+"""Streams weights from files into an allocated model: reads only the rows held here, merges LoRAs, casts, copies.
 
-Weights are read in chunks of whole rows of about ``CHUNK_BYTES``, a few ahead of the one being copied, so a load needs
-little memory beyond the model itself however large a tensor is. Weights of layers in eight bits are quantized row by
-row, after merging. What is held where is the caller's business (``local_part``); so is the number of processes. Knows
-nothing about Wan, LoRA files or process groups.
+Rows are read in chunks of about ``CHUNK_BYTES``, a few chunks ahead, so a load needs little memory besides the model,
+for tensors of any size. Weights of 8-bit layers are quantized row by row, after merging. The caller decides which
+process holds which rows (``local_part``). Knows nothing about Wan, LoRA files or process groups.
 """
 
 import pickle
@@ -26,7 +25,7 @@ from storymem_dist.weights.safetensors_file import SafetensorsFile
 from storymem_dist.weights.state_dict import check_no_keys
 
 CHUNK_BYTES = 16 * 2**20
-"""Upper bound of what one read brings in, and the unit of progress; a chunk is never less than ``ROW_BLOCK`` rows."""
+"""Most bytes of one read, unless ``ROW_BLOCK`` rows are larger; also the unit of progress."""
 
 ROW_BLOCK = 256
 """Chunks begin and end at multiples of this many rows of the whole tensor (or at the ends of a local part)."""
@@ -37,11 +36,11 @@ class TensorSource(Protocol):
 
     @property
     def name(self) -> str:
-        """What to call it in messages, usually a path."""
+        """Name for messages, usually a path."""
 
     @property
     def max_concurrent_reads(self) -> int:
-        """How many threads may be inside ``read`` at once."""
+        """Number of threads that may be inside ``read`` at once."""
 
     @property
     def bytes_read(self) -> int:
@@ -64,7 +63,7 @@ class SafetensorsSource:
     """A ``TensorSource`` over safetensors files, with names mapped to the model's.
 
     Args:
-        name: what to call the files in messages.
+        name: for messages.
         files: opened files; together they hold each key once.
         rename: from a name in the files to the model's name.
 
@@ -141,24 +140,24 @@ class StateDictSource:
 
 
 class WeightDelta(Protocol):
-    """Something that is added to weights while they are loaded, for example a LoRA with its scale."""
+    """An addition to weights while they are loaded, for example a LoRA with its scale."""
 
     @property
     def name(self) -> str:
-        """What to call it in messages."""
+        """Name for messages."""
 
     def shapes(self) -> Mapping[str, torch.Size]:
-        """The shape of the delta of each weight it changes, by the weight's name."""
+        """Shapes of the changed weights, by name."""
 
     def add_to(self, rows: Tensor, key: str, first_row: int) -> None:
-        """Add rows ``first_row ...`` of the delta of weight ``key`` to ``rows``, fp32, in place, on its device."""
+        """Add the delta of weight ``key``, from ``first_row`` on, to fp32 ``rows`` in place, on their device."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LocalPart:
     """The part of a parameter that this process holds: ``num_rows`` rows from ``row_offset`` along the first dimension.
 
-    ``tensor`` is the plain local tensor to fill, its first dimension being ``num_rows`` (0 rows: nothing is held here).
+    ``tensor`` is the plain local tensor to fill; its first dimension is ``num_rows`` (0 rows: nothing is held here).
     """
 
     tensor: Tensor
@@ -168,7 +167,7 @@ class LocalPart:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoadReport:
-    """What one load did. ``bytes_read`` counts the source alone, not the deltas."""
+    """Numbers of one load. ``bytes_read`` counts the source only, not the deltas."""
 
     num_tensors: int
     bytes_read: int
@@ -177,7 +176,7 @@ class LoadReport:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RowRange:
-    """Some rows of a tensor of a source, and the device they are wanted on. ``num_bytes``: what reading them moves."""
+    """Rows of one tensor of a source, and the device to bring them to. ``num_bytes`` is their size in the source."""
 
     key: str
     rows: slice
@@ -186,7 +185,7 @@ class RowRange:
 
 
 def whole_parameter(name: str, parameter: nn.Parameter) -> LocalPart:
-    """The ``local_part`` of a model that lives on one device."""
+    """The ``local_part`` of a model on one device: all rows."""
     return LocalPart(tensor=parameter.data, row_offset=0, num_rows=parameter.shape[0])
 
 
@@ -200,18 +199,18 @@ def load_dit_weights(
 ) -> LoadReport:
     """Fill every parameter of ``model`` from ``source``, with ``deltas`` added in order in fp32 before the one cast.
 
-    The weights of a ``QuantizedLinear`` are quantized (from fp32) instead of cast; the source knows nothing of scales.
+    The weights of a ``QuantizedLinear`` are quantized (from fp32) instead of cast; the source has no scales for them.
 
     The model's memory exists already (``to_empty``); each parameter keeps its dtype and device. Merging happens on the
-    parameter's device. A weight's bits do not depend on how it is cut into local parts. Buffers are not loaded: a model
-    with buffers is refused (a DiT has none; ``to_empty`` would leave garbage in them).
+    parameter's device. A weight's bits do not depend on how it is cut into local parts.
 
     Args:
-        local_part: tells for each parameter which rows this process holds and where.
-        progress: called with the bytes done and the bytes this process needs in all, from the calling thread.
+        local_part: returns the rows of a parameter that this process holds, and the tensor for them.
+        progress: called in the calling thread with the bytes done and the total bytes of this process.
 
     Raises:
         CheckpointError: keys or shapes of model, source and deltas do not fit each other, naming the first few.
+        ValueError: the model has buffers, which are not loaded (a DiT has none).
     """
     start_seconds, start_bytes = time.perf_counter(), source.bytes_read
     parameters = dict(model.named_parameters())
@@ -308,7 +307,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
 def row_ranges(
     source: TensorSource, key: str, first_row: int, num_rows: int, device: torch.device
 ) -> Iterator[RowRange]:
-    """Cut rows of a tensor into what is read at once, at multiples of ``ROW_BLOCK`` rows of the whole tensor."""
+    """Cut rows of a tensor into chunks for one read each, at multiples of ``ROW_BLOCK`` rows of the whole tensor."""
     row_bytes = source.shape(key)[1:].numel() * source.dtype(key).itemsize
     rows_at_once = max(1, CHUNK_BYTES // max(1, row_bytes * ROW_BLOCK)) * ROW_BLOCK
     row, end = first_row, first_row + num_rows
@@ -321,7 +320,7 @@ def row_ranges(
 def stream_rows(
     source: TensorSource, ranges: Sequence[RowRange], deltas: Sequence[WeightDelta] = ()
 ) -> Iterator[tuple[RowRange, Tensor]]:
-    """The rows of each range, in order, on its device, with the deltas of its weight added (then they are fp32)."""
+    """The rows of each range, in order, on its device: as stored, or fp32 with the weight's deltas added."""
     for found, rows in _read_ahead(source, ranges):
         rows = rows.to(found.device, non_blocking=True)
         changing = [delta for delta in deltas if found.key in delta.shapes()]
@@ -334,7 +333,7 @@ def stream_rows(
 
 
 def _read_ahead(source: TensorSource, ranges: Sequence[RowRange]) -> Iterator[tuple[RowRange, Tensor]]:
-    """Ranges in order with their rows as stored, read by as many threads as the source allows."""
+    """Ranges in order with their rows as stored, read ahead by as many threads as the source allows."""
 
     def read(wanted: RowRange) -> Tensor:
         return source.read(wanted.key, wanted.rows, pin_memory=wanted.device.type == "cuda")
@@ -356,7 +355,7 @@ def _read_ahead(source: TensorSource, ranges: Sequence[RowRange]) -> Iterator[tu
 
 @contextmanager
 def _full_fp32_matmul() -> Iterator[None]:
-    """No TF32 and no bf16 inside fp32 products, whatever the process is set to."""
+    """Exact fp32 products inside, whatever precision the process has set."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:

@@ -1,12 +1,11 @@
 """LoRA files for the DiT: which weights they change, by how much, and adding that to rows of a weight.
 
-Accepts the key styles found in the wild (PEFT with and without adapter name, ``diffusion_model.`` and ``transformer.``
-prefixes, ``lora_down``/``lora_up``, diffusers module names, the underscore names of kohya-style trainers) and refuses a
-file with any key it does not understand: a LoRA half applied is a silent fault. Knows nothing about how the base
-weights are stored.
+Accepts the key styles of published files (PEFT with and without adapter name, ``diffusion_model.`` and ``transformer.``
+prefixes, ``lora_down``/``lora_up``, diffusers module names, the underscore names of kohya-style trainers). Rejects a
+file with any other key: a half-applied LoRA would be a silent error. Knows nothing about how base weights are stored.
 
 Source of scales: alpha / rank is the usual rule (``alpha``); rsLoRA (arXiv 2312.03732) uses alpha / sqrt(rank).
-StoryMem's files are rsLoRA with alpha = rank = 128, which no file says, so their scale is 11.3137.
+StoryMem's files are rsLoRA with alpha = rank = 128, so their scale is 11.3137; the files do not store this.
 """
 
 import hashlib
@@ -44,8 +43,8 @@ class LoraSettings:
     """One LoRA to merge on top of the base weights.
 
     ``scale_rule``: ``rslora`` = alpha / sqrt(rank), ``alpha`` = alpha / rank, ``none`` = 1. The scale is multiplied by
-    ``strength``. ``alpha`` None takes the file's own alpha where it has one, else the rank. ``expert`` names the expert
-    it belongs to, or ``both``.
+    ``strength``. ``alpha`` None means the file's own alpha if it stores one, else the rank. ``expert`` is the expert to
+    change, or ``both``.
     """
 
     path: str
@@ -77,7 +76,7 @@ class LoraModule:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoraFile:
-    """A LoRA file, opened and understood; no weights read. ``modules`` has native module names (``blocks.0.ffn.2``)."""
+    """An opened and checked LoRA file; no weights read. ``modules`` has native module names (``blocks.0.ffn.2``)."""
 
     path: Path
     source: TensorSource
@@ -88,7 +87,7 @@ class LoraFile:
 class ScaledLora:
     """A LoRA file with its scale: a ``WeightDelta`` for ``load_dit_weights``.
 
-    Products are formed in fp32 over fixed blocks of rows, so a weight's bits do not depend on which rows are asked for.
+    Products are fp32, over fixed blocks of rows, so a weight's bits do not depend on the rows that a caller wants.
     """
 
     def __init__(
@@ -111,7 +110,7 @@ class ScaledLora:
         return hashlib.sha256(described.encode()).hexdigest()
 
     def describe(self) -> dict[str, str | float | None]:
-        """What it is, as plain values for manifests and reports."""
+        """File, scale and identity as plain values for manifests and reports."""
         return {
             "path": str(self.file.path.resolve()),
             "file_identity": self.file.identity,
@@ -122,7 +121,7 @@ class ScaledLora:
         }
 
     def scale(self, module_name: str) -> float:
-        """What the product of the two halves is multiplied by, strength included."""
+        """The factor of the product of the two halves, strength included."""
         if self._rule == "none":
             return self._strength
         module = self.file.modules[module_name]
@@ -148,7 +147,7 @@ class ScaledLora:
             row = stop
 
     def _down_half(self, module: LoraModule, device: torch.device) -> Tensor:
-        """The down half in fp32; the last one is kept, since a weight arrives in several chunks."""
+        """The down half in fp32. The last one is kept, because a weight arrives in several chunks."""
         if self._down is None or self._down[:2] != (module.down_key, device):
             down = self.file.source.read(module.down_key).to(device).float()
             self._down = (module.down_key, device, down)
@@ -156,11 +155,11 @@ class ScaledLora:
 
 
 def open_lora(path: str | Path) -> LoraFile:
-    """Open a LoRA (``.safetensors``, or ``.pth``/``.pt``/``.bin`` with tensors only) and account for every key in it.
+    """Open a LoRA (``.safetensors``, or ``.pth``/``.pt``/``.bin`` with tensors only) and check every key in it.
 
     Raises:
         WeightsNotFound: there is no such file.
-        CheckpointError: keys are not understood or left over, a half is missing, or sizes contradict each other.
+        CheckpointError: a key is unknown or left over, a half is missing, or sizes contradict each other.
     """
     path = Path(path)
     if not path.is_file():
@@ -188,7 +187,7 @@ def storymem_lora(path: str | Path, continuation: str) -> dict[str, ScaledLora]:
     ``path`` is the folder with StoryMem's two LoRA folders, or the one folder itself. ``none`` uses the MI2V LoRA.
 
     Raises:
-        WeightsNotFound: a folder or file is missing; the message has the command that fetches it.
+        WeightsNotFound: a folder or file is missing; the message names the command that fetches it.
         CheckpointError: ``path`` is the folder of the other mode, or a file is wrong.
     """
     require_one_of("sampler.continuation", continuation, CONTINUATIONS)

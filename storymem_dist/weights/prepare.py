@@ -1,6 +1,7 @@
-"""Writes prepared weights: every weight of both experts read once, LoRAs merged, cast, written, a few rows at a time.
+"""Writes prepared weights: reads every weight of both experts once, merges LoRAs, casts and writes, on the CPU.
 
-Needs a few chunks of memory, whatever the size of the model. See ``models/wan/prepared.py`` for the format.
+Works on a few rows at a time, so it needs little memory for a model of any size. ``weights/prepared.py`` describes the
+format. Knows nothing about jobs or devices.
 """
 
 import hashlib
@@ -26,10 +27,10 @@ from storymem_dist.weights.checkpoints import NATIVE, WanCheckpoint
 from storymem_dist.weights.loading import RowRange, TensorSource, row_ranges, stream_rows
 from storymem_dist.weights.lora import ScaledLora
 from storymem_dist.weights.prepared import SCALE_SUFFIX, STORED_DTYPES, PreparedManifest, is_prepared, sha256_of
-from storymem_dist.weights.safetensors_file import SafetensorsWriter
+from storymem_dist.weights.safetensors_file import SafetensorsWriter, write_safetensors
 
 Progress = Callable[[str, int, int], None]
-"""Called with what is being written, bytes read so far and bytes to read in all (of one expert)."""
+"""Called with an expert's name, the bytes read so far and the total bytes of that expert."""
 
 _BLOCK = re.compile(r"blocks\.(\d+)\.")
 _PACKAGES = ("storymem_dist", "torch", "safetensors")
@@ -44,7 +45,7 @@ def prepare_checkpoint(
     storymem_folder: str | None = None,
     progress: Progress | None = None,
 ) -> PreparedManifest:
-    """Merge, cast and write both experts to the new folder ``output``; it appears only when it is complete.
+    """Merge, cast and write both experts to the new folder ``output``, which appears only when it is complete.
 
     Text encoder, VAE and tokenizer are hard-linked where the file system allows it, else copied.
 
@@ -53,7 +54,7 @@ def prepare_checkpoint(
         dtype: one of ``STORED_DTYPES``.
 
     Raises:
-        CheckpointError: ``output`` holds something else, or the source is itself prepared, or a LoRA does not fit.
+        CheckpointError: ``output`` holds other files, the source is itself prepared, or a LoRA does not fit.
     """
     require_one_of("dtype", dtype, STORED_DTYPES)
     if source.prepared is not None:
@@ -61,7 +62,7 @@ def prepare_checkpoint(
     for expert in EXPERTS:
         source.check_loras(loras[expert])
     if output.exists() and not is_prepared(output) and any(output.iterdir()):
-        raise CheckpointError(f"{output}: is there and holds something else than prepared weights; give a new folder")
+        raise CheckpointError(f"{output}: exists and holds other files than prepared weights; give a new folder")
     with locked_folder(output):
         fresh = output.with_name(f".{output.name}.preparing")
         shutil.rmtree(fresh, ignore_errors=True)
@@ -134,7 +135,7 @@ def _write_expert(
     for name, keys in groups.items():
         entries = dict(_entries(tensors, keys, targets))
         digest = hashlib.sha256()
-        with SafetensorsWriter(folder / name, entries, digest=digest) as writer:
+        with write_safetensors(folder / name, entries, digest=digest) as writer:
             for key in keys:
                 done += _write_weight(writer, stream, key, tensors.shape(key)[0], targets[key])
                 if progress is not None:
@@ -148,7 +149,7 @@ def _write_expert(
 
 
 def _target_dtypes(config: DiTConfig, dtype: str) -> dict[str, torch.dtype]:
-    """What each weight is stored as: what the model computes with, or float8 for the linears of the blocks."""
+    """The dtype in which each weight is stored: that of the model, or float8 for the linears of the blocks."""
     with torch.device("meta"):
         model = WanDiT(config, dtype=torch.float32 if dtype == "float32" else torch.bfloat16)
     targets = {name: parameter.dtype for name, parameter in model.named_parameters()}
@@ -180,7 +181,7 @@ def _entries(
 def _write_weight(
     writer: SafetensorsWriter, stream: Iterator[tuple[RowRange, Tensor]], key: str, num_rows: int, target: torch.dtype
 ) -> int:
-    """Write one weight (and its scales) from the stream, which has its rows next; returns the bytes read for it."""
+    """Write one weight (and its scales), whose rows are next in the stream; returns the bytes read for it."""
     num_bytes, row = 0, 0
     scales: list[Tensor] = []
     while row < num_rows:

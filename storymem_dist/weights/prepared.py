@@ -1,12 +1,13 @@
-"""Prepared weights: experts with their LoRAs merged and cast once, in one file per block. Reading and checking side.
+"""Reads and checks prepared weights: experts with LoRAs merged and cast once, one file per block.
 
-The manifest says what went in (sources, LoRAs, scales, versions) and what came out (files, sizes, hashes), so a folder
-that is half written, damaged, or older than its sources is refused. Written by ``models/wan/prepare.py``.
+The manifest records inputs (sources, LoRAs, scales, versions) and outputs (files, sizes, hashes), so a folder that is
+incomplete, damaged or older than its sources is rejected. ``weights/prepare.py`` writes the folder. Knows nothing about
+modules or devices.
 
-Formats: ``float32`` and ``bfloat16`` hold every weight in the type the model computes with (norms, modulation, time
-embedding and head stay fp32), so rendering is bit-equal to rendering from the sources at that type. ``float8`` (e4m3,
-one power-of-two scale per row, as ``models.quantized_linear``) stores the linears of the blocks in half the bytes; they
-are turned back into bf16 while loading, exactly, so what is lost is what 8 bits cannot hold.
+Formats: ``float32`` and ``bfloat16`` hold every weight in the dtype of the model (norms, modulation, time embedding and
+head stay fp32), so rendering is bit-equal to rendering from the sources at that dtype. ``float8`` (e4m3, one
+power-of-two scale per row, as in ``models.quantized_linear``) stores the linears of the blocks in half the bytes.
+Loading turns them back into bf16 exactly, so the only loss is the rounding to 8 bits.
 """
 
 import hashlib
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from storymem_dist.errors import CheckpointError, WeightsNotFound
+from storymem_dist.files import write_bytes
 from storymem_dist.models.wan.presets import EXPERTS
 from storymem_dist.story.modes import MI2V, MM2V
 from storymem_dist.weights.loading import TensorSource
@@ -35,7 +37,7 @@ _HASH_BLOCK_BYTES = 16 * 2**20
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PreparedManifest:
-    """What a prepared folder is. ``loras`` and ``files`` are plain JSON values; paths in ``files`` are relative."""
+    """Describes a prepared folder. ``loras`` and ``files`` are plain JSON values; paths in ``files`` are relative."""
 
     complete: bool
     kind: str
@@ -49,18 +51,16 @@ class PreparedManifest:
     format_version: int = FORMAT_VERSION
 
     def write(self, root: Path) -> None:
-        """Write the manifest into ``root``, beside and renamed."""
-        partial = root / f"{MANIFEST_NAME}.partial"
-        partial.write_text(json.dumps(asdict(self), indent=1))
-        partial.replace(root / MANIFEST_NAME)
+        """Write the manifest into ``root``, atomically."""
+        write_bytes(root / MANIFEST_NAME, json.dumps(asdict(self), indent=1).encode())
 
     def check_request(self, root: Path, continuation: str | None, loras: Mapping[str, Sequence[ScaledLora]]) -> None:
-        """Raise ``CheckpointError`` unless rendering as asked needs exactly what was merged here.
+        """Raise ``CheckpointError`` unless the job needs exactly the LoRAs that are merged here.
 
         Args:
             root: the folder, for messages.
-            continuation: the job's mode; None when no StoryMem LoRA is wanted (T2V).
-            loras: further LoRAs asked for, by expert; none at all means those that are merged already.
+            continuation: the job's mode; None when the job needs no StoryMem LoRA (T2V).
+            loras: the job's further LoRAs, by expert; without any, the merged ones are used.
         """
         wanted = None if continuation is None else STORYMEM_FOLDERS[MM2V if continuation == MM2V else MI2V]
         if self.storymem_lora != wanted:
@@ -80,7 +80,7 @@ class PreparedManifest:
 
 
 class Float8Source:
-    """Turns rows stored as e4m3 with a power-of-two scale each back into bf16; everything else passes through."""
+    """Turns rows stored as e4m3 with a power-of-two scale each back into bf16; returns all other rows as stored."""
 
     def __init__(self, stored: TensorSource) -> None:
         self._stored = stored
@@ -148,7 +148,10 @@ def read_manifest(root: Path) -> PreparedManifest:
 
 
 def check_files(root: Path, manifest: PreparedManifest, *, hashes: bool = False) -> None:
-    """Raise unless every file of the manifest is there with its size (and, if asked, its SHA-256)."""
+    """Check the files of the manifest: their sizes and, with ``hashes``, their SHA-256.
+
+    Raises ``WeightsNotFound`` for a missing file, ``CheckpointError`` for a wrong size or hash.
+    """
     for relative, expected in manifest.files.items():
         path = root / relative
         if not path.is_file():

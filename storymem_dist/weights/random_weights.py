@@ -1,7 +1,7 @@
-"""Seeded random weights with the Wan models' key names, scaled so that nothing explodes, saturates or dies.
+"""Seeded random weights with the Wan models' key names, scaled so that values neither grow, saturate nor vanish.
 
-Every tensor's values depend on the seed and its own name alone, not on the order in which tensors are made, nor on
-how they are cut into files. Nothing is trained: pictures made with these weights are coloured noise.
+A tensor's values depend only on the seed and its own name, not on the order of tensors or their split into files.
+Nothing is trained: pictures made with these weights are coloured noise. Knows nothing about files.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from storymem_dist.weights.key_maps import native_vae_key
 _NORM_SPREAD = 0.1
 _BIAS_STD = 0.02
 # Gains found by trial with the tiny sizes: latents stay near unit size through guided steps, and prompts change the
-# colours of a clip (cross-attention has to be loud for that, most of the text being padding).
+# colours of a clip (this needs strong cross-attention, because most of the text is padding).
 _GAINS = (
     (re.compile(r"head\.head\.weight"), 0.5),
     (re.compile(r".*\.cross_attn\.o\.weight"), 5.0),
@@ -33,7 +33,7 @@ _SPATIAL_PROFILE = torch.tensor([0.17, 0.66, 0.17])
 _TEMPORAL_PROFILE = torch.tensor([0.15, 0.24, 0.61])
 _KERNEL_NOISE = 0.35
 _COLOURFULNESS = 0.5
-# What random latents decode to, before the clamp to [-1, 1], and what that encodes to. Some pixels saturate, not many.
+# Standard deviations of the pixels of random latents, before the clamp to [-1, 1] (few saturate), and of their latents.
 _PIXEL_STD = 0.85
 _LATENT_STD = 0.8
 _SAMPLE_CTHW = (16, 3, 6, 8)
@@ -62,9 +62,9 @@ def random_weight(seed: int, scope: str, key: str, shape: torch.Size) -> Tensor:
 def _smooth_convolution(key: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
     """A kernel that mixes channels at random and blurs a little in space and time: pictures become blobs, not static.
 
-    Outside residual branches the mixing keeps lengths (no channel takes over); inside them it ignores the channels'
-    mean, which the activation before it makes positive. The layer that makes pixels mixes brightness more than colour:
-    dark and bright blobs make frames of different shots, and of one shot, count as different keyframes.
+    Outside residual branches the mixing keeps lengths (no channel dominates). Inside them it ignores the channels'
+    mean, which the activation before it makes positive. The last layer changes brightness more than colour: with dark
+    and bright blobs, frames of one shot and of different shots count as different keyframes.
     """
     num_out, num_in, *kernel = shape
     mix = torch.randn(num_out, num_in, generator=generator)
@@ -104,7 +104,7 @@ def text_encoder_shapes(config: TextEncoderConfig) -> Mapping[str, torch.Size]:
 
 
 def random_vae(seed: int, config: VaeConfig) -> dict[str, Tensor]:
-    """A Wan2.1 VAE, fp32, native names; its output layers are scaled so that latents and pixels are of fair size."""
+    """Weights of a Wan2.1 VAE, fp32, native names; output layers are scaled for latents and pixels of usable size."""
     with torch.device("meta"):
         autoencoder: Any = AutoencoderKLWan(
             base_dim=config.base_dim,
@@ -122,7 +122,7 @@ def random_vae(seed: int, config: VaeConfig) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _scale_outputs(vae: WanVae, weights: dict[str, Tensor], seed: int) -> None:
-    """Scale and centre, in place, the last layers of decoder and encoder by what they make of random latents.
+    """Scale and centre the last layers of decoder and encoder in place, from their results for random latents.
 
     ``weights`` are the tensors of ``vae`` itself.
     """

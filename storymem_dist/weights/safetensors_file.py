@@ -1,10 +1,10 @@
-"""One safetensors file: its header, checked against its size, and reads of single rows into fresh memory.
-
-Reads use ``pread`` and not a memory map. A map hands out views that alias the file (an in-place operation on one would
-change what a later read sees), counts towards the process while it is touched, and kills the process with SIGBUS when
-the file is shorter than promised; ``pread`` copies exactly the bytes asked for, from any thread.
+"""Safetensors files: checks the header, reads single rows into fresh memory, and writes row by row.
 
 Knows nothing about models: keys are just names.
+
+Reads use ``pread``, not a memory map. Views of a map alias the file (an in-place operation on one changes later reads),
+touched pages count as memory of the process, and a truncated file kills the process with SIGBUS. ``pread`` copies
+exactly the requested bytes, from any thread.
 """
 
 import hashlib
@@ -13,16 +13,17 @@ import os
 import struct
 import threading
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
 from storymem_dist.errors import CheckpointError
+from storymem_dist.files import replacing
 
 # The 8-byte little-endian header length that starts every file, and the format's own bound on it.
 _PREFIX = struct.Struct("<Q")
@@ -44,6 +45,11 @@ DTYPES: Mapping[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+
+DATA_ALIGNMENT = 4096
+"""Written data starts at a multiple of this, so tensors whose sizes are multiples of a page stay on page boundaries."""
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -185,32 +191,18 @@ def _parse_entries(path: Path, header: dict[str, Any], data_start: int, num_byte
     return dict(sorted(entries.items(), key=lambda item: item[1].offset))
 
 
-DATA_ALIGNMENT = 4096
-
-
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-
 class SafetensorsWriter:
-    """A context manager; ``write`` takes rows in the order of ``entries``. Leaving with rows missing is an error.
-
-    Args:
-        path: the file to make; written beside (``.partial``) and renamed at the end.
-        entries: dtype and shape of every tensor, in the order of their data.
-        metadata: strings for the header.
-        digest: a ``hashlib`` object that is to see every byte of the file.
-    """
+    """Writes one file tensor by tensor, or row by row; made by ``write_safetensors``."""
 
     def __init__(
         self,
-        path: Path,
+        file: BinaryIO,
         entries: Mapping[str, tuple[torch.dtype, torch.Size]],
-        metadata: Mapping[str, str] | None = None,
-        digest: "hashlib._Hash | None" = None,
+        metadata: Mapping[str, str] | None,
+        digest: "hashlib._Hash | None",
     ) -> None:
-        self.path = path
+        self._file = file
         self._digest = digest
-        self._partial = path.with_name(f"{path.name}.partial")
         header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
         self._ends: dict[str, int] = {}
         end = 0
@@ -223,31 +215,42 @@ class SafetensorsWriter:
         self._num_bytes = end
         self._written = 0
         self._entries = entries
-        self._file = self._partial.open("wb")
         self._append(struct.pack("<Q", len(encoded)) + encoded)
 
     def write(self, key: str, rows: Tensor) -> None:
-        """Append the next rows of ``key`` (or all of it), in its dtype."""
+        """Append the next rows of ``key`` (or all of it), in its dtype; keys come in the order of the entries."""
         dtype = self._entries[key][0]
         assert rows.dtype == dtype, f"{key} is announced as {dtype}, not {rows.dtype}"
         assert self._written + rows.nbytes <= self._ends[key], f"{key} is out of order or longer than announced"
         self._append(rows.contiguous().flatten().view(torch.uint8).numpy().data)
         self._written += rows.nbytes
 
+    def check_complete(self) -> None:
+        """Assert that all rows of all entries are written."""
+        assert self._written == self._num_bytes, f"{self._written} of {self._num_bytes} bytes were written"
+
     def _append(self, data: bytes | memoryview) -> None:
         self._file.write(data)
         if self._digest is not None:
             self._digest.update(data)
 
-    def __enter__(self) -> "SafetensorsWriter":
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._file.close()
-        if kind is not None:
-            self._partial.unlink()
-            return
-        assert self._written == self._num_bytes, f"{self.path}: {self._written} of {self._num_bytes} bytes were written"
-        self._partial.replace(self.path)
+@contextmanager
+def write_safetensors(
+    path: Path,
+    entries: Mapping[str, tuple[torch.dtype, torch.Size]],
+    metadata: Mapping[str, str] | None = None,
+    digest: "hashlib._Hash | None" = None,
+) -> Iterator[SafetensorsWriter]:
+    """Yield a writer for the file ``path``, which appears under its name only when it is complete.
+
+    Args:
+        path: the file to make.
+        entries: dtype and shape of every tensor, in the order of their data. All of them must be written.
+        metadata: strings for the header.
+        digest: a ``hashlib`` object, updated with every byte of the file.
+    """
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        writer = SafetensorsWriter(file, entries, metadata, digest)
+        yield writer
+        writer.check_complete()

@@ -1,4 +1,4 @@
-"""Where the weights are and in which form they are held. Knows nothing about how they are read."""
+"""Settings of the weights: where they are and in which form they are kept. Knows nothing about how they are read."""
 
 from dataclasses import dataclass, field
 
@@ -17,13 +17,13 @@ class ModelSettings:
     """The ``model`` group.
 
     ``generate`` names a preset whose seeded checkpoint is written to the user's cache on first use; the three paths are
-    then filled from it. ``loras`` are merged after the StoryMem LoRA, in order. ``experts``: both on the device
-    (``resident``), or one, and both in host memory (``swap``); ``auto`` decides by the device's memory. ``attention``
-    is one of ``models.attention.BACKENDS``. ``linears`` is what the matrix products of the blocks compute with, one of
-    ``models.quantized_linear.LINEARS``: ``float8`` and ``int8`` are lossy. ``cache_text_keys`` keeps the keys and
-    values of a shot's texts on the device (A14B: 0.84 GB) instead of computing them at every step; pixels are the same.
-    ``vae_precision`` is that of the VAE's convolutions on CUDA: ``tf32`` as torch does by itself (and so the original
-    code), or ``float32``; all other fp32 arithmetic is exact either way.
+    then filled from it. ``loras`` are merged after the StoryMem LoRA, in order. ``experts``: ``resident`` keeps both on
+    the device, ``swap`` both in host memory and one on the device; ``auto`` decides by the device's memory.
+    ``attention`` is one of ``models.attention.BACKENDS``. ``linears`` is the number format of the blocks' matrix
+    products, one of ``models.quantized_linear.LINEARS``: ``float8`` and ``int8`` are lossy. ``cache_text_keys`` keeps
+    the keys and values of a shot's texts on the device (A14B: 0.84 GB) instead of computing them at every step; pixels
+    are the same. ``vae_precision`` is the precision of the VAE's convolutions on CUDA: ``tf32`` (torch's default, and
+    so the original code's) or ``float32``; all other fp32 arithmetic is exact in both cases.
     """
 
     t2v_checkpoint: str | None = None

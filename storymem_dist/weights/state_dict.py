@@ -1,6 +1,6 @@
-"""Puts a complete state dict into a module that was built on the meta device, or says precisely why it does not fit.
+"""Puts a complete state dict into a module built on the meta device, or reports precisely why it does not fit.
 
-For models that are loaded whole (text encoder, VAE); the transformer is streamed by ``models/loading.py``.
+For models that are loaded whole (text encoder, VAE); ``loading`` streams the transformer. Knows nothing about files.
 """
 
 from collections.abc import Collection, Mapping

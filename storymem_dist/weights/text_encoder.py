@@ -1,4 +1,4 @@
-"""Loads the umT5 text encoder and its tokenizer, in the native or in the diffusers layout."""
+"""Loads the umT5 text encoder and its tokenizer, in the native or the diffusers layout. Knows nothing about prompts."""
 
 import hashlib
 import re
@@ -78,7 +78,7 @@ def load_text_encoder(
 
 
 def text_encoder_config(native: Mapping[str, Tensor]) -> TextEncoderConfig:
-    """Sizes of a native T5 state dict, read off its shapes. Raises ``KeyError`` when it is not one."""
+    """Sizes of a native T5 state dict, from its shapes. Raises ``KeyError`` or ``ValueError`` for another one."""
     vocab_size, dim = native["token_embedding.weight"].shape
     num_buckets, num_heads = native["blocks.0.pos_embedding.embedding.weight"].shape
     return TextEncoderConfig(
@@ -124,15 +124,15 @@ def _from_transformers_folder(path: Path, device: torch.device | str, dtype: tor
 def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # transformers and tokenizers raise a dozen kinds here, plain Exception among them
+    except Exception as error:  # transformers and tokenizers raise a dozen types here, even plain Exception
         first_line = str(error).strip().partition("\n")[0]
         raise CheckpointError(f"{folder}: cannot be read as a tokenizer folder ({first_line})") from None
 
 
 def text_encoder_identity(files: TextEncoderFiles, dtype: torch.dtype) -> str:
-    """Hex digest that changes when encoder weights, tokenizer or the encoder's number format change.
+    """Hex digest that changes when encoder weights, tokenizer or the encoder's dtype change.
 
-    Equal files have equal identities wherever they are: the two base models ship the same encoder.
+    Equal files have equal identities in any folder: the two base models ship the same encoder.
     """
     digest = hashlib.sha256(str(dtype).encode())
     for part in (files.text_encoder_path, files.tokenizer_path):

@@ -1,4 +1,4 @@
-"""Loads the Wan2.1 VAE, from the native file or from a diffusers folder."""
+"""Loads the Wan2.1 VAE from the native file or a diffusers folder. Knows nothing about clips or ranks."""
 
 from pathlib import Path
 

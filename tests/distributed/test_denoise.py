@@ -153,4 +153,4 @@ def _guidance_of_scale_one() -> str:
 
 def test_side_by_side_guidance_refuses_an_expert_without_a_second_pass() -> None:
     for message in run_ranks(_guidance_of_scale_one, 2):
-        assert message == "guidance_scale=1 of the high_noise expert does not go with parallel.cfg=2"
+        assert message == "guidance_scale=1 of the high_noise expert cannot be combined with parallel.cfg=2"

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from storymem_dist.errors import LayoutError, ShotFailed
+from storymem_dist.errors import LayoutError, ShotError
 from storymem_dist.parallel.session import start_session
 from storymem_dist.parallel.settings import ParallelSettings
 from tests.helpers.ranks import RankFailed, run_ranks
@@ -53,7 +53,7 @@ def _raise_full_disk() -> None:
 
 
 def _raise_shot_failed() -> None:
-    raise ShotFailed("shot 3: NaN in latents")
+    raise ShotError("shot 3: NaN in latents")
 
 
 def _raise_awkward() -> None:
@@ -69,7 +69,7 @@ def test_four_ranks_form_two_replicas_that_decide_apart() -> None:
     for rank, result in enumerate(results):
         assert result["tensor"] == [0, 1, 2]
         assert result["full disk"] == ("OSError", "[Errno 28] No space left on device")
-        assert result["shot"] == ("ShotFailed", "shot 3: NaN in latents")
+        assert result["shot"] == ("ShotError", "shot 3: NaN in latents")
         assert result["unpicklable"][0] == "TypeError"
         on_leader = rank % 2 == 0
         expected = (
@@ -164,7 +164,7 @@ def test_a_replica_larger_than_a_node_is_refused_on_every_rank() -> None:
 
 
 def _one_fails() -> None:
-    session = start_session(ParallelSettings(ulysses=2))  # not closed: peers would see that before the error is told
+    session = start_session(ParallelSettings(ulysses=2))  # not closed: peers would see that before the error arrives
     if session.rank == 1:
         raise ValueError("this rank is broken")
     session.leader_decides(lambda: None)

@@ -1,4 +1,4 @@
-"""One call that renders a small batch with the fake renderer, and what tests of it share."""
+"""One call that renders a small batch with the fake renderer, and helpers shared by tests of batches."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -47,7 +47,7 @@ def fail_at(name: str, make_error: Callable[[], BaseException], times: int = 10*
     left = [times]
 
     def before_step(job: ShotJob, step: int) -> None:
-        if f"{job.story.story_id}:{job.shot.shot_id}" == name and left[0] > 0:
+        if f"{job.story_id}:{job.shot_id}" == name and left[0] > 0:
             left[0] -= 1
             raise make_error()
 

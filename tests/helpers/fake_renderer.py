@@ -1,4 +1,4 @@
-"""A renderer of small pictures that depend on the shot's fingerprint and history alone, for tests of everything around.
+"""A renderer of small pictures that depend on the shot's fingerprint and history alone, for tests of its callers.
 
 It denoises nothing but behaves like the real one: steps, checkpoints, stops, resumes, keyframes, failures on demand.
 """
@@ -116,7 +116,7 @@ class FakeRenderer:
         checkpoint_every_steps: int,
         low_memory: bool,
     ) -> RenderedShot:
-        name = f"{job.story.story_id}:{job.shot.shot_id}"
+        name = f"{job.story_id}:{job.shot_id}"
         self.rendered.append(name)
         if low_memory:
             self.low_memory.append(name)
@@ -154,7 +154,7 @@ class FakeRenderer:
         clip = torch.randint(0, 255, (9 - given, 3, 4, 6), generator=generator, dtype=torch.uint8)
         clip = clip.repeat_interleave(8, dim=2).repeat_interleave(8, dim=3)
         kept = tuple(
-            Keyframe(image=clip[frame], shot_index=job.shot.index, slot=slot, frame_index=frame)
+            Keyframe(image=clip[frame], shot_index=job.index, slot=slot, frame_index=frame)
             for slot, frame in enumerate((0, 2))
         )
         return RenderedShot(

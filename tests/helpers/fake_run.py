@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from storymem_dist import events as ev
+import storymem_dist.events as ev
 from storymem_dist.artifacts.fingerprint import fingerprint
 from storymem_dist.artifacts.records import ShotRecord, StoredKeyframe
 from storymem_dist.artifacts.run_folder import RunFolder

@@ -1,8 +1,8 @@
-"""Streams at their laziest, on a CPU: what is queued beside the current stream runs only when somebody waits for it.
+"""CUDA streams that finish as late as they may, on a CPU: work on other streams runs only when something waits for it.
 
-Stands for ``torch.get_device_module``. Memory is full of NaN from when it is taken until it is written, so whoever
-reads too early is found out; so is who takes memory on another stream than the current one, and who copies into memory
-without waiting for what the current stream did before.
+Stands for ``torch.get_device_module``. Memory holds NaN from its allocation until it is written. So three faults show:
+a read that comes too early, an allocation on another stream than the current one, and a copy into memory that does not
+wait for earlier work of the current stream.
 """
 
 from collections.abc import Callable, Iterator

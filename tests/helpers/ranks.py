@@ -103,9 +103,9 @@ def _run_rank(fn: Callable[..., Any], args: tuple[object, ...], env: dict[str, s
         payload = pickle.dumps(outcome)
     except BaseException:
         payload = pickle.dumps(("error", traceback.format_exc()))
-    beside = folder / f"{rank}.tmp"
-    beside.write_bytes(payload)
-    beside.rename(folder / f"{rank}.pickle")
+    temporary = folder / f"{rank}.tmp"
+    temporary.write_bytes(payload)
+    temporary.rename(folder / f"{rank}.pickle")
     failed = pickle.loads(payload)[0] == "error"
     if failed:
         os._exit(1)  # peers in a collective must notice; nothing is left to clean up

@@ -3,9 +3,9 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 
 from storymem_dist.config.composing import register_schema, to_plain, to_settings
 from storymem_dist.config.points import Point
@@ -47,9 +47,7 @@ def write_storyboard(path: Path, cuts: Sequence[Sequence[bool]], **extra: object
 def small_settings(*overrides: str) -> RenderConfig:
     """What the command line makes of ``SMALL`` and ``overrides``."""
     register_schema()
-    folder = config_folder()
-    OmegaConf.register_new_resolver("storymem_examples", lambda: str(folder / "stories" / "examples"), replace=True)
-    with initialize_config_dir(version_base="1.3", config_dir=str(folder)):
+    with initialize_config_dir(version_base="1.3", config_dir=str(config_folder())):
         return to_settings(compose("render", overrides=[*SMALL, *overrides]))
 
 
@@ -75,7 +73,7 @@ def media_bytes(run: Path) -> dict[str, bytes]:
     }
 
 
-def records(run: Path) -> dict[str, dict]:
+def records(run: Path) -> dict[str, dict[str, Any]]:
     """The records of all finished shots, without what may differ between equal runs."""
     found = {}
     for path in sorted((run / "stories").glob("*/shot_*.json")):

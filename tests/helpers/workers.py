@@ -1,4 +1,4 @@
-"""Processes that join one run folder, each a replica with a fake renderer; they can be killed, paused and counted.
+"""Processes that share one run folder, each a replica with a fake renderer; they can be killed, paused and counted.
 
 Forked, so that they start in milliseconds with everything imported.
 """
@@ -76,7 +76,7 @@ def exit_code(pid: int) -> int:
 
 
 def has_ended(pid: int) -> bool:
-    """Whether a worker has ended (it may still be waited for)."""
+    """Whether a worker has ended; ``exit_code`` may still be called."""
     return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
@@ -95,7 +95,7 @@ def kill(pid: int, number: int = signal.SIGKILL) -> None:
 
 
 def begun(log: Path) -> list[str]:
-    """All shots that were begun, once for each time."""
+    """All shots that were begun, once for each attempt."""
     return [line.split()[0] for line in log.read_text().splitlines()] if log.exists() else []
 
 
@@ -106,7 +106,7 @@ def begun_by(log: Path, pid: int) -> list[str]:
 
 
 def in_flight(root: Path, shots: Iterable[str], pid: int) -> set[str]:
-    """Of the ``shots`` that a process began, which has ended, those that it did not commit itself."""
+    """Of the ``shots`` that an ended process began, those that it did not commit itself."""
     lost = set()
     for name in shots:
         records = (root / "stories" / name.replace(":", "/") / "records").glob("*.json")
@@ -120,6 +120,6 @@ def in_flight(root: Path, shots: Iterable[str], pid: int) -> set[str]:
 def quick_folder() -> Iterator[Path]:
     """A fresh folder in memory where the system has one, so that flushing costs nothing; else in the usual place."""
     memory = Path("/dev/shm")
-    place = memory if memory.is_dir() and os.access(memory, os.W_OK) else None
-    with tempfile.TemporaryDirectory(dir=place) as folder:
+    parent = memory if memory.is_dir() and os.access(memory, os.W_OK) else None
+    with tempfile.TemporaryDirectory(dir=parent) as folder:
         yield Path(folder)

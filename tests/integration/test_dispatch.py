@@ -57,17 +57,17 @@ def test_a_record_says_what_was_rendered_from_what_and_how_long_it_took(root: Pa
     assert record["host"]["replica"] == 0 and record["host"]["resumed_at_step"] is None
 
 
-def test_observers_hear_a_whole_story_in_order(root: Path) -> None:
+def test_observers_receive_the_events_of_a_story_in_order(root: Path) -> None:
     events = Events()
     render(root, [make_story("city", 2)], events=events)
-    told = [type(event).__name__ for event in events.seen if not isinstance(event, StepFinished)]
-    assert told == [
+    names = [type(event).__name__ for event in events.seen if not isinstance(event, StepFinished)]
+    assert names == [
         "StoryStarted",
         *("ShotStarted", "ThroughputSampled", "StageStarted", "StageFinished"),  # load
         *("StageStarted", "StageFinished", "ShotFinished"),  # save
         *("ShotStarted", "ThroughputSampled", "StageStarted", "StageFinished"),  # load
         *("StageStarted", "StageFinished", "ShotFinished"),  # save
-        *("StageStarted", "StageFinished", "StoryFinished"),  # join
+        *("StageStarted", "StageFinished", "StoryFinished"),  # join: the story video
         "JobFinished",
     ]
     assert [event.stage for event in events.of(StageFinished)] == ["load", "save", "load", "save", "join"]

@@ -1,4 +1,4 @@
-"""What goes wrong with one shot stays with that shot: failures, memory, crashes, full disks."""
+"""A problem of one shot affects that shot alone: failures, memory, crashes, full disks."""
 
 import errno
 import json
@@ -11,9 +11,8 @@ import torch
 from storymem_dist.artifacts import run_folder, shot_folder
 from storymem_dist.dispatch.protocol import ShotJob
 from storymem_dist.dispatch.summary import Replica
-from storymem_dist.errors import CheckpointError, ShotFailed
-from storymem_dist.events import ShotFailed as ShotFailedEvent
-from storymem_dist.events import ShotSkipped, StoryFinished, WarningIssued
+from storymem_dist.errors import CheckpointError, ShotError
+from storymem_dist.events import ShotFailed, ShotSkipped, StoryFinished, WarningIssued
 from tests.helpers.batches import fail_at, render
 from tests.helpers.fake_renderer import Events, FakeRenderer, finished_files
 from tests.helpers.workers import quick_folder
@@ -26,14 +25,14 @@ def root() -> Iterator[Path]:
 
 
 def test_a_failed_shot_blocks_its_successors_and_nothing_else(root: Path) -> None:
-    renderer = FakeRenderer(before_step=fail_at("ocean:shot_02", lambda: ShotFailed("latents are not finite")))
+    renderer = FakeRenderer(before_step=fail_at("ocean:shot_02", lambda: ShotError("latents are not finite")))
     events = Events()
     summary = render(root, renderer=renderer, events=events)
     assert (summary.state, summary.exit_code, summary.num_rendered) == ("failed", 6, 3)
     assert (summary.num_failed, summary.num_blocked, summary.num_stories_done) == (1, 2, 1)
     assert (summary.failures[0].shot_id, summary.failures[0].reason) == ("shot_02", "latents are not finite")
     assert json.loads((root / "stop.json").read_text())["state"] == "failed"
-    assert [(event.shot_id, event.will_retry) for event in events.of(ShotFailedEvent)] == [("shot_02", False)]
+    assert [(event.shot_id, event.will_retry) for event in events.of(ShotFailed)] == [("shot_02", False)]
     assert [(event.shot_id, event.reason) for event in events.of(ShotSkipped)] == [
         ("shot_03", "predecessor failed"),
         ("shot_04", "predecessor failed"),
@@ -46,8 +45,8 @@ def test_a_failed_shot_blocks_its_successors_and_nothing_else(root: Path) -> Non
     assert "latents are not finite" in mark["reason"] and "Traceback" in mark["details"]
 
 
-def test_a_failure_stays_until_it_is_to_be_tried_again(root: Path) -> None:
-    failing = FakeRenderer(before_step=fail_at("ocean:shot_02", lambda: ShotFailed("no")))
+def test_a_failure_stays_until_retry_failed(root: Path) -> None:
+    failing = FakeRenderer(before_step=fail_at("ocean:shot_02", lambda: ShotError("no")))
     render(root, renderer=failing)
     renderer, events = FakeRenderer(), Events()
     summary = render(root, renderer=renderer, events=events)
@@ -59,8 +58,8 @@ def test_a_failure_stays_until_it_is_to_be_tried_again(root: Path) -> None:
     assert finished_files(root) == finished_files(root / "fresh")
 
 
-def test_a_failure_is_tried_again_once_per_job_and_not_for_ever(root: Path) -> None:
-    failing = FakeRenderer(before_step=fail_at("ocean:shot_01", lambda: ShotFailed("no")))
+def test_a_failure_is_retried_once_per_job(root: Path) -> None:
+    failing = FakeRenderer(before_step=fail_at("ocean:shot_01", lambda: ShotError("no")))
     render(root, renderer=failing, replica=Replica(job_id="one"))
     for _ in range(2):
         render(root, renderer=failing, replica=Replica(job_id="two"), retry_failed=True)
@@ -71,12 +70,12 @@ def out_of_memory() -> BaseException:
     return torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nGPU 0 has ...")
 
 
-def test_out_of_memory_is_tried_again_in_place_with_less(root: Path) -> None:
+def test_out_of_memory_is_retried_in_place_with_less(root: Path) -> None:
     renderer = FakeRenderer(before_step=fail_at("ocean:shot_02", out_of_memory, times=1))
     events = Events()
     summary = render(root, renderer=renderer, events=events)
     assert (summary.state, summary.num_rendered, renderer.low_memory) == ("done", 6, ["ocean:shot_02"])
-    failed = events.of(ShotFailedEvent)[0]
+    failed = events.of(ShotFailed)[0]
     assert failed.will_retry and failed.reason == "CUDA out of memory. Tried to allocate 2 GiB."
     assert not list((root / "failures").iterdir())
 
@@ -93,7 +92,7 @@ def test_out_of_memory_in_a_wide_replica_is_noted_for_after_the_restart(root: Pa
     for _ in range(2):
         with pytest.raises(torch.OutOfMemoryError):
             render(root, renderer=wide, replica=Replica(job_id="job"))
-        # the test is one process: take the lease of the "dead" one away as its death would
+        # the test is one process: remove the lease of the "dead" one, as a death would let others do
         for lease in (root / "leases").glob("*.lease"):
             lease.unlink()
     assert wide.low_memory == ["ocean:shot_02"], "the second time with less memory"
@@ -112,7 +111,7 @@ def test_weights_that_cannot_be_loaded_end_the_job_and_blame_no_shot(root: Path)
     assert render(root).state == "done"
 
 
-def test_a_full_disk_fails_the_shot_and_the_others_go_on(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_fails_the_shot_and_the_others_continue(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_png = shot_folder.write_png
 
     def full(path: Path, image: torch.Tensor) -> None:
@@ -124,7 +123,7 @@ def test_a_full_disk_fails_the_shot_and_the_others_go_on(root: Path, monkeypatch
     summary = render(root)
     assert (summary.state, summary.num_rendered, summary.num_failed, summary.num_blocked) == ("failed", 3, 1, 2)
     assert "cannot be saved" in summary.failures[0].reason and "No space left" in summary.failures[0].reason
-    assert not list((root / "stories/ocean/shot_02/attempts").iterdir()), "the half-saved attempt makes room again"
+    assert not list((root / "stories/ocean/shot_02/attempts").iterdir()), "the half-saved attempt is removed"
     monkeypatch.undo()
     assert render(root, retry_failed=True).state == "done"
 
@@ -137,7 +136,7 @@ def test_when_nothing_at_all_can_be_written_the_replica_ends_cleanly(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     def before_step(job: ShotJob, step: int) -> None:
-        if job.shot.index == 1:
+        if job.index == 1:
             monkeypatch.setattr(shot_folder, "write_png", full)
             monkeypatch.setattr(run_folder, "write_bytes", full)
 
@@ -147,7 +146,7 @@ def test_when_nothing_at_all_can_be_written_the_replica_ends_cleanly(
     assert (summary.state, summary.exit_code) == ("failed", 6)
     assert summary.num_rendered in ((1, 2) if overlap else (2,)), "the second may still be being saved"
     assert len(renderer.rendered) == 3, "no other is begun"
-    assert "No space left" in summary.reason and "nor can that be noted" in summary.reason
+    assert "No space left" in summary.reason and "cannot be recorded" in summary.reason
     assert "stop.json cannot be written" in events.of(WarningIssued)[-1].message
     assert list((root / "leases").iterdir()) == []
     monkeypatch.undo()

@@ -1,11 +1,11 @@
-"""A commit is killed before each of its file operations in turn; resuming must always end in the undisturbed result."""
+"""A commit is killed before each of its file operations in turn; resuming must always give the undisturbed result."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from storymem_dist.dispatch.coordinator import Desk
+from storymem_dist.dispatch.coordinator import Coordinator
 from storymem_dist.dispatch.settings import DispatchSettings
 from storymem_dist.render.batch import render_batch
 from storymem_dist.story.schema import Story
@@ -14,8 +14,8 @@ from tests.helpers.faults import die_at
 from tests.helpers.workers import exit_code, quick_folder, start_worker
 
 SETTINGS = DispatchSettings(poll_seconds=0.01, lease_seconds=1.0, checkpoint_every_steps=2)
-ONE_AFTER_THE_OTHER = [make_story("ocean", 2)]
-BESIDE_EACH_OTHER = [make_story("ocean", 1), make_story("city", 1)]
+ONE_STORY = [make_story("ocean", 2)]  # its shots are saved one after the other
+TWO_STORIES = [make_story("ocean", 1), make_story("city", 1)]  # one shot is saved while the other is rendered
 MOST_OPERATIONS = 300
 
 
@@ -25,7 +25,7 @@ def folder() -> Iterator[Path]:
         yield path
 
 
-@pytest.mark.parametrize("stories", [ONE_AFTER_THE_OTHER, BESIDE_EACH_OTHER], ids=["one story", "two stories"])
+@pytest.mark.parametrize("stories", [ONE_STORY, TWO_STORIES], ids=["one story", "two stories"])
 @pytest.mark.parametrize("torn", [False, True], ids=["killed", "torn"])
 def test_killed_before_any_file_operation_a_run_resumes_to_the_same_files(
     folder: Path, torn: bool, stories: list[Story]
@@ -49,18 +49,18 @@ def test_killed_before_any_file_operation_a_run_resumes_to_the_same_files(
         assert not list((root / "leases").iterdir()), where
         if code == 0:
             break
-    assert code == 0, "the run was never left in peace: raise MOST_OPERATIONS"
+    assert code == 0, "every run was killed: raise MOST_OPERATIONS"
     assert number > (12 if torn else 60), f"only {number} operations were tried: the trap does not work"
 
 
 def _die_in_commit(number: int, root: Path, torn: bool) -> None:
     """Arm the trap from the moment the first shot is handed in until the batch ends."""
     armed: list[bool] = []
-    handed_in = Desk.shot_rendered
+    handed_in = Coordinator.shot_rendered
 
-    def shot_rendered(desk: Desk, rendered: object) -> None:
+    def shot_rendered(coordinator: Coordinator, rendered: object) -> None:
         armed.append(True)
-        handed_in(desk, rendered)  # type: ignore[arg-type]
+        handed_in(coordinator, rendered)  # type: ignore[arg-type]
 
-    Desk.shot_rendered = shot_rendered  # type: ignore[method-assign]
+    Coordinator.shot_rendered = shot_rendered  # type: ignore[method-assign]
     die_at(number, root, torn=torn, armed=lambda: bool(armed))

@@ -1,4 +1,4 @@
-"""Independent processes that share one run folder: joined, killed, paused, told to stop."""
+"""Independent processes that share one run folder: several jobs, killed, paused, asked to stop."""
 
 import json
 import os
@@ -36,7 +36,7 @@ from tests.helpers.workers import (
 )
 
 STORIES = [make_story(f"story_{number}", length) for number, length in enumerate((5, 3, 4, 2))]
-# Long enough that a busy machine does not make a living process look dead, short enough to wait for.
+# Long enough that a living process on a busy machine does not look dead, short enough for a test.
 IMPATIENT = DispatchSettings(poll_seconds=0.02, lease_seconds=3.0, checkpoint_every_steps=1)
 
 
@@ -79,9 +79,7 @@ def test_jobs_that_join_one_folder_share_the_shots_and_commit_each_once(
     assert set(counts) == set(workers), "all of them worked"
 
 
-def test_jobs_that_wait_for_each_other_work_one_after_the_other_and_never_wait_for_ever(
-    root: Path, whole: dict[str, bytes]
-) -> None:
+def test_jobs_that_wait_for_each_other_work_one_after_the_other(root: Path, whole: dict[str, bytes]) -> None:
     log = root.parent / "log"
     settings = DispatchSettings(poll_seconds=0.05, on_busy="wait")
     workers = [start_worker(root, STORIES, log=log, step_seconds=0.01, settings=settings) for _ in range(3)]
@@ -90,7 +88,7 @@ def test_jobs_that_wait_for_each_other_work_one_after_the_other_and_never_wait_f
     assert len({line.split()[1] for line in log.read_text().splitlines()}) == 1, "the first one left nothing to do"
 
 
-def test_a_job_paused_past_its_lease_loses_its_shot_and_does_no_harm_when_it_wakes(
+def test_a_job_paused_past_its_lease_loses_its_shot_and_changes_nothing_when_it_resumes(
     root: Path, whole: dict[str, bytes]
 ) -> None:
     log = root.parent / "log"
@@ -114,7 +112,7 @@ def test_a_job_paused_past_its_lease_loses_its_shot_and_does_no_harm_when_it_wak
 def test_a_job_paused_in_the_middle_of_its_commit_cannot_publish_any_more(
     root: Path, whole: dict[str, bytes], operation: str
 ) -> None:
-    """While it writes, or at the worst moment: after it made sure of its lease and before it publishes."""
+    """While it writes, or at the worst moment: after it checked its lease and before it publishes."""
     log = root.parent / "log"
     sleeper = fork_worker(lambda: _render_and_pause_before(operation, root, log))
     wait_until(lambda: _is_stopped(sleeper))
@@ -151,14 +149,12 @@ def _is_stopped(pid: int) -> bool:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
 
 
-@pytest.mark.parametrize("found_by", ["a later job", "a job beside it"])
-def test_what_a_job_that_died_right_after_publishing_left_undone_is_done_by_who_finds_it(
-    root: Path, found_by: str
-) -> None:
+@pytest.mark.parametrize("found_by", ["a later job", "a concurrent job"])
+def test_another_job_completes_a_commit_whose_job_died_right_after_publishing(root: Path, found_by: str) -> None:
     """Also where the story is not one of those that the finder checks at its start."""
     stories, log = [make_story(f"story_{number}", 2) for number in range(4)], root.parent / "log"
     render(root.parent / "whole", stories)
-    first, beside = Replica(index=0, count=2, job_id="job"), found_by == "a job beside it"
+    first, concurrent = Replica(index=0, count=2, job_id="job"), found_by == "a concurrent job"
     dying = start_worker(
         root,
         stories,
@@ -166,23 +162,23 @@ def test_what_a_job_that_died_right_after_publishing_left_undone_is_done_by_who_
         step_seconds=0.2,
         replica=first,
         settings=IMPATIENT,
-        before=lambda: _die_before_views(log, beside),
+        before=lambda: _die_before_views(log, concurrent),
     )
     wait_until(lambda: "story_1:shot_01" in begun(log))
-    finders = [start_worker(root, stories, log=log, replica=first, settings=IMPATIENT) for _ in range(beside)]
+    finders = [start_worker(root, stories, log=log, replica=first, settings=IMPATIENT) for _ in range(concurrent)]
     assert exit_code(dying) == 9
-    assert [exit_code(worker) for worker in finders] == [0] * beside
-    if not beside:
+    assert [exit_code(worker) for worker in finders] == [0] * concurrent
+    if not concurrent:
         assert render(root, stories, replica=first).state == "done"
     assert finished_files(root) == finished_files(root.parent / "whole")
     assert not list((root / "leases").glob("*.lease"))
 
 
-def _die_before_views(log: Path, beside: bool) -> None:
+def _die_before_views(log: Path, concurrent: bool) -> None:
     publish, repair_views = shot_folder.publish_exclusively, shot_folder.ShotFolder.repair_views
 
     def wait_and_publish(source: Path, path: Path) -> bool:
-        if "story_1" in str(path) and beside:
+        if "story_1" in str(path) and concurrent:
             wait_until(lambda: len({line.split()[1] for line in log.read_text().splitlines()}) == 2)
         return publish(source, path)
 
@@ -196,7 +192,7 @@ def _die_before_views(log: Path, beside: bool) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_stops_a_job_between_two_steps_and_the_next_one_goes_on_there(
+def test_a_signal_stops_a_job_between_two_steps_and_the_next_one_continues_there(
     root: Path, whole: dict[str, bytes], number: signal.Signals
 ) -> None:
     log = root.parent / "log"
@@ -234,7 +230,7 @@ def test_a_second_interrupt_ends_at_once_and_leaves_nothing_locked(root: Path, w
     )
     wait_until(rendering.exists)
     kill(worker, signal.SIGINT)
-    time.sleep(2.0)  # two that come before the worker runs again would be one
+    time.sleep(2.0)  # two signals before the worker runs again would be one
     kill(worker, signal.SIGINT)
     began = time.monotonic()
     assert exit_code(worker) == 70
@@ -283,6 +279,6 @@ def test_replicas_killed_at_random_moments_end_with_the_undisturbed_result(root:
     assert [exit_code(worker) for worker in workers] == [0, 0, 0, 0]
     assert finished_files(root) == finished_files(whole)
     committed_by(root, stories)
-    assert len(lost) <= 2, "one that it rendered and one that it saved"
+    assert len(lost) <= 2, "the shot that it rendered and the one that it saved"
     twice = {name for name, times in Counter(begun(log)).items() if times > 1}
     assert twice <= lost, "nothing is rendered twice but the shots in flight"

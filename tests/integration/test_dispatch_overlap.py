@@ -1,4 +1,4 @@
-"""A shot is saved while the next one, of another story, is rendered. Order is made with events, never with time."""
+"""A shot is saved while one of another story is rendered. Threads are ordered by events, never by time."""
 
 import errno
 import threading
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from storymem_dist import events as ev
+import storymem_dist.events as ev
 from storymem_dist.artifacts import shot_folder
 from storymem_dist.artifacts.shot_folder import ShotFolder
 from storymem_dist.dispatch.protocol import ShotJob
@@ -59,7 +59,7 @@ def test_the_next_storys_shot_is_rendered_while_one_is_being_saved(root: Path, m
     in_the_middle = threading.Event()
 
     def before_step(job: ShotJob, step: int) -> None:
-        if (job.story.story_id, step) == ("ocean", 2):
+        if (job.story_id, step) == ("ocean", 2):
             in_the_middle.set()
 
     while_saving(monkeypatch, FIRST, lambda: wait_for(in_the_middle))
@@ -79,8 +79,8 @@ def test_a_shot_follows_the_end_of_the_one_before_in_one_story_and_without_overl
 ) -> None:
     events = Events()
     render(root, stories, events=events, overlap_saving=overlap)
-    told = begun_and_ended(events)
-    assert told[::2] == [line.replace("ShotFinished", "ShotStarted") for line in told[1::2]]
+    lines = begun_and_ended(events)
+    assert lines[::2] == [line.replace("ShotFinished", "ShotStarted") for line in lines[1::2]]
     assert not events.of(ev.ReplicaWaited), "its own save is no wait for others"
 
 
@@ -113,7 +113,7 @@ def test_a_shot_that_cannot_be_saved_fails_alone_while_another_is_rendered(
 
     while_saving(monkeypatch, FIRST, full)
     events = Events()
-    renderer = FakeRenderer(before_step=lambda job, step: rendering.set() if job.story.story_id == "ocean" else None)
+    renderer = FakeRenderer(before_step=lambda job, step: rendering.set() if job.story_id == "ocean" else None)
     summary = render(root, events=events, renderer=renderer)
     assert (summary.state, summary.num_rendered, summary.num_failed, summary.num_blocked) == ("failed", 4, 1, 1)
     assert "cannot be saved" in summary.failures[0].reason and "No space left" in summary.failures[0].reason
@@ -137,7 +137,7 @@ def test_an_error_of_this_program_while_saving_is_not_blamed_on_the_running_shot
     while_saving(monkeypatch, FIRST, fail)
     events = Events()
     renderer = FakeRenderer(
-        step_seconds=0.05, before_step=lambda job, step: rendering.set() if job.story.story_id == "ocean" else None
+        step_seconds=0.05, before_step=lambda job, step: rendering.set() if job.story_id == "ocean" else None
     )
     with pytest.raises(CheckpointError, match="nothing to do"):
         render(root, events=events, renderer=renderer)
@@ -147,13 +147,13 @@ def test_an_error_of_this_program_while_saving_is_not_blamed_on_the_running_shot
     assert render(root).state == "done"
 
 
-def test_a_stop_lets_the_save_come_to_its_end_and_keeps_the_running_shots_steps(
+def test_a_stop_waits_for_the_save_and_keeps_the_steps_of_the_running_shot(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stop, events = StopSwitch(), Events()
 
     def before_step(job: ShotJob, step: int) -> None:
-        if (job.story.story_id, step) == ("ocean", 1):
+        if (job.story_id, step) == ("ocean", 1):
             stop.request("SIGTERM")
 
     checkpoints = root / "checkpoints"
@@ -171,7 +171,7 @@ def test_a_stop_lets_the_save_come_to_its_end_and_keeps_the_running_shots_steps(
 
 
 @pytest.mark.parametrize("error", [CheckpointError("truncated"), RuntimeError("device-side assert")])
-def test_a_rendered_shot_is_saved_although_the_replica_breaks_down(
+def test_a_rendered_shot_is_saved_although_the_replica_fails(
     root: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     """The second shot is being saved while the experts for the third are loaded."""
@@ -199,15 +199,15 @@ def test_an_interrupt_abandons_the_save_and_leaves_nothing_locked_or_half_writte
 ) -> None:
     abandoned, abandon = threading.Event(), BackgroundSave.abandon
 
-    def abandon_and_say_so(save: BackgroundSave) -> None:
+    def abandon_and_signal(save: BackgroundSave) -> None:
         abandon(save)
         abandoned.set()
 
     def before_step(job: ShotJob, step: int) -> None:
-        if job.story.story_id == "ocean":
+        if job.story_id == "ocean":
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(BackgroundSave, "abandon", abandon_and_say_so)
+    monkeypatch.setattr(BackgroundSave, "abandon", abandon_and_signal)
     while_saving(monkeypatch, FIRST, lambda: wait_for(abandoned))
     with pytest.raises(KeyboardInterrupt):
         render(root, renderer=FakeRenderer(before_step=before_step))
@@ -220,17 +220,17 @@ def test_an_interrupt_abandons_the_save_and_leaves_nothing_locked_or_half_writte
     assert finished_files(root) == finished_files(root / "whole")
 
 
-def test_a_story_that_is_complete_is_joined_beside_the_next_shot(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_story_video_is_made_while_the_next_shot_is_rendered(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rendering = threading.Event()
     while_saving(monkeypatch, FIRST, lambda: wait_for(rendering))
     events = Events()
-    renderer = FakeRenderer(before_step=lambda job, step: rendering.set() if job.story.story_id == "ocean" else None)
+    renderer = FakeRenderer(before_step=lambda job, step: rendering.set() if job.story_id == "ocean" else None)
     render(root, [make_story("city", 1), make_story("ocean", 1)], events=events, renderer=renderer)
-    told = [
+    lines = [
         f"{type(event).__name__} {event.story_id}"
         for event in events.seen
         if isinstance(event, ev.ShotStarted | ev.StoryFinished)
     ]
-    assert told[:2] == ["ShotStarted city", "ShotStarted ocean"]
-    assert sorted(told[2:]) == ["StoryFinished city", "StoryFinished ocean"]
+    assert lines[:2] == ["ShotStarted city", "ShotStarted ocean"]
+    assert sorted(lines[2:]) == ["StoryFinished city", "StoryFinished ocean"]
     assert all((root / f"stories/{name}/story.mp4").is_file() for name in ("city", "ocean"))

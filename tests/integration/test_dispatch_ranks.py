@@ -15,9 +15,8 @@ from storymem_dist.dispatch.protocol import ShotJob
 from storymem_dist.dispatch.settings import DispatchSettings
 from storymem_dist.dispatch.stop import StopSwitch
 from storymem_dist.dispatch.summary import BatchSummary, Replica
-from storymem_dist.errors import RunFolderError, ShotFailed
-from storymem_dist.events import ShotFailed as ShotFailedEvent
-from storymem_dist.events import ShotSkipped
+from storymem_dist.errors import RunFolderError, ShotError
+from storymem_dist.events import ShotFailed, ShotSkipped
 from storymem_dist.render.batch import render_batch
 from tests.helpers.batches import STORIES, render
 from tests.helpers.fake_renderer import Events, FakeRenderer, make_part, make_story
@@ -69,9 +68,9 @@ def test_all_ranks_of_a_replica_do_the_same_and_only_the_leader_touches_the_fold
     monkeypatch.setattr(shot_folder.ShotFolder, "save_attempt", save)
 
     def before_step(job: ShotJob, step: int) -> None:
-        if job.shot.index == 1 and step == 2:
+        if job.index == 1 and step == 2:
             if trouble == "failure":
-                raise ShotFailed("latents are not finite")
+                raise ShotError("latents are not finite")
             if trouble == "stop":
                 stop.request("SIGTERM")
 
@@ -112,17 +111,17 @@ def test_a_folder_in_use_is_refused_on_demand(root: Path) -> None:
     assert render(root, on_busy="refuse").state == "done"
 
 
-def test_of_two_jobs_that_come_at_once_not_both_are_refused(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_jobs_that_enter_at_once_are_not_both_refused(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     other, others_working = other_job(root), LeaseFolder.others_working
     looks: list[LeaseFolder] = []
 
-    def both_step_back(leases: LeaseFolder) -> list[Owner]:
+    def both_withdraw(leases: LeaseFolder) -> list[Owner]:
         looks.append(leases)
         if len(looks) == 3:
             other.set_state(WAITING)
         return [] if len(looks) == 1 else others_working(leases)
 
-    monkeypatch.setattr(LeaseFolder, "others_working", both_step_back)
+    monkeypatch.setattr(LeaseFolder, "others_working", both_withdraw)
     assert render(root, on_busy="refuse").state == "done"
     other.close()
 
@@ -156,33 +155,33 @@ def test_a_stop_ends_the_wait_for_another_job(root: Path) -> None:
 
 def test_every_replica_checks_its_share_of_a_finished_run(root: Path) -> None:
     render(root)
-    told: Counter[str] = Counter()
+    skipped: Counter[str] = Counter()
     for index in range(2):
         events = Events()
         summary = render(root, events=events, replica=Replica(index=index, count=2, job_id="job"))
-        told.update(event.story_id for event in events.of(ShotSkipped))
+        skipped.update(event.story_id for event in events.of(ShotSkipped))
         assert summary.state == "done" and summary.num_skipped in (2, 4)
-    assert told == {"ocean": 4, "city": 2}
+    assert skipped == {"ocean": 4, "city": 2}
 
 
-@pytest.mark.parametrize("then", ["go on", "publish", "fail"])
-def test_a_shot_that_was_taken_over_is_given_up_by_who_had_it(root: Path, then: str) -> None:
+@pytest.mark.parametrize("then", ["continue", "publish", "fail"])
+def test_a_replica_gives_up_a_shot_that_another_has_taken_over(root: Path, then: str) -> None:
     taken: list[str] = []
 
     def before_step(job: ShotJob, step: int) -> None:
-        if step == (0 if then == "go on" else 3) and not taken:
-            key = f"{job.story.story_id}.{job.shot.shot_id}.{job.fingerprint[:16]}"
+        if step == (0 if then == "continue" else 3) and not taken:
+            key = f"{job.story_id}.{job.shot_id}.{job.fingerprint[:16]}"
             thief = LeaseFolder(folder=root / "leases", owner=Owner.this_process(), lease_seconds=1.0)
             (root / "leases" / f"{key}.0.lease").rename(root / "leases" / f"{key}.gone")
             assert thief.try_claim(key) is not None
             taken.append(job.attempt_id)
             if then == "fail":
-                raise ShotFailed("what happened to a shot of another is not told")
+                raise ShotError("not reported: the shot is another replica's now")
 
-    events, renderer = Events(), FakeRenderer(before_step=before_step, step_seconds=0.3 if then == "go on" else 0.0)
+    events, renderer = Events(), FakeRenderer(before_step=before_step, step_seconds=0.3 if then == "continue" else 0.0)
     summary = render(root, [make_story("city", 2)], renderer=renderer, events=events)
     assert (summary.state, summary.num_rendered, summary.num_failed) == ("done", 2, 0)
-    (lost,) = events.of(ShotFailedEvent)
+    (lost,) = events.of(ShotFailed)
     assert (lost.error_type, lost.will_retry, lost.attempt_id) == ("LeaseLost", True, taken[0])
     assert renderer.rendered == ["city:shot_01", "city:shot_01", "city:shot_02"]
     assert not (root / "stories/city/shot_01/attempts" / taken[0]).exists()

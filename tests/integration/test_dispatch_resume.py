@@ -1,4 +1,4 @@
-"""The same command again: what is skipped, what goes on inside a shot, what is rendered again, and why."""
+"""The same command again: what is skipped, what continues inside a shot, what is rendered again, and why."""
 
 import json
 import os
@@ -43,12 +43,12 @@ def test_the_same_command_again_renders_nothing_and_touches_nothing(root: Path) 
 
 @pytest.mark.parametrize("every", [0, 1, 3])
 @pytest.mark.parametrize("step", [0, 1, 2, 3])
-def test_stopped_at_any_step_a_shot_goes_on_there_and_ends_the_same(root: Path, step: int, every: int) -> None:
+def test_stopped_at_any_step_a_shot_continues_there_and_ends_the_same(root: Path, step: int, every: int) -> None:
     render(root / "whole")
     stop, events = StopSwitch(), Events()
 
     def before_step(job: ShotJob, at: int) -> None:
-        if (job.story.story_id, job.shot.index, at + 1) == ("ocean", 2, max(step, 1)):
+        if (job.story_id, job.index, at + 1) == ("ocean", 2, max(step, 1)):
             stop.request("SIGTERM")
 
     if step == 0:
@@ -77,7 +77,7 @@ def test_stopped_at_any_step_a_shot_goes_on_there_and_ends_the_same(root: Path, 
 
 def test_a_crash_loses_no_more_than_the_steps_since_the_last_checkpoint(root: Path) -> None:
     def before_step(job: ShotJob, step: int) -> None:
-        if (job.story.story_id, job.shot.index, step) == ("ocean", 1, 3):
+        if (job.story_id, job.index, step) == ("ocean", 1, 3):
             raise RuntimeError("device-side assert")
 
     with pytest.raises(RuntimeError, match="device-side assert"):
@@ -115,8 +115,8 @@ def test_a_shot_that_crashes_the_process_every_time_is_given_up_after_max_attemp
     summary = render(root, renderer=crashing, events=events, max_attempts=3)
     assert (summary.state, summary.num_failed, summary.num_blocked) == ("failed", 1, 2)
     assert "3 processes died" in summary.failures[0].reason
-    [told] = events.of(ShotFailed)
-    assert (told.shot_id, told.error_type, told.reason) == ("shot_02", "ProcessDied", summary.failures[0].reason)
+    [failed] = events.of(ShotFailed)
+    assert (failed.shot_id, failed.error_type, failed.reason) == ("shot_02", "ProcessDied", summary.failures[0].reason)
     assert [skipped.shot_id for skipped in events.of(ShotSkipped) if skipped.reason == "predecessor failed"] == [
         "shot_03",
         "shot_04",
@@ -148,7 +148,7 @@ def test_going_back_to_an_old_prompt_finds_the_old_records(root: Path) -> None:
     render(root, [make_story("ocean", 4, changed={1: "a storm"}), STORIES[1]])
     renderer = FakeRenderer()
     assert render(root, renderer=renderer).num_rendered == 0
-    assert finished_files(root) == whole, "views and the joined story show the old shots again"
+    assert finished_files(root) == whole, "views and the story video show the old shots again"
 
 
 def test_strict_resume_refuses_any_difference_and_names_it(root: Path) -> None:
@@ -171,7 +171,7 @@ def test_a_forced_rerender_happens_once_per_job_and_stays(root: Path) -> None:
         assert renderer.rendered == expected
     renderer = FakeRenderer()
     render(root, renderer=renderer)
-    assert renderer.rendered == [], "later jobs go on with the new shots"
+    assert renderer.rendered == [], "later jobs keep the new shots"
     with pytest.raises(RunFolderError, match="ocean has no shot '9'"):
         render(root, rerender=["ocean:9"])
 
@@ -231,7 +231,7 @@ def test_a_damaged_shot_is_set_aside_and_rendered_again_and_nothing_else_is(
 
 
 def test_an_image_that_cannot_be_decoded_is_found_when_it_is_needed(root: Path) -> None:
-    """Its size is right, so only decoding it, for the memory of a later shot, finds out."""
+    """Its size is right, so only decoding it, for the memory of a later shot, finds the damage."""
     render(root, [make_story("ocean", 3)])
     image = next((root / "stories/ocean/shot_02/attempts").rglob("keyframe_0.png"))
     size = image.stat().st_size
@@ -256,7 +256,7 @@ def test_changed_contents_of_the_same_size_are_found_on_demand(root: Path) -> No
     assert finished_files(root) == whole
 
 
-def test_views_and_joined_stories_that_are_gone_come_back_without_rendering(root: Path) -> None:
+def test_views_and_story_videos_that_are_gone_come_back_without_rendering(root: Path) -> None:
     render(root)
     whole = finished_files(root)
     for name in ("story.mp4", "shot_02.mp4", "shot_01.json", "keyframes/shot_01_0.png"):

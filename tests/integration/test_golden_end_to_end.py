@@ -193,7 +193,7 @@ def test_a_run_gives_the_originals_embeddings_condition_latents_and_video(
     golden.assert_like("video", video, expected["video"], "video")
 
 
-def test_the_two_temporal_numberings_are_told_apart_by_the_fixtures() -> None:
+def test_the_two_temporal_numberings_are_distinguished_by_the_fixtures() -> None:
     first, _ = load_golden(FIRST_RELEASE)
     corrected, _ = load_golden(CORRECTED_RELEASE)
     difference = first["run.m2v.latents"][-1] - corrected["run.m2v.latents"][-1]

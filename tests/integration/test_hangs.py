@@ -33,7 +33,7 @@ LIMITS = (
     "dispatch.poll_seconds=0.1",
 )
 STALL = f"parallel.stall_timeout_seconds={TIMEOUT}"
-SPLIT = "parallel=ulysses2"
+SPLIT = "parallel.ulysses=2"
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def undisturbed() -> Iterator[dict[str, bytes]]:
     with quick_folder() as folder:
         write_storyboard(folder / "in" / "moon.json", [[True, False]])
         assert run_ranks(render, 2, (folder, "", SPLIT, STALL)) == [0, 0]
-        assert said(folder, 0) == said(folder, 1) == "", "nothing is told of a render in which nothing hangs"
+        assert said(folder, 0) == said(folder, 1) == "", "nothing is reported of a render in which nothing hangs"
         yield media_bytes(folder / "run")
 
 
@@ -92,8 +92,8 @@ def nothing_is_ready(claim: Callable[..., Any]) -> Callable[..., Any]:
 def render(folder: Path, hang: str, *overrides: str) -> int:
     """Render two shots of three steps. ``hang`` is ``WHERE of RANK``; standard error goes to a file of each rank."""
     rank = os.environ["RANK"]
-    where, _, who = hang.partition(" of ")
-    if rank == who:
+    where, _, hanging_rank = hang.partition(" of ")
+    if rank == hanging_rank:
         owner, name, replacement = {
             "step": (Solver, "step", at_call(5, hang_for_a_minute, Solver.step)),
             "interpreter": (Solver, "step", at_call(5, hold_the_interpreter, Solver.step)),
@@ -146,12 +146,12 @@ def test_a_rank_that_hangs_is_named_with_its_place_and_its_shot_is_rendered_afte
     hanging = int(hang[-1])
     limits = (
         (STALL,) if hang in ("choice of 0", "save of 0") else ()
-    )  # a leader's signs of life go on: its own limit counts
+    )  # a leader keeps sending signs of life: its own limit counts
     with pytest.raises(RankFailed, match="CollectiveFailed") as failed:
         run_ranks(render, 2, (folder, hang, SPLIT, *limits))
     assert failed.value.rank == 1 - hanging
     assert re.search(HANGS[hang], said(folder, 1 - hanging)), said(folder, 1 - hanging)
-    assert re.search(HANGS[hang], warnings_in(folder / "run")), "the event files tell it too"
+    assert re.search(HANGS[hang], warnings_in(folder / "run")), "the event files have it too"
     if "interpreter" not in hang:
         assert "died with exit code 1" in str(failed.value), "the rank that hangs ends by itself"
         assert re.search(r"File .*test_hangs.py., line \d+ in hang_for_a_minute", said(folder, hanging)), "its stack"

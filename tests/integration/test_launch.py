@@ -1,4 +1,4 @@
-"""Jobs started as people start them: torchrun, accelerate, ``launch=torchrun``, sweeps; compared with one process."""
+"""Jobs in every kind of start: torchrun, accelerate, ``launch=torchrun``, sweeps; compared with one process."""
 
 import json
 import os
@@ -67,7 +67,7 @@ def test_torchrun_with_two_replicas_renders_the_bytes_of_one_process(
 
 
 def test_four_replicas_for_two_stories_render_the_same_and_end(stories: Path, alone: Path, tmp_path: Path) -> None:
-    """Two of them never get a shot: they load with the others, and wait for nobody."""
+    """Two of them never get a shot: they load with the others and then do not wait for a peer."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4", *RENDER]
     done = run_python([*torchrun, *overrides(stories, tmp_path / "run")])
     assert done.returncode == 0, done.stderr
@@ -83,16 +83,20 @@ def test_accelerate_with_two_ranks_renders_the_bytes_of_one_process(stories: Pat
     assert sorted(read_starts(tmp_path / "run")) == [0, 1]
 
 
-@pytest.mark.parametrize(("ranks", "layout"), [(2, "ulysses2"), (4, "usp4")])
+@pytest.mark.parametrize(
+    ("ranks", "layout"),
+    [(2, ["parallel.ulysses=2"]), (4, ["parallel.ring=2", "parallel.ulysses=2"])],
+    ids=["ulysses", "ring-and-ulysses"],
+)
 def test_a_split_layout_renders_the_same_memory(
-    ranks: int, layout: str, stories: Path, alone: Path, tmp_path: Path
+    ranks: int, layout: list[str], stories: Path, alone: Path, tmp_path: Path
 ) -> None:
     """Pixels of split layouts may differ by a level here and there; which frames are remembered may not.
 
     That their latents agree within 1e-5 is shown over ranks in ``tests/distributed``.
     """
     given = overrides(stories, tmp_path / "run", "launch=torchrun", f"launch.processes_per_node={ranks}")
-    done = run_python([*RENDER, *given, f"parallel={layout}", "stories.max_stories=1"])
+    done = run_python([*RENDER, *given, *layout, "stories.max_stories=1"])
     assert done.returncode == 0, done.stderr
     here, there = records(tmp_path / "run"), records(alone)
     assert here
@@ -142,10 +146,10 @@ def test_a_point_that_cannot_begin_stops_no_other(stories: Path, tmp_path: Path)
         (["sampler.num_frames=18"], 2, "sampler.num_frames=18 is not allowed"),
         (["model=wan22_a14b", "model.t2v_checkpoint=nowhere"], 4, "nowhere is not a folder"),
         (["parallel.backend=nccl"], 2, "parallel.backend=nccl needs GPUs"),
-        (["parallel=ulysses4"], 2, "needs 4 ranks per replica, but the job has 2 ranks"),
+        (["parallel=fsdp_4gpu"], 2, "needs 4 ranks per replica, but the job has 2 ranks"),
     ],
 )
-def test_a_mistake_is_told_once_before_anything_starts(
+def test_a_mistake_is_reported_once_before_anything_starts(
     given: list[str], code: int, message: str, stories: Path, tmp_path: Path
 ) -> None:
     arguments = overrides(stories, tmp_path / "run", "launch=torchrun", "launch.processes_per_node=2")
@@ -158,7 +162,7 @@ def test_a_mistake_is_told_once_before_anything_starts(
     assert time.monotonic() - began < 100  # a hang, not a slow machine
 
 
-def test_a_port_in_use_is_told_before_anything_starts(stories: Path, tmp_path: Path) -> None:
+def test_a_port_in_use_is_reported_before_anything_starts(stories: Path, tmp_path: Path) -> None:
     with socket.socket() as other:
         other.bind(("", 0))
         other.listen()

@@ -12,7 +12,7 @@ from storymem_dist.observe.run.summary import load_run_state
 from tests.helpers.ranks import run_ranks
 from tests.helpers.small_job import render_small, write_storyboard
 
-SHARDED = ("parallel=fsdp2", "parallel.share_reads=false")
+SHARDED = ("parallel=fsdp_2gpu", "parallel.share_reads=false")
 
 
 def samples(run: Path) -> list[ThroughputSampled]:
@@ -49,7 +49,7 @@ def test_one_rank_reads_every_weight_and_spends_no_time_in_collectives(alone: Pa
     assert {sample.gpu_memory_gib for sample in samples(alone)} == {None}, "there is no GPU"
 
 
-def test_a_replica_of_two_ranks_tells_what_both_read_and_how_long_its_leader_waited(
+def test_a_replica_of_two_ranks_reports_what_both_read_and_how_long_its_leader_waited(
     board: Path, alone: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"

@@ -1,4 +1,4 @@
-"""A batch of the tiny model on two replicas, started twice by torchrun, as those who watch it see it."""
+"""A batch of the tiny model on two replicas, started twice by torchrun, as its observers see it."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from storymem_dist import events as ev
+import storymem_dist.events as ev
 from storymem_dist.observe.journal import read_journal
 from storymem_dist.observe.report.lineage import edges
 from storymem_dist.observe.report.model import read_run
@@ -38,8 +38,8 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[WandbR
     for name in ("fox", "owl"):
         write_storyboard(root / "in" / f"{name}.json", ((True, False, True),))
     torchrun(root / "in", root / "run", "stories.max_shots=2")
-    told = torchrun(root / "in", root / "run")
-    return root / "run", read_segments(root / "run" / "wandb"), told
+    log = torchrun(root / "in", root / "run")
+    return root / "run", read_segments(root / "run" / "wandb"), log
 
 
 def events_of(root: Path, cls: type[ev.Event]) -> list[Any]:
@@ -99,11 +99,11 @@ def test_the_report_that_the_job_wrote_shows_the_recalls_of_the_records(
     assert sorted(drawn) == sorted(recalled) and drawn
     view = read_run(root)
     assert view.status == "finished" and sum(len(edges(story)) for story in view.stories) == len(drawn)
-    assert len(view.state.rows) == 2, "a restart goes on in the rows of its replicas"
+    assert len(view.state.rows) == 2, "a restart continues the rows of its replicas"
 
 
-def test_the_log_tells_of_both_replicas_and_sums_up_the_whole_run(watched: tuple[Path, list[WandbRun], str]) -> None:
-    _, _, told = watched
-    assert re.search(r"^\d\d:\d\d:\d\d r[01]  (fox|owl)/shot_03 finished", told, re.MULTILINE)
-    assert "2 of 2 stories done · 6 shots rendered · 0 failed" in told
-    assert re.search(r"^replica 1 ", told, re.MULTILINE)
+def test_the_log_shows_both_replicas_and_sums_up_the_whole_run(watched: tuple[Path, list[WandbRun], str]) -> None:
+    _, _, log = watched
+    assert re.search(r"^\d\d:\d\d:\d\d r[01]  (fox|owl)/shot_03 finished", log, re.MULTILINE)
+    assert "2 of 2 stories done · 6 shots rendered · 0 failed" in log
+    assert re.search(r"^replica 1 ", log, re.MULTILINE)

@@ -11,7 +11,7 @@ import pytest
 
 from storymem_dist.artifacts.video import count_frames, read_clip, read_png
 from storymem_dist.dispatch.stop import StopSwitch
-from storymem_dist.errors import ShotFailed, StoryboardError, StoryMemError
+from storymem_dist.errors import ShotError, StoryboardError, StoryMemError
 from storymem_dist.events import StageFinished
 from storymem_dist.observe.journal import read_journal
 from storymem_dist.render import job
@@ -46,7 +46,7 @@ def test_every_shot_leaves_a_video_a_record_and_its_keyframes(rendered: Path) ->
         assert read_png(attempt / keyframe["file"]).shape == (3, 32, 48)
 
 
-def test_a_record_tells_what_was_remembered_and_why(rendered: Path) -> None:
+def test_a_record_holds_what_was_remembered_and_why(rendered: Path) -> None:
     found = records(rendered / "run")
     first, second = found["fox/shot_01"], found["fox/shot_02"]
     assert first["memory"]["recalled"] == []
@@ -60,7 +60,7 @@ def test_a_record_tells_what_was_remembered_and_why(rendered: Path) -> None:
     assert second["predecessor"] == first["fingerprint"]
 
 
-def test_each_stage_of_the_job_is_told_once(rendered: Path) -> None:
+def test_each_stage_of_the_job_is_reported_once(rendered: Path) -> None:
     events = [stamped.event for stamped in read_journal(rendered / "run" / "events")]
     of_job = [event.stage for event in events if isinstance(event, StageFinished) and event.shot_id is None]
     assert of_job == ["text", "load", "load", "join"], "load: the two experts of t2v, then those of m2v"
@@ -152,7 +152,7 @@ def test_reference_images_are_the_first_memory(tmp_path: Path) -> None:
     assert [one["shot_index"] for one in record["memory"]["recalled"]] == [-1]
 
 
-def test_a_bad_storyboard_does_not_stop_the_others_but_is_told(
+def test_a_bad_storyboard_does_not_stop_the_others_but_is_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_storyboard(tmp_path / "in" / "good.json", ((True,),))
@@ -178,7 +178,7 @@ def test_a_reference_image_that_breaks_later_fails_its_story_alone(
         raise StoryboardError(f"the image {path} cannot be read (truncated)")
 
     monkeypatch.setattr(render_shot, "open_reference_image", unreadable)
-    assert render_small(tmp_path / "in", tmp_path / "run") == ShotFailed.exit_code
+    assert render_small(tmp_path / "in", tmp_path / "run") == ShotError.exit_code
     assert (tmp_path / "run" / "stories" / "b" / "story.mp4").exists()
     assert "cannot be read (truncated)" in capsys.readouterr().out
 
@@ -200,7 +200,7 @@ def run_command(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "said"),
+    ("arguments", "code", "message"),
     [
         (("stories=no/such.json",), 3, "no/such.json"),
         (("stories=examples", "sampler.num_frames=10"), 2, "sampler.num_frames=10 is not allowed"),
@@ -210,11 +210,11 @@ def run_command(*arguments: str) -> subprocess.CompletedProcess[str]:
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_message_without_a_trace(
-    arguments: tuple[str, ...], code: int, said: str, tmp_path: Path
+    arguments: tuple[str, ...], code: int, message: str, tmp_path: Path
 ) -> None:
     done = run_command(*arguments, f"output={tmp_path / 'run'}")
     assert done.returncode == code, done.stderr
-    assert said in done.stderr
+    assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists(), "nothing is written for a mistake"
 

@@ -1,4 +1,4 @@
-"""A real job is stopped inside a shot and the same command goes on with other ranks: same run folder, same latents."""
+"""A real job is stopped inside a shot; the same command continues with other ranks: same run folder, same latents."""
 
 import json
 import os
@@ -29,6 +29,14 @@ OVERRIDES = (
     "dispatch.poll_seconds=0.1",
 )
 SHOT = "fox/shot_02"
+LAYOUTS = {
+    "single": ["parallel=single"],
+    "cfg": ["parallel.cfg=2"],
+    "ring": ["parallel.ring=2"],
+    "ulysses": ["parallel.ulysses=2"],
+    "fsdp": ["parallel=fsdp_2gpu"],
+    "fsdp_cfg": ["parallel.cfg=2", "parallel.weights=fsdp"],
+}
 
 
 def render(board: Path, run: Path, layout: str, stop_after: int = 0) -> tuple[int, Tensor | None]:
@@ -50,7 +58,7 @@ def render(board: Path, run: Path, layout: str, stop_after: int = 0) -> tuple[in
         return last[-1]
 
     with patch.object(Solver, "step", counted), patch.object(render_clip, "denoise", kept):
-        code = render_small(board, run, f"parallel={layout}", *OVERRIDES)
+        code = render_small(board, run, *LAYOUTS[layout], *OVERRIDES)
     return code, last[-1] if last else None
 
 
@@ -72,15 +80,15 @@ def alone() -> Iterator[tuple[Path, Tensor]]:
 @pytest.mark.parametrize(
     ("first", "then", "step"),
     [
-        (("single", 1), ("ulysses2", 2), 3),
-        (("single", 1), ("cfg2", 2), 1),
-        (("single", 1), ("fsdp2", 2), 7),
-        (("ulysses2", 2), ("single", 1), 5),
-        (("fsdp2_cfg2", 2), ("ring2", 2), 4),
+        (("single", 1), ("ulysses", 2), 3),
+        (("single", 1), ("cfg", 2), 1),
+        (("single", 1), ("fsdp", 2), 7),
+        (("ulysses", 2), ("single", 1), 5),
+        (("fsdp_cfg", 2), ("ring", 2), 4),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else str(value),
 )
-def test_a_job_that_was_stopped_inside_a_shot_goes_on_there_in_another_layout(
+def test_a_job_that_was_stopped_inside_a_shot_continues_there_in_another_layout(
     alone: tuple[Path, Tensor], tmp_path: Path, first: tuple[str, int], then: tuple[str, int], step: int
 ) -> None:
     folder, expected = alone

@@ -14,7 +14,7 @@ from storymem_dist.errors import StoryboardError
 from storymem_dist.story.loading import load_storyboard
 from storymem_dist.story.schema import Story
 
-EXAMPLES = sorted((Path(__file__).parents[2] / "conf/stories/examples").glob("*.*"))
+EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.*"))
 GOOD: dict[str, Any] = {
     "story_name": "The Lamp",
     "story_overview": "A “night”.",

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from storymem_dist import events as ev
+import storymem_dist.events as ev
 from storymem_dist.observe.journal import read_journal
 from storymem_dist.observe.settings import WandbSettings
 from storymem_dist.observe.wandb.process import WandbProcess
@@ -70,7 +70,7 @@ def events_of(run: FakeRun, cls: type[ev.Event]) -> list[Any]:
     return [stamped.event for stamped in read_journal(run.root / "events") if isinstance(stamped.event, cls)]
 
 
-def test_the_run_goes_by_the_folders_id_and_names_what_was_asked_for(fed: tuple[FakeRun, WandbRun]) -> None:
+def test_the_run_has_the_folders_id_and_the_names_of_the_settings(fed: tuple[FakeRun, WandbRun]) -> None:
     run, segment = fed
     assert segment.run_id == run.run_id
     assert (segment.project, segment.group, segment.tags) == ("films", "sweep-3", ["tiny"])
@@ -101,8 +101,8 @@ def test_step_series_have_their_axes_and_the_values_of_the_events(fed: tuple[Fak
     assert sorted(segment.series("step/seconds")) == sorted(step.elapsed_seconds for step in steps)
     assert segment.series("replica_0/steps_done") == list(range(1, 17))
     assert segment.series("replica_1/steps_done") == list(range(1, 14))
-    told = zip(segment.series("step/shot"), segment.series("step/step"), segment.series("step/expert"), strict=True)
-    assert sorted(told) == sorted((f"{s.story_id}/{s.shot_id}", s.step, s.expert) for s in steps)
+    logged = zip(segment.series("step/shot"), segment.series("step/step"), segment.series("step/expert"), strict=True)
+    assert sorted(logged) == sorted((f"{s.story_id}/{s.shot_id}", s.step, s.expert) for s in steps)
     history_rows = [row["_step"] for row in segment.history]
     assert history_rows == sorted(set(history_rows))
 
@@ -110,8 +110,8 @@ def test_step_series_have_their_axes_and_the_values_of_the_events(fed: tuple[Fak
 def test_shots_stories_failures_and_systems_of_all_replicas_are_there(fed: tuple[FakeRun, WandbRun]) -> None:
     run, segment = fed
     finished = events_of(run, ev.ShotFinished)
-    told = zip(segment.series("shot/name"), segment.series("shot/seconds"), strict=True)
-    assert dict(told) == {f"{event.story_id}/{event.shot_id}": event.elapsed_seconds for event in finished}
+    logged = zip(segment.series("shot/name"), segment.series("shot/seconds"), strict=True)
+    assert dict(logged) == {f"{event.story_id}/{event.shot_id}": event.elapsed_seconds for event in finished}
     assert segment.series("shot/stage_seconds/denoise") == pytest.approx(
         [
             event.stage_seconds["denoise"]
@@ -150,7 +150,7 @@ def test_everything_that_a_later_sync_needs_lies_in_the_run_folder(fed: tuple[Fa
     assert any(path.read_bytes()[:3] == b"\xff\xd8\xff" for path in staged), "thumbnails of tables are staged there"
 
 
-def test_a_restart_continues_the_same_run_behind_what_it_logged(tmp_path: Path) -> None:
+def test_a_restart_continues_the_same_run_after_what_it_logged(tmp_path: Path) -> None:
     run = FakeRun(tmp_path / "run", num_stories=1, num_shots=2)
     with run.replica(0) as replica:
         run.shot(replica, 0, 0)
@@ -168,7 +168,7 @@ def test_a_restart_continues_the_same_run_behind_what_it_logged(tmp_path: Path) 
     assert len(second.table("memory_frames")[1]) == len(events_of(run, ev.MemoryDecided))
 
 
-def test_the_back_end_feeds_while_the_render_goes_on_and_ends_with_it(tmp_path: Path) -> None:
+def test_the_back_end_feeds_during_the_render_and_ends_with_it(tmp_path: Path) -> None:
     run = FakeRun(tmp_path / "run", num_stories=1, num_shots=2)
     feeder = WandbProcess(run.root, WandbSettings(mode="offline", poll_interval_seconds=0.1))
     with run.replica(0, back_ends=[feeder]) as replica:
@@ -182,7 +182,7 @@ def test_the_back_end_feeds_while_the_render_goes_on_and_ends_with_it(tmp_path: 
     assert segment.series("shot/done") == [1, 2] and segment.finished
 
 
-def test_a_second_feeder_stands_by_until_the_first_one_is_gone(tmp_path: Path) -> None:
+def test_a_second_feeder_waits_until_the_first_one_has_ended(tmp_path: Path) -> None:
     run = FakeRun(tmp_path / "run", num_stories=1, num_shots=1)
     with run.replica(0) as replica:
         run.shot(replica, 0, 0)
@@ -198,7 +198,7 @@ def test_a_second_feeder_stands_by_until_the_first_one_is_gone(tmp_path: Path) -
     assert read_segments(run.root / "wandb")[0].finished
 
 
-def test_a_service_that_is_away_keeps_the_run_offline_with_one_warning(
+def test_without_the_service_the_run_is_kept_offline_with_one_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = FakeRun(tmp_path / "run", num_stories=1, num_shots=1)

@@ -4,8 +4,8 @@
 #
 #   SLCI_BASE=/tmp/slurm_ci bash tests/slurm/up.sh && PY=.venv/bin/python bash tests/slurm/smoke.sh [CHECK...]
 #
-# Checks: nodes array signal lost sweep. The model is tiny, the clips are a few pixels: what is tested is that nothing is
-# lost and that every byte is that of a local run.
+# Checks: nodes array signal lost sweep. The model is tiny and the clips are a few pixels: the checks are that nothing is
+# lost and that every byte equals that of a local run.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.." || exit
 # shellcheck disable=SC1091
@@ -45,7 +45,7 @@ for name in fox owl hare wolf; do story "$name"; done
 mv "$work/stories/wolf.json" "$work/long/"
 
 reference=""
-local_render() { # what all runs over three stories must look like
+local_render() { # the files that all runs over three stories must equal
   if [ -z "$reference" ]; then
     render stories="$work/stories" output="$work/local" sampler.num_inference_steps=3 > "$work/local.log" 2>&1 || bad=1
     reference=$(media "$work/local")

@@ -10,14 +10,14 @@
 # Settings (environment):
 #   SLCI_BASE=/tmp/slurm_ci   everything lives here (keep it short: unix socket paths are limited to 107 bytes)
 #   SLCI_NODES=2              virtual nodes n1..nN, one slurmd each
-#   SLCI_CPUS=64  SLCI_MEM_MB=512000  SLCI_GPUS=4  SLCI_GPU_TYPE=   what every node pretends to have
+#   SLCI_CPUS=64  SLCI_MEM_MB=512000  SLCI_GPUS=4  SLCI_GPU_TYPE=   what every node claims to have
 #   SLCI_PARTITIONS=main      comma-separated; the first is the default
 #   SLCI_FEATURES=            node features, for --constraint
 #   SLCI_PORT=16817           slurmctld; slurmdbd +1, mariadbd +2, slurmd n1.. +10..
 #   SLCI_ACCT=0               1: also mariadbd + slurmdbd, so that sacct / sacctmgr work
 #   SLCI_INSTALL=1            0: never call apt-get
 #   SLCI_HOSTS=1              1: where /etc/hosts is writable, map n1..nN (and this machine's own name, unless it is
-#                              so already) to 127.0.0.1 there; down.sh takes the lines out again
+#                              so already) to 127.0.0.1 there; down.sh removes the lines
 #   SLCI_WAIT=30              seconds to wait for the nodes to become idle
 set -euo pipefail
 umask 022
@@ -46,7 +46,7 @@ need=(); for b in munged mungekey slurmctld slurmd sbatch; do command -v $b >/de
 if [ "$ACCT" = 1 ]; then for b in slurmdbd mariadbd; do command -v $b >/dev/null || need+=(slurmdbd mariadb-server-core); done; fi
 if [ ${#need[@]} -gt 0 ]; then
   if [ "${SLCI_INSTALL:-1}" != 1 ] || [ "$(id -u)" != 0 ]; then no_packages "missing packages: ${need[*]}"; fi
-  # keep apt from starting the daemons itself, where no policy-rc.d does so already
+  # keep apt from starting the daemons, unless a policy-rc.d does that already
   pol=/usr/sbin/policy-rc.d made=0
   if [ ! -e $pol ]; then printf '#!/bin/sh\nexit 101\n' > $pol; chmod 755 $pol; made=1; fi
   export DEBIAN_FRONTEND=noninteractive
@@ -221,8 +221,8 @@ ACC
 fi
 
 start slurmctld slurmctld -D -f "$C"
-# slurmd runs under a small child subreaper: proctrack/linuxproc loses processes whose parent has died, and this way
-# they (and the daemonised slurmstepd) stay descendants of a PID that down.sh knows
+# slurmd runs under a small child subreaper: proctrack/linuxproc loses processes whose parent has died. Under the
+# subreaper they (and the daemonised slurmstepd) stay descendants of a PID that down.sh knows
 cat > "$BASE/run/reap.py" <<'PY'
 import ctypes, os, signal, sys
 ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER

@@ -1,12 +1,13 @@
 import dataclasses
 import json
 import math
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from storymem_dist import events as ev
+import storymem_dist.events as ev
 from storymem_dist.memory.bank import RecallDecision
 from storymem_dist.memory.keyframes import FrameDecision
 
@@ -63,7 +64,7 @@ def test_fields_of_a_newer_version_are_ignored() -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "told"),
+    ("line", "reason"),
     [
         ('{"schema":1,"event":"StopRequ', "Expecting|Unterminated"),
         ("[1, 2]", "must be an object"),
@@ -74,8 +75,8 @@ def test_fields_of_a_newer_version_are_ignored() -> None:
         ('{"schema":1,"event":"StopRequested","reason":"x"}', "stamp of an event is incomplete"),
     ],
 )
-def test_what_is_no_event_is_refused_with_a_reason(line: str, told: str) -> None:
-    with pytest.raises(ValueError, match=told):
+def test_what_is_no_event_is_refused_with_a_reason(line: str, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
         ev.stamped_from_json(line)
 
 
@@ -125,7 +126,7 @@ def test_memory_events_say_what_the_memory_decided_with_scores_and_sources() -> 
     assert {event.verdict for event in (shown, gone, duplicate)} <= set(ev.MEMORY_VERDICTS)
 
 
-class Heard:
+class Received:
     def __init__(self) -> None:
         self.events: list[ev.Event] = []
 
@@ -133,14 +134,19 @@ class Heard:
         self.events.append(event)
 
 
-def test_a_timed_stage_tells_its_seconds_twice_and_nothing_when_it_raises() -> None:
-    heard, totals = Heard(), {"decode": 1.0}
-    with ev.timed_stage(heard, "decode", story_id="a", shot_id="b", totals=totals):
+def test_a_timed_stage_reports_its_seconds_twice_and_nothing_when_it_raises() -> None:
+    received, totals = Received(), {"decode": 1.0}
+    with ev.timed_stage(received, "decode", story_id="a", shot_id="b", totals=totals):
         pass
-    started, finished = heard.events
+    started, finished = received.events
     assert started == ev.StageStarted(stage="decode", story_id="a", shot_id="b")
     assert isinstance(finished, ev.StageFinished)
     assert totals["decode"] == pytest.approx(1.0 + finished.elapsed_seconds)
-    with pytest.raises(RuntimeError), ev.timed_stage(heard, "decode"):
+    with pytest.raises(RuntimeError), ev.timed_stage(received, "decode"):
         raise RuntimeError
-    assert isinstance(heard.events[-1], ev.StageStarted)
+    assert isinstance(received.events[-1], ev.StageStarted)
+
+
+def test_json_ready_turns_everything_into_json_types() -> None:
+    value = {1: (float("nan"), 2.5, None, True), "path": Path("a/b"), "nested": {"t": [float("inf")]}}
+    assert ev.json_ready(value) == {"1": [None, 2.5, None, True], "path": "a/b", "nested": {"t": [None]}}

@@ -1,10 +1,12 @@
 """The diffusion transformer of Wan2.2-A14B, with the checkpoint's own parameter names.
 
 Predicts the flow-matching velocity of video latents. One timestep serves all tokens (its embedding is one row,
-broadcast), temporal positions are an argument (memory frames sit at negative ones). Two declared seams keep parallelism
-out: ``SelfAttention.attend`` may be replaced, and everything from the output of ``patch_embedding`` through ``blocks``
-(one call, from tokens to tokens) to the output of ``head`` works token by token, so hooks may split tokens and rotary
-tables along L and join later. Knows nothing about ranks, memory, guidance or where weights come from.
+broadcast). Temporal positions are an argument (those of memory frames are negative). Knows nothing about ranks, memory,
+guidance or where weights come from.
+
+Parallel code has two places to change. It may replace ``SelfAttention.attend``. All else from the output of
+``patch_embedding`` through ``blocks`` (one call, tokens to tokens) to the output of ``head`` works token by token, so
+hooks may split tokens and rotary tables along L and gather the tokens later.
 
 Precision: matmuls and attention in the model's ``dtype``; residual stream, norms, modulation, time embedding and head
 in fp32; rotary angles in fp64, their tables and the rotation in fp32.
@@ -127,7 +129,7 @@ class DiTConfig:
 
 
 def timestep_sinusoid(timestep_B: Tensor, freq_dim: int) -> Tensor:
-    """Cosines then sines of ``t * 10000^(-i / (freq_dim / 2))`` for t in 0..1000: fp32 ``[B, freq_dim]``, from fp64."""
+    """Cosines, then sines of ``t * 10000^(-i / (freq_dim / 2))``, t in 0..1000: fp32 ``[B, freq_dim]``, from fp64."""
     half = freq_dim // 2
     exponents = torch.arange(half, dtype=torch.float64, device=timestep_B.device) / half
     angles = timestep_B.double()[:, None] * 10000.0**-exponents
@@ -188,7 +190,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention of video tokens to all ``text_len`` text tokens (padding too: the model was trained so), unrotated."""
+    """Attention of video tokens to all ``text_len`` text tokens (padding too, as in training), without rotation."""
 
     def __init__(self, config: DiTConfig, dtype: torch.dtype, attention_backend: str):
         super().__init__()
@@ -199,7 +201,7 @@ class CrossAttention(nn.Module):
         self.attend = Attend(attention_backend)
 
     def forward(self, x_BLD: Tensor, text: TextKeys) -> Tensor:
-        """``x_BLD`` in the matmul dtype, ``text`` as ``text_keys`` gives it; the result is in the matmul dtype."""
+        """``x_BLD`` in the matmul dtype, ``text`` from ``text_keys``; the result is in the matmul dtype."""
         k_BSNH, v_BSNH = text
         q_BLNH = self.norm_q(self.q(x_BLD).float()).to(v_BSNH.dtype).unflatten(-1, (self.num_heads, -1))
         return self.o(self.attend(q_BLNH, k_BSNH, v_BSNH).flatten(2))
@@ -251,8 +253,8 @@ class WanBlock(nn.Module):
     ) -> Tensor | tuple[Tensor, TextKeys]:
         """Tokens, tables and modulation are fp32, context is in the matmul dtype; returns fp32 tokens.
 
-        ``context`` is the embedded text ``[B, S, D]``, or its keys and values in this block as an earlier call with
-        ``keep_text`` returned them beside the tokens.
+        ``context`` is the embedded text ``[B, S, D]``, or its keys and values in this block. An earlier call with
+        ``keep_text`` returned these next to the tokens.
         """
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + modulation_B6D).unbind(1)
         # Intermediates get no names here: they would stay in memory while the next layers run.
@@ -269,16 +271,16 @@ class WanBlock(nn.Module):
 
 
 def run_block(block: nn.Module, tokens_BLD: Tensor, *shared: Tensor) -> Tensor:
-    """Call one block of a stack with what all of them share: rotary tables, modulation, text."""
+    """Call one block of a stack with the arguments that all blocks share: rotary tables, modulation, text."""
     tokens: Tensor = block(tokens_BLD, *shared)
     return tokens
 
 
 class BlockStack(nn.ModuleList):
-    """All blocks as one call: a seam whose first three arguments parallel code may have split along L.
+    """All blocks as one call, whose first three arguments parallel code may split along L.
 
-    ``run_block`` calls one of them, and may be replaced by what gives it the text's keys instead of the text.
-    ``before_block`` is told of each block just before: weights may still be on their way. Parameter names stay
+    ``run_block`` calls one block; a text cache replaces it, to pass the text's keys instead of the text.
+    ``before_block`` is called before each block, for example to wait for its weights. Parameter names stay
     ``blocks.N.*``.
     """
 
@@ -294,7 +296,7 @@ class BlockStack(nn.ModuleList):
         return self.run(self, tokens_BLD, rope_cos_LP, rope_sin_LP, modulation_B6D, context_BSD)
 
     def run(self, blocks: Iterable[nn.Module], tokens_BLD: Tensor, *shared: Tensor) -> Tensor:
-        """The tokens after some of the blocks, in order."""
+        """The tokens after ``blocks``, run in order with ``before_block``."""
         for block in blocks:
             if self.before_block is not None:
                 self.before_block(block)

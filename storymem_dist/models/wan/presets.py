@@ -1,7 +1,7 @@
 """Sizes of the models this project renders with: Wan2.2-A14B, and a tiny counterpart of the same architecture.
 
-Plain numbers, nothing is built here. The A14B transformer and text encoder sizes are those of the model cards and of
-the published ``config.json`` files; the VAE is Wan2.1's.
+Plain numbers; knows nothing about files or devices. The sizes of the A14B transformer and text encoder come from the
+model cards and the published ``config.json`` files; the VAE is Wan2.1's.
 """
 
 from dataclasses import dataclass, replace
@@ -93,9 +93,6 @@ PRESETS = {"wan22_a14b": WAN22_A14B, "tiny": TINY}
 
 
 HIGH_NOISE = "high_noise"
-
-
 LOW_NOISE = "low_noise"
-
-
 EXPERTS = (HIGH_NOISE, LOW_NOISE)
+"""The two experts of a base model, in the order in which a shot uses them."""

@@ -36,8 +36,8 @@ class TextEncoder:
     def encode(self, texts: Sequence[str]) -> list[Tensor]:
         """One embedding ``[num_tokens <= max_tokens, text_dim]`` per text, in the model's dtype and on its device.
 
-        Every text runs alone and unpadded, so that its embedding depends on nothing but the text (a batch's padding and
-        size change rounding, and embeddings are cached by content). Equal texts are encoded once.
+        Every text runs alone and unpadded, so that its embedding depends on the text only: padding and batch size would
+        change rounding, and embeddings are cached by content. Equal texts are encoded once.
         """
         embeddings: dict[str, Tensor] = {}
         for text in texts:
@@ -49,7 +49,7 @@ class TextEncoder:
 
 
 def empty_text_encoder(config: TextEncoderConfig) -> UMT5EncoderModel:
-    """An encoder of these sizes on the meta device, for ``assign_state_dict``."""
+    """An encoder of these sizes on the meta device, for ``weights.state_dict.assign_state_dict``."""
     with torch.device("meta"):
         return UMT5EncoderModel(
             UMT5Config(

@@ -30,12 +30,12 @@ class WanVae:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are; inputs are moved there."""
+        """Device of the weights; inputs are moved to it."""
         return self.autoencoder.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of the weights, in which everything is computed."""
+        """Dtype of the weights and of all computation."""
         return self.autoencoder.dtype
 
     def to(self, device: torch.device | str) -> "WanVae":
@@ -47,7 +47,7 @@ class WanVae:
 
     @torch.no_grad()
     def encode(self, pixels_CFHW: Tensor) -> Tensor:
-        """Normalized latents ``[16, T, h, w]`` (fp32) of RGB pixels in [-1, 1] (a resize may overshoot a little).
+        """Normalized latents ``[16, T, h, w]`` (fp32) of RGB pixels ``[3, F, H, W]`` in [-1, 1] or slightly beyond.
 
         Raises ``ValueError`` unless F is 4n+1 and both sides are multiples of 8.
         """
@@ -64,7 +64,7 @@ class WanVae:
 
     @torch.no_grad()
     def decode(self, latents_CTHW: Tensor) -> Tensor:
-        """Pixels ``[3, 4T-3, 8h, 8w]`` (fp32) of normalized latents, clamped to [-1, 1]."""
+        """Pixels ``[3, 4T-3, 8h, 8w]`` (fp32), clamped to [-1, 1], of normalized latents ``[16, T, h, w]``."""
         latents_CTHW = latents_CTHW.to(self.device, torch.float32)
         raw_CTHW = latents_CTHW * self._std_C111 + self._mean_C111
         pixels_CFHW = self.autoencoder.decode(raw_CTHW[None].to(self.dtype), return_dict=False)[0][0]

@@ -1,7 +1,8 @@
-"""The report that a director would open: one page per run, or two runs side by side, from event files and records."""
+"""The HTML report: one page per run, or two runs side by side, from event files and records. Loads no torch."""
 
 from pathlib import Path
 
+from storymem_dist.files import write_bytes
 from storymem_dist.observe.report.assets import Assets
 from storymem_dist.observe.report.compare import comparison_page
 from storymem_dist.observe.report.model import RunView, read_run
@@ -11,7 +12,7 @@ from storymem_dist.observe.report.page import run_page
 def write_report(root: Path, page: Path, *, embed: bool = False, now: float | None = None) -> Path:
     """Write the report of the run at ``root`` to ``page`` (replaced in one step); returns ``page``.
 
-    ``embed`` puts all media into the page. Raises ``RunFolderError`` when ``root`` is not a run folder and
+    ``embed`` puts all media into the page itself. Raises ``RunFolderError`` when ``root`` is not a run folder and
     ``StoryMemError`` when there is too much to embed.
     """
     run = read_run(root, now=now)
@@ -36,7 +37,5 @@ def _media(run: RunView) -> list[str]:
 
 def _write(page: Path, text: str) -> Path:
     page.parent.mkdir(parents=True, exist_ok=True)
-    temporary = page.with_name(f".{page.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(page)
+    write_bytes(page, text.encode())
     return page

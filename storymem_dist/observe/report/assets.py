@@ -1,4 +1,4 @@
-"""Files that a report refers to: linked relatively, or put into the page itself; and the small pictures in it.
+"""The files that a report refers to, linked relatively or put into the page itself, and its small pictures.
 
 Knows files and their sizes; nothing of runs.
 """
@@ -37,7 +37,7 @@ class Assets:
             if size > MAX_EMBEDDED_MIB:
                 raise StoryMemError(
                     f"--embed: the clips of {root} have {size:.0f} MiB, a page may hold {MAX_EMBEDDED_MIB}; "
-                    "write the report without --embed and pass it on together with the run folder"
+                    "write the report without --embed and share it together with the run folder"
                 )
 
     def media(self, path: str) -> str:

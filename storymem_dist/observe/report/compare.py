@@ -1,4 +1,7 @@
-"""Two runs side by side: what was set differently, how fast each was, and every shot of both, to be played together."""
+"""Two runs side by side: their figures, the settings that differ, and their shots, to be played together.
+
+Knows the report's values and HTML; nothing of event files or records.
+"""
 
 from collections.abc import Iterator
 from itertools import zip_longest
@@ -120,12 +123,12 @@ def _pair(
         else:
             cards.append(shot_card(story, shot, assets, run=side))
     shot_id = (one or other).shot_id if one or other else ""  # type: ignore[union-attr]
-    told = f"{shot_id.replace('_', ' ')}: {_memory_difference(one, other)}"
+    facts = f"{shot_id.replace('_', ' ')}: {_memory_difference(one, other)}"
     button = ""
     if one is not None and other is not None and one.clip and other.clip:
         button = f'<button type="button" class="together" aria-label="Play both of {esc(shot_id)}">Play both</button>'
     return (
-        f'<div class="pair"><p class="facts">{esc(told)} {button}</p><ol class="sheet two">{"".join(cards)}</ol></div>'
+        f'<div class="pair"><p class="facts">{esc(facts)} {button}</p><ol class="sheet two">{"".join(cards)}</ol></div>'
     )
 
 

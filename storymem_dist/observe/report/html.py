@@ -44,7 +44,7 @@ def table(
 
 
 def details(summary: str, body: str) -> str:
-    """Return a part that opens on demand."""
+    """Return a collapsed part that a click opens."""
     return f"<details><summary>{esc(summary)}</summary>{body}</details>"
 
 
@@ -55,12 +55,12 @@ def tile(label: str, value: str, note: str = "") -> str:
 
 
 def chip(text: str, kind: str) -> str:
-    """Return a short marked word; ``kind`` chooses its colour (``good``, ``bad``, ``busy``, ``calm``)."""
+    """Return a status label; ``kind`` chooses its colour (``good``, ``bad``, ``busy``, ``calm``)."""
     return f'<span class="chip {kind}">{esc(text)}</span>'
 
 
 def document(*, title: str, style: str, script: str, body: str) -> str:
-    """Return a whole page. Its policy forbids everything that is not in the page or a file beside it."""
+    """Return a whole page. Its policy allows only what is in the page and files next to it."""
     policy = (
         "default-src 'none'; img-src 'self' data: file:; media-src 'self' data: file:; "
         "style-src 'unsafe-inline'; script-src 'unsafe-inline'"

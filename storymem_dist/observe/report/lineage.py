@@ -1,8 +1,8 @@
 """The memory lineage picture of a story: which keyframe of which shot was shown to which later shot.
 
-One column per shot, one row per keyframe. A keyframe's picture stands in the column of the shot it comes from; its line
-runs to the right, with a filled dot under each later shot that was shown it and a ring where it had left the window.
-Every dot carries its scores, for pointers and for screen readers, and the same stands in a table below.
+One column per shot, one row per keyframe. A keyframe's picture is in the column of the shot it comes from. Its line
+runs to the right, with a filled dot under each later shot to which it was shown and a ring where it had left the
+window. Every dot shows its scores to pointers and screen readers; a table below repeats them. Knows views, no files.
 """
 
 from storymem_dist.events import MemoryDecided
@@ -25,10 +25,10 @@ def lineage(story: StoryView, assets: Assets) -> str:
     for number, keyframe in enumerate(story.keyframes):
         parts.append(_row(story, keyframe, columns, HEAD + ROW * number + ROW // 2, assets))
     name = f"Memory lineage of {story.name}"
-    told = f"{name}: {len(story.keyframes)} keyframes, {len(edges(story))} recalls"
+    label = f"{name}: {len(story.keyframes)} keyframes, {len(edges(story))} recalls"
     picture = (
         f'<svg class="lineage" width="{width}" height="{height}" viewBox="0 0 {width} {height}" role="group" '
-        f'aria-label="{esc(told)}">{"".join(parts)}</svg>'
+        f'aria-label="{esc(label)}">{"".join(parts)}</svg>'
     )
     legend = (
         '<ul class="legend" aria-label="Marks"><li><span class="dot shown"></span>shown to the shot</li>'
@@ -42,7 +42,7 @@ def lineage(story: StoryView, assets: Assets) -> str:
 
 
 def edges(story: StoryView) -> list[tuple[tuple[int, int], str]]:
-    """Every recall as (keyframe: shot index and slot, id of the shot that was shown it)."""
+    """Return every recall as (keyframe: shot index and slot, id of the shot to which it was shown)."""
     return [
         ((decision.source_shot_index, decision.slot), shot.shot_id)
         for shot in story.shots

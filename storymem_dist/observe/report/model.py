@@ -1,7 +1,7 @@
-"""What a report says about a run, gathered from its event files and records alone.
+"""The contents of a report, read from a run's event files and records alone.
 
-Works on a run that is still going and on one that broke: records count where there are any, events tell the rest.
-Knows nothing of HTML.
+Works on a run that is still going and on a broken one: records take precedence, events add the rest. Knows nothing of
+HTML.
 """
 
 import time
@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from storymem_dist import events as ev
+import storymem_dist.events as ev
 from storymem_dist.artifacts.records import ShotRecord
 from storymem_dist.observe.journal import read_journal
 from storymem_dist.observe.run.files import RunFiles, StoryFiles
@@ -17,7 +17,7 @@ from storymem_dist.observe.run.state import RunState
 from storymem_dist.observe.run.values import ShotState
 
 ALIVE_SECONDS = 120.0
-"""A replica that said something within this time is taken for running."""
+"""A replica that sent an event within this time counts as running."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -168,28 +168,28 @@ def _status(state: RunState, stories: tuple[StoryView, ...], now: float) -> str:
 
 
 def _story(files: RunFiles, folder: StoryFiles, state: RunState) -> StoryView:
-    told = state.stories.get(folder.story_id)
+    folded = state.stories.get(folder.story_id)
     planned = _planned_shots(folder.storyboard)
-    told_shots = told.shots if told is not None else {}
-    known = {**dict.fromkeys(planned), **dict.fromkeys(folder.records), **dict.fromkeys(told_shots)}
+    folded_shots = folded.shots if folded is not None else {}
+    known = {**dict.fromkeys(planned), **dict.fromkeys(folder.records), **dict.fromkeys(folded_shots)}
     shots = [
-        _shot(files, name, planned.get(name, {}), folder.records.get(name), told_shots.get(name)) for name in known
+        _shot(files, name, planned.get(name, {}), folder.records.get(name), folded_shots.get(name)) for name in known
     ]
     shots.sort(key=lambda shot: (shot.shot_index, shot.shot_id))
     board = folder.storyboard
     return StoryView(
         story_id=folder.story_id,
-        name=str(board.get("name") or (told.name if told else "") or folder.story_id),
+        name=str(board.get("name") or (folded.name if folded else "") or folder.story_id),
         overview=str(board.get("overview", "")),
         video=folder.video,
-        message=told.message if told else "",
+        message=folded.message if folded else "",
         shots=tuple(shots),
         keyframes=_keyframes(files, folder, shots),
     )
 
 
 def _planned_shots(storyboard: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Shots by id as ``RunFolder.write_storyboard`` keeps them."""
+    """The shots by id of a storyboard that ``RunFolder.write_storyboard`` wrote."""
     planned = {}
     for scene in storyboard.get("scenes", ()):
         for shot in scene.get("shots", ()):
@@ -198,12 +198,12 @@ def _planned_shots(storyboard: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _shot(
-    files: RunFiles, shot_id: str, planned: dict[str, Any], record: ShotRecord | None, told: ShotState | None
+    files: RunFiles, shot_id: str, planned: dict[str, Any], record: ShotRecord | None, folded: ShotState | None
 ) -> ShotView:
-    attempt = told.last if told is not None else None
+    attempt = folded.last if folded is not None else None
     started = attempt.started if attempt is not None else None
-    status = told.status if told is not None else "waiting"
-    # A record is the truth unless something newer is under way, or failed, for which there is none.
+    status = folded.status if folded is not None else "waiting"
+    # The record decides, unless a newer attempt without a record is running or has failed.
     if record is not None and status == "waiting":
         status = "finished"
     if record is None and status == "finished":
@@ -224,7 +224,7 @@ def _shot(
         prompt=record.prompt if record else str(planned.get("prompt", started.prompt if started else "")),
         cut=record.cut if record else bool(planned.get("cut", True)),
         status=status,
-        reason=told.reason if told is not None else "",
+        reason=folded.reason if folded is not None else "",
         mode=record.mode if record else (started.mode if started else ""),
         seed=record.seed if record else (started.seed if started else None),
         clip=files.clip_path(record) if record else None,
@@ -238,7 +238,7 @@ def _shot(
         num_reused_steps=attempt.num_reused_steps if attempt is not None else 0,
         step=attempt.step if attempt is not None else 0,
         num_steps=attempt.num_steps if attempt is not None else 0,
-        num_attempts=len(told.attempts) if told is not None else 0,
+        num_attempts=len(folded.attempts) if folded is not None else 0,
         why=started.why if started is not None else "",
         decisions=decisions,
     )

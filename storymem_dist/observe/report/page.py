@@ -1,4 +1,7 @@
-"""The report of one run as a page: contact sheets, memory lineage, timeline, throughput, failures, settings."""
+"""The report of one run as a page: contact sheets, memory lineage, timeline, throughput, failures, settings.
+
+Knows the report's values and HTML; nothing of event files or records.
+"""
 
 import time
 from importlib import resources
@@ -24,7 +27,7 @@ STATUS_KINDS = {
 }
 
 FILTER_FROM = 6
-"""From so many stories on, the page can be searched."""
+"""Smallest number of stories for which the page has a search field."""
 
 
 def run_page(run: RunView, assets: Assets) -> str:
@@ -55,7 +58,7 @@ def run_page(run: RunView, assets: Assets) -> str:
 
 
 def read_asset(name: str) -> str:
-    """Return the text of a file that lies beside this module."""
+    """Return the text of a file next to this module."""
     return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
 
 
@@ -131,7 +134,7 @@ def _story(story: StoryView, assets: Assets) -> str:
 
 
 def shot_card(story: StoryView, shot: ShotView, assets: Assets, *, run: str = "") -> str:
-    """Return one shot of a contact sheet: clip, prompt and facts. ``run`` tells apart the cards of two runs."""
+    """Return one shot of a contact sheet: clip, prompt and facts. ``run`` distinguishes the cards of two runs."""
     facts = [shot.mode.upper()] if shot.mode else []
     facts += [f"seed {shot.seed}"] if shot.seed is not None else []
     facts += [fmt.duration(shot.seconds)] if shot.seconds is not None else []
@@ -235,8 +238,8 @@ def _throughput(run: RunView) -> str:
         numeric=range(1, 13),
     )
     speed += (
-        '<p class="quiet">In collectives: how long its leader was held up by other ranks, where that can be measured. '
-        "Shots ready: how many could be begun when the replica took one, on average.</p>"
+        '<p class="quiet">In collectives: time that its leader spent in collectives, where that can be measured. '
+        "Shots ready: mean number of shots that could be started when the replica took one.</p>"
     )
     loads = [
         (
@@ -276,7 +279,7 @@ def _failures(run: RunView) -> str:
     starts = sum(len(row.starts) for row in state.rows.values())
     lost = sum(attempt.outcome == "interrupted" for attempt in state.attempts())
     facts = [fmt.count(starts, "replica start")]
-    facts += [f"{fmt.count(resumed, 'shot')} resumed inside"] if resumed else []
+    facts += [f"{fmt.count(resumed, 'shot')} resumed from a checkpoint"] if resumed else []
     facts += [f"{fmt.count(lost, 'attempt')} interrupted"] if lost else []
     parts.append(f"<p>{esc(', '.join(facts))}.</p>")
     if state.stops:

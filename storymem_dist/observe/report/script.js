@@ -2,7 +2,7 @@
 (() => {
   const root = document.documentElement;
 
-  // Light or dark: as the system says, until somebody chooses.
+  // Light or dark: as the system prefers, until the user chooses.
   const button = document.getElementById("theme");
   const system = matchMedia("(prefers-color-scheme: dark)");
   const isDark = () => (root.dataset.theme || (system.matches ? "dark" : "light")) === "dark";
@@ -11,7 +11,7 @@
   system.addEventListener("change", showTheme);
   showTheme();
 
-  // One tip for whatever carries data-tip. Assistive technology reads the same from aria-label and from the tables.
+  // One tip for all elements with data-tip. Assistive technology reads the same from aria-label and from the tables.
   const tip = document.getElementById("tip");
   const place = (x, y) => {
     tip.style.left = `${Math.max(8, Math.min(x + 14, innerWidth - tip.offsetWidth - 8))}px`;
@@ -26,7 +26,7 @@
   document.addEventListener("pointerdown", showTip);
   document.addEventListener("keydown", (event) => { if (event.key === "Escape") tip.hidden = true; });
 
-  // Lineage: pointing at a shot, or reaching it with the keyboard, leaves only what it was shown.
+  // Lineage: pointing at a shot, or reaching it with the keyboard, highlights only what it was shown.
   for (const picture of document.querySelectorAll("svg.lineage")) {
     const light = (shot) => {
       picture.classList.toggle("chosen", Boolean(shot));
@@ -51,7 +51,7 @@
     });
   }
 
-  // The sheet shows pictures; controls come with the first play.
+  // Clips start as pictures; controls appear with the first play.
   for (const film of document.querySelectorAll(".film")) {
     const video = film.querySelector("video");
     const play = document.createElement("button");
@@ -74,7 +74,7 @@
     });
   }
 
-  // Many stories: find those whose name or prompts have the words.
+  // Many stories: find those whose name or prompts contain the words.
   const filter = document.getElementById("filter");
   if (filter) {
     const stories = [...document.querySelectorAll("#stories .story")];

@@ -1,7 +1,7 @@
 """The timeline of replicas and stages: what each did when, and where devices waited.
 
-Times at which no replica was up (between a stop and a restart, say) are cut out and marked. Pieces too small to see are
-drawn together. Knows the folded events; nothing of how they came about.
+Times at which no replica was up (as between a stop and a restart) are cut out and marked. Pieces too small to see are
+merged. Knows folded events; nothing of event files.
 """
 
 from dataclasses import dataclass
@@ -13,24 +13,24 @@ from storymem_dist.observe.run.state import RunState
 from storymem_dist.observe.run.values import Attempt, Row, RowKey, Span
 
 SMALLEST_SHARE = 0.0004
-"""Pieces shorter than this share of the whole (half a pixel) are joined to equal neighbours, or left out."""
+"""Pieces shorter than this share of the whole (half a pixel) are merged with equal neighbours or left out."""
 
 CHARACTERS_ACROSS = 95
-"""Letters of a label that fit side by side into the picture where it is narrowest."""
+"""Characters of a label that fit across the whole picture at its smallest width."""
 
 KINDS = (*STAGES, "wait")
 MAX_ROWS = 64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Axis:
+class TimeAxis:
     """Wall time on the page: the stretches in which something ran, one after the other, as shares of the width."""
 
     stretches: tuple[tuple[float, float], ...]
 
     @property
     def seconds(self) -> float:
-        """Time shown in all."""
+        """Total time shown."""
         return sum(end - start for start, end in self.stretches) or 1.0
 
     def share(self, wall_time: float) -> float:
@@ -43,7 +43,7 @@ class Axis:
         return 1.0
 
 
-def make_axis(state: RunState) -> Axis:
+def make_axis(state: RunState) -> TimeAxis:
     """Join the times at which any replica was up."""
     starts = sorted((s.start, s.last_seen) for row in state.rows.values() for s in row.starts)
     stretches: list[tuple[float, float]] = []
@@ -53,7 +53,7 @@ def make_axis(state: RunState) -> Axis:
             stretches[-1] = (stretches[-1][0], max(stretches[-1][1], end))
         else:
             stretches.append((start, end))
-    return Axis(stretches=tuple(stretches))
+    return TimeAxis(stretches=tuple(stretches))
 
 
 def timeline(state: RunState) -> str:
@@ -90,17 +90,17 @@ def stage_totals(row: Row) -> dict[str, float]:
     return totals
 
 
-def _track(state: RunState, key: RowKey, row: Row, attempts: list[Attempt], axis: Axis) -> str:
+def _track(state: RunState, key: RowKey, row: Row, attempts: list[Attempt], axis: TimeAxis) -> str:
     label = state.row_label(key)
     totals = stage_totals(row)
-    told = ", ".join(f"{kind} {fmt.duration(totals[kind])}" for kind in KINDS if kind in totals)
-    name = f"{label}: {fmt.count(row.num_finished, 'shot')} finished, {row.num_failed} failed. {told}"
+    times = ", ".join(f"{kind} {fmt.duration(totals[kind])}" for kind in KINDS if kind in totals)
+    name = f"{label}: {fmt.count(row.num_finished, 'shot')} finished, {row.num_failed} failed. {times}"
     shots = "".join(_shot_block(attempt, axis, state.last_time) for attempt in attempts)
     merged = _merged(row, axis, state.last_time)
     later = [span.start for span in merged[1:]]
     stages = "".join(
-        _stage_block(span, axis, is_beside=span.end is not None and start < span.end)
-        for span, start in zip(merged, [*later, float("inf")], strict=False)  # nothing at all: a replica just started
+        _stage_block(span, axis, overlaps=span.end is not None and start < span.end)
+        for span, start in zip(merged, [*later, float("inf")], strict=False)  # no span at all: a replica just started
     )
     return (
         f'<div class="track-row"><span class="track-label">{esc(label)}</span>'
@@ -109,12 +109,12 @@ def _track(state: RunState, key: RowKey, row: Row, attempts: list[Attempt], axis
     )
 
 
-def _place(start: float, end: float, axis: Axis) -> str:
+def _place(start: float, end: float, axis: TimeAxis) -> str:
     left, right = axis.share(start), axis.share(end)
     return f"left:{100 * left:.3f}%;width:{max(0.05, 100 * (right - left)):.3f}%"
 
 
-def _shot_block(attempt: Attempt, axis: Axis, now: float) -> str:
+def _shot_block(attempt: Attempt, axis: TimeAxis, now: float) -> str:
     end = attempt.end if attempt.end is not None else now
     name = f"{attempt.started.story_id}/{attempt.started.shot_id}"
     tip = f"{name}: {attempt.outcome}, {fmt.duration(end - attempt.start)}"
@@ -128,17 +128,17 @@ def _shot_block(attempt: Attempt, axis: Axis, now: float) -> str:
     )
 
 
-def _stage_block(span: Span, axis: Axis, *, is_beside: bool) -> str:
-    """``is_beside``: it was still going on when the next one began, as saving a shot does; drawn half as high."""
+def _stage_block(span: Span, axis: TimeAxis, *, overlaps: bool) -> str:
+    """``overlaps``: it lasted into the next one, as saving a shot may; drawn half as high."""
     end = span.end if span.end is not None else span.start
     shot = f"{span.story_id}/{span.shot_id} " if span.shot_id else ""
     tip = f"{shot}{span.kind}, {fmt.duration(end - span.start)}"
     kind = span.kind if span.kind in KINDS else "other"
-    beside = " beside" if is_beside else ""
-    return f'<span class="k-{kind}{beside}" style="{_place(span.start, end, axis)}" data-tip="{esc(tip)}"></span>'
+    overlap = " overlap" if overlaps else ""
+    return f'<span class="k-{kind}{overlap}" style="{_place(span.start, end, axis)}" data-tip="{esc(tip)}"></span>'
 
 
-def _merged(row: Row, axis: Axis, now: float) -> list[Span]:
+def _merged(row: Row, axis: TimeAxis, now: float) -> list[Span]:
     """The row's pieces in order of time, small ones joined or left out."""
     smallest = SMALLEST_SHARE * axis.seconds
     open_spans = [
@@ -159,7 +159,7 @@ def _merged(row: Row, axis: Axis, now: float) -> list[Span]:
     return merged
 
 
-def _ticks(axis: Axis) -> str:
+def _ticks(axis: TimeAxis) -> str:
     step = next(
         (
             step
@@ -177,7 +177,7 @@ def _ticks(axis: Axis) -> str:
     return "".join(marks)
 
 
-def _pause(state: RunState, axis: Axis, number: int) -> str:
+def _pause(state: RunState, axis: TimeAxis, number: int) -> str:
     away = axis.stretches[number][0] - axis.stretches[number - 1][1]
     return f"nothing ran for {fmt.duration(away)} here"
 

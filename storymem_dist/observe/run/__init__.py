@@ -1,1 +1,1 @@
-"""A run as its observers see it: the state that follows from its events, its files, and numbers as text."""
+"""A run as observers see it: its state folded from events, its files, its speed, and numbers as text."""

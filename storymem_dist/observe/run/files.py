@@ -1,6 +1,6 @@
-"""A run folder as those who only watch see it: its id, storyboards and current records. Reads, and never loads torch.
+"""A read-only view of a run folder: its id, storyboards and current records. Never loads torch.
 
-Works on a folder that is being written and on one that broke: what cannot be read is left out.
+Works on a folder that is being written and on a damaged one: what cannot be read is left out. Knows no events.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ class RunFiles:
             self.created = str(values.get("created", ""))
         except FileNotFoundError:
             raise RunFolderError(
-                f"{root} is not a run folder (it has no {marker.name}); give the folder that was output= of a render"
+                f"{root} is not a run folder (it has no {marker.name}); give the folder that was a render's output="
             ) from None
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise RunFolderError(f"{marker} cannot be read as the marker of a run folder: {error}") from None

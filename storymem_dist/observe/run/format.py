@@ -1,4 +1,4 @@
-"""How numbers are written for people: durations, rates, sizes. None is written as a dash. Knows nothing else."""
+"""Formats numbers for people: durations, rates, sizes. None becomes a dash. Knows nothing of runs."""
 
 DASH = "–"
 
@@ -18,7 +18,7 @@ def duration(seconds: float | None) -> str:
 
 
 def clock(seconds: float) -> str:
-    """A running time without fractions: ``0:07``, ``4:05``, ``1:02:03``."""
+    """Elapsed time in whole seconds: ``0:07``, ``4:05``, ``1:02:03``."""
     minutes, rest = divmod(int(seconds), 60)
     return duration(float(int(seconds))) if minutes else f"0:{rest:02d}"
 

@@ -1,11 +1,11 @@
-"""How fast a run goes and how long it will take, computed from its folded events. Nothing is measured here."""
+"""The speed of a run and the time it has left, computed from its folded events. Measures nothing itself."""
 
 from storymem_dist.observe.run.state import RunState
 from storymem_dist.observe.run.values import Attempt, Rates, RowKey
 
 
 def rates(state: RunState, key: RowKey | None = None) -> Rates:
-    """Rates of one row, or of the whole run."""
+    """Return the rates of one row, or of the whole run."""
     rows = [state.rows[key]] if key is not None else list(state.rows.values())
     attempts = [a for a in state.attempts() if key is None or a.row == key]
     finished = [a for a in attempts if a.outcome == "finished"]
@@ -31,7 +31,7 @@ def rates(state: RunState, key: RowKey | None = None) -> Rates:
 
 
 def seconds_left(state: RunState) -> float | None:
-    """Estimate of the time until the batch is done; None before the first clip.
+    """Estimate the seconds until the batch is done; None before the first clip.
 
     The larger of: all remaining shots spread over the live replicas, and the longest remaining chain, both at the
     mean time of the clips so far.

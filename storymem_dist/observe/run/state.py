@@ -1,22 +1,21 @@
-"""What a run looks like, folded from its events: the one reading of them that console, W&B, summary and report share.
+"""The state of a run, folded from its events, as console, W&B, summary and report all use it.
 
-``RunState.apply`` takes stamped events, of any number of writers, roughly in order of time, and keeps what is needed to
-say who does what, what is done and what failed; ``rates`` says how fast. One class in one module, since nearly every
-event touches rows, attempts and shots at once; their values are in ``values``. Knows the events and nothing of files,
-terminals or services.
+``RunState.apply`` takes stamped events of any number of writers, roughly in order of time. It is one class because
+nearly every event changes rows, attempts and shots at once. Their types are in ``values``, speeds in ``rates``. Knows
+events; nothing of files, terminals or services.
 """
 
 from dataclasses import replace
 
-from storymem_dist import events as ev
+import storymem_dist.events as ev
 from storymem_dist.observe.run.values import Attempt, Failure, Row, RowKey, ShotState, Span, Start, StoryState
 
 SILENCE_SECONDS = 60.0
-"""A replica that says nothing for so long leaves its row to the next job (system samples come more often)."""
+"""The next job continues the row of a replica that sent nothing for this long (system samples come more often)."""
 
 
 class RunState:
-    """Everything that the events so far say about a run."""
+    """What is known of a run from its events so far."""
 
     def __init__(self) -> None:
         self.run_id = ""
@@ -41,12 +40,12 @@ class RunState:
     @property
     def num_shots(self) -> int:
         """Shots of the whole batch, as far as known."""
-        told = sum(max(story.num_shots, len(story.shots)) for story in self.stories.values())
-        return max(told, self.announced_shots)
+        known = sum(max(story.num_shots, len(story.shots)) for story in self.stories.values())
+        return max(known, self.announced_shots)
 
     @property
     def up_seconds(self) -> float:
-        """Time during which at least one replica was up: without the pauses between a stop and a restart."""
+        """Seconds during which at least one replica was up: without the pauses between a stop and a restart."""
         seconds, reached = 0.0, 0.0
         for start, end in sorted((s.start, s.last_seen) for row in self.rows.values() for s in row.starts):
             seconds += max(0.0, end - max(start, reached))
@@ -62,7 +61,7 @@ class RunState:
         return [a for story in self.stories.values() for shot in story.shots.values() for a in shot.attempts]
 
     def with_scores(self, event: ev.MemoryDecided) -> ev.MemoryDecided:
-        """Give a decision about a keyframe of the bank the scores with which that keyframe was once kept."""
+        """Return a decision about a keyframe of the bank with the scores that the keyframe had when it was kept."""
         if event.verdict not in ("recalled", "evicted") or event.slot is None:
             return event
         kept = self.keyframe_scores.get((event.story_id, event.source_shot_index, event.slot))
@@ -77,12 +76,12 @@ class RunState:
         )
 
     def row_label(self, key: RowKey) -> str:
-        """``replica 0``, or ``job 2 replica 0`` where several jobs worked at once."""
+        """``replica 0``, or ``job 2 replica 0`` if several jobs worked at the same time."""
         name, replica = key
         return f"{name} replica {replica}" if name else f"replica {replica}"
 
     def newest_start(self, job: str, replica: int) -> Start | None:
-        """The last start of a replica of ``job``."""
+        """The last start of a replica of ``job``; None if there is none."""
         starts = [
             start
             for row in self.rows.values()
@@ -94,7 +93,7 @@ class RunState:
     # -- folding -------------------------------------------------------------------------------------------------------
 
     def apply(self, stamped: ev.StampedEvent) -> None:
-        """Take one more event into account."""
+        """Apply one event."""
         now, event = stamped.wall_time, stamped.event
         self.num_events += 1
         self.first_time = now if self.first_time is None else min(self.first_time, now)
@@ -155,45 +154,45 @@ class RunState:
         row = self.rows.setdefault(key, Row(key=key))
         newest = row.starts[-1] if row.starts else None
         if newest is not None and newest.writer != stamped.writer and stamped.wall_time > newest.start:
-            return self._part_rows(stamped, row)
+            return self._split_row(stamped, row)
         return row
 
     def _new_row(self, stamped: ev.StampedEvent) -> Row:
-        """A row that is named apart from those of other jobs with the same replica number."""
+        """Create a row whose name differs from those of other jobs with the same replica number."""
         number = sum(replica == stamped.replica for _, replica in self.rows)
         key = (f"job {number + 1}" if number else "", stamped.replica)
         self._row_of_writer[stamped.writer] = key
         return self.rows.setdefault(key, Row(key=key))
 
-    def _row_to_go_on_in(self, job: str, replica: int, now: float) -> Row | None:
-        """The row of an earlier start of the same job, else one that its job has left."""
+    def _row_to_continue(self, job: str, replica: int, now: float) -> Row | None:
+        """The row of an earlier start of the same job, else one whose job has ended or is silent."""
         rows = [row for key, row in sorted(self.rows.items()) if key[1] == replica]
         for row in rows:
             if row.starts and row.starts[-1].job.job == job:
                 return row
         return next((row for row in rows if row.is_over or now - row.last_seen > SILENCE_SECONDS), None)
 
-    def _part_rows(self, stamped: ev.StampedEvent, row: Row) -> Row:
-        """Give a writer a row of its own: it still speaks although its row has a newer start.
+    def _split_row(self, stamped: ev.StampedEvent, row: Row) -> Row:
+        """Move a writer to its own row: it still sends events although its row has a newer start.
 
-        So the newer start was no restart, but a second job on the same folder that goes by the same name (jobs that
-        people start by hand have none).
+        So the newer start was not a restart but a second job on the same folder with the same name (jobs that people
+        start by hand have none).
         """
         own = [start for start in row.starts if start.writer == stamped.writer]
-        parted = self._new_row(stamped)
-        parted.starts.extend(own)
+        separate = self._new_row(stamped)
+        separate.starts.extend(own)
         row.starts = [start for start in row.starts if start.writer != stamped.writer]
         attempts = sorted((a for a in self.attempts() if a.writer == stamped.writer), key=lambda a: a.start)
         for attempt in attempts:
-            attempt.row = parted.key
+            attempt.row = separate.key
             row.num_finished -= attempt.outcome == "finished"
-            parted.num_finished += attempt.outcome == "finished"
-        for attempt in attempts[-2:]:  # the last ones, one rendered and one saved, may only seem to have ended
+            separate.num_finished += attempt.outcome == "finished"
+        for attempt in attempts[-2:]:  # the last two may have been marked ended by mistake
             if attempt.outcome == "interrupted":
-                parted.saving, parted.attempt = parted.attempt, attempt
+                separate.saving, separate.attempt = separate.attempt, attempt
                 attempt.outcome, attempt.end = "running", None
                 self._shot(attempt.started.story_id, attempt.started.shot_id).status = "running"
-        return parted
+        return separate
 
     def _see(self, stamped: ev.StampedEvent) -> None:
         key = self._row_of_writer.get(stamped.writer)
@@ -206,11 +205,11 @@ class RunState:
 
     def _job_started(self, stamped: ev.StampedEvent, event: ev.JobStarted) -> None:
         now = stamped.wall_time
-        row = self._row_to_go_on_in(event.job, stamped.replica, now)
+        row = self._row_to_continue(event.job, stamped.replica, now)
         if row is None:
             row = self._new_row(stamped)
         self._row_of_writer[stamped.writer] = row.key
-        if not row.starts or row.starts[-1].start <= now:  # else an earlier start that is heard of late
+        if not row.starts or row.starts[-1].start <= now:  # else an earlier start whose event arrives late
             self._close_open(row, "interrupted", row.last_seen)
         row.starts.append(Start(writer=stamped.writer, job=event, start=now, last_seen=now))
         row.starts.sort(key=lambda start: start.start)
@@ -229,7 +228,7 @@ class RunState:
                 start.outcome = event.outcome
 
     def _close_open(self, row: Row, outcome: str, when: float) -> None:
-        """End what the row had under way when its process ended."""
+        """End the open attempts and stages of a row whose process has ended."""
         for attempt in (row.saving, row.attempt):
             if attempt is not None:
                 self._interrupt(row, attempt, outcome, when)
@@ -237,7 +236,7 @@ class RunState:
         row.weights.clear()
 
     def _interrupt(self, row: Row, attempt: Attempt, outcome: str, when: float) -> None:
-        """End an attempt that did not come to its own end."""
+        """End an attempt that neither finished nor failed."""
         self._end_attempt(row, attempt, outcome, when)
         shot = self._shot(attempt.started.story_id, attempt.started.shot_id)
         if shot.last is attempt:
@@ -267,7 +266,7 @@ class RunState:
         return shots.setdefault(shot_id, ShotState(story_id=story_id, shot_id=shot_id))
 
     def _attempt(self, row: Row, story_id: str, shot_id: str) -> Attempt | None:
-        """The row's attempt at this shot that is under way: rendered, or saved while another is rendered."""
+        """The row's open attempt at this shot: being rendered, or being saved while another is rendered."""
         for attempt in (row.attempt, row.saving):
             if attempt is not None and (attempt.started.story_id, attempt.started.shot_id) == (story_id, shot_id):
                 return attempt

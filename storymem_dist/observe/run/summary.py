@@ -1,6 +1,6 @@
 """The summary of a run: what is done, how fast it went, what failed, as tables for a terminal.
 
-Built from the events of a run folder alone, so that it says the same during a run, after it, and after a crash.
+Built from the events of a run folder alone, so it works during a run, after it, and after a crash. Knows no records.
 """
 
 from pathlib import Path
@@ -16,7 +16,7 @@ from storymem_dist.observe.run.rates import rates
 from storymem_dist.observe.run.state import RunState
 
 MAX_ROWS = 40
-"""Replicas and failures shown before the rest is only counted."""
+"""Replicas and failures that are listed; the others are only counted."""
 
 
 def load_run_state(run_folder: Path) -> RunState:
@@ -47,9 +47,9 @@ def _headline(state: RunState) -> Text:
     text.append(f"{stories_done} of {fmt.count(num_stories, 'story', 'stories')} done", style="bold")
     text.append(f" · {fmt.count(rendered, 'shot')} rendered")
     if known:
-        text.append(f" · {known} already there")
+        text.append(f" · {known} already committed")
     if resumed:
-        text.append(f" · {resumed} resumed inside")
+        text.append(f" · {resumed} resumed from a checkpoint")
     text.append(f" · {failed} failed", style="bold red" if failed else "")
     text.append(f" · {fmt.duration(state.up_seconds)}")
     if speed.clips_per_gpu_hour is not None:

@@ -1,7 +1,7 @@
 """Small JPEGs of keyframes and clip frames of a run folder, for tables and reports.
 
-Everything that cannot be read (a clip that is not written yet, a folder that was cleaned up) is simply None: a missing
-thumbnail never stops a table. Knows image and video files; nothing of events.
+What cannot be read (a clip that is not written yet, a folder that was cleaned up) is None: a missing thumbnail never
+stops a table. Knows image and video files; nothing of events.
 """
 
 import io
@@ -15,7 +15,7 @@ JPEG_QUALITY = 80
 
 
 class Thumbnails:
-    """Makes and remembers thumbnails, as JPEG bytes, ``height`` pixels high. Paths are relative to ``run_folder``."""
+    """Makes and caches thumbnails, as JPEG bytes, ``height`` pixels high. Paths are relative to ``run_folder``."""
 
     def __init__(self, run_folder: Path, height: int) -> None:
         self._run_folder = run_folder
@@ -24,7 +24,7 @@ class Thumbnails:
         self._frames: dict[tuple[str, int], bytes] = {}
 
     def image(self, path: str) -> bytes | None:
-        """Return the thumbnail of an image file."""
+        """Return the thumbnail of an image file, None if it cannot be read."""
         if path not in self._images:
             try:
                 with Image.open(self._run_folder / path) as image:

@@ -1,19 +1,19 @@
-"""The parts of a run as ``run_state.py`` keeps them: stories, shots, attempts, and rows of time. Plain values.
+"""The values that ``state`` keeps: stories, shots, attempts, and rows of time. Knows nothing of how events change them.
 
-Words: a *row* is one replica over all its starts (a later job goes on in the rows that an earlier one has left); an
-*attempt* is one try at a shot by one writer.
+Words: a *row* is one replica over all its starts (a later job continues the rows of an earlier one); an *attempt* is
+one try at a shot by one writer.
 """
 
 from collections import deque
 from dataclasses import dataclass, field
 
-from storymem_dist import events as ev
+import storymem_dist.events as ev
 
 RECENT_STEPS = 8
-"""How many steps the shown seconds-per-step look back."""
+"""Number of last steps over which the shown seconds per step are averaged."""
 
 RowKey = tuple[str, int]
-"""Replica number, and before it the name that tells jobs apart that share the folder: empty for the first of them."""
+"""Job name and replica number. The name distinguishes jobs that share the folder; it is empty for the first one."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -31,9 +31,9 @@ class Span:
 class Attempt:
     """One try at a shot.
 
-    ``outcome``: ``running``, ``finished``, ``failed``, ``stopped`` (on request) or ``interrupted`` (its process went
-    away). ``step`` counts finished steps; those up to ``resumed_step`` came from a checkpoint. ``is_rendered``: it is
-    being saved, so another attempt of its row may begin.
+    ``outcome``: ``running``, ``finished``, ``failed``, ``stopped`` (on request) or ``interrupted`` (its process
+    ended). ``step`` counts finished steps; those up to ``resumed_step`` came from a checkpoint. ``is_rendered``: it is
+    being saved, so the next attempt of its row may begin.
     """
 
     started: ev.ShotStarted
@@ -146,14 +146,14 @@ class Row:
 
     @property
     def stage(self) -> str:
-        """The innermost stage that goes on now, or an empty string; what is done beside a shot does not count."""
+        """The innermost stage under way, or an empty string; stages of a shot in the background do not count."""
         attempt = self.attempt
         spans = [s for s in self.open_spans if attempt is None or s.story_id is None or attempt.owns(s)]
         return spans[-1].kind if spans else ""
 
     @property
     def is_over(self) -> bool:
-        """Whether the newest start said that it is finished."""
+        """Whether the newest start has reported its end."""
         return bool(self.starts) and self.starts[-1].outcome != ""
 
     @property
@@ -163,18 +163,18 @@ class Row:
 
     @property
     def alive_seconds(self) -> float:
-        """Time its processes were up, all starts together."""
+        """Seconds that its processes ran, over all starts."""
         return sum(start.last_seen - start.start for start in self.starts)
 
     @property
     def device_seconds(self) -> float:
-        """The same, times the devices of each start."""
+        """``alive_seconds``, each start times its devices."""
         return sum((start.last_seen - start.start) * start.job.num_devices for start in self.starts)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Failure:
-    """A shot's failed attempt, or a storyboard that was refused (then ``shot_id`` is empty)."""
+    """A shot's failed attempt, or a rejected storyboard (then ``shot_id`` is empty)."""
 
     wall_time: float
     story_id: str
@@ -186,12 +186,12 @@ class Failure:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rates:
-    """How fast it went. None: cannot be known from the events that are there.
+    """Speed of a row or a run. None: the events do not show it.
 
     ``clips_per_gpu_hour`` counts finished attempts over all device time, loading and waiting included.
     ``tokens_per_second`` counts the tokens of one forward once per step, as ``ShotStarted.num_tokens`` gives them.
-    ``flop_utilisation`` is over denoising time and the devices' bf16 peak; steps that the step cache answered count as
-    no work. ``reuse_ratio`` is the share of such steps.
+    ``flop_utilisation`` is relative to denoising time and the devices' bf16 peak; reused steps (taken from the step
+    cache) count as no work. ``reuse_ratio`` is the share of reused steps.
     """
 
     num_clips: int

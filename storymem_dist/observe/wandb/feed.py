@@ -1,14 +1,15 @@
-"""One Weights & Biases run, fed from the event files of one run folder. The only module that imports wandb.
+"""Feeds one Weights & Biases run from the event files of one run folder.
 
-Everything logged is a function of the events so far: axes count events, not calls. A feed that starts again folds what
-it logged before (``wandb/feed.json`` says how far that was) and goes on behind it, with the same run id.
+Only this module and ``media`` import wandb.
+
+Everything logged is a function of the events so far: axes count events, not calls. A restarted feed folds the events
+that it has logged before (up to the position in ``wandb/feed.json``) and continues after them, with the same run id.
 
 Series and their axes: ``step/*`` over ``step/done`` (finished denoising steps of the run), ``shot/*`` over
 ``shot/done``, ``replica_N/*`` over ``replica_N/steps_done``, and ``run/*``, ``system/*``, ``weights/*`` and
 ``throughput/*`` over ``run/elapsed_seconds``. Tables: ``memory_frames``, ``failures``, ``story/ID``.
 
-Knows W&B and the events; ``feeder.py`` decides when and where it runs. Everything that W&B is told is here, so that no
-other module depends on its interface.
+Knows W&B and the events; ``process`` decides when and where it runs, ``media`` makes tables and pictures.
 """
 
 import contextlib
@@ -23,7 +24,8 @@ from typing import Any, Literal
 import wandb
 import yaml
 
-from storymem_dist import events as ev
+import storymem_dist.events as ev
+from storymem_dist.files import write_bytes
 from storymem_dist.observe.journal import JournalTail
 from storymem_dist.observe.run.files import RunFiles
 from storymem_dist.observe.run.rates import rates
@@ -33,7 +35,7 @@ from storymem_dist.observe.settings import WandbSettings
 from storymem_dist.observe.wandb.media import Media
 
 TABLE_GROWTH = 1.5
-"""The memory table is logged anew when it has grown by this factor: the work stays linear in its size."""
+"""The memory table is logged again when it has grown by this factor: the total work stays linear in its size."""
 
 FIRST_TABLE_ROWS = 20
 
@@ -41,10 +43,10 @@ FIRST_TABLE_ROWS = 20
 class WandbFeed:
     """Feeds one W&B run from one run folder.
 
-    ``mode`` is ``online`` or ``offline``; an online run that cannot be opened is kept offline and ``warnings`` says so.
-    ``process_id`` is the process whose CPU and GPU use W&B's own system metrics show. ``poll`` logs what is new and
-    returns how many events that were; ``finish`` logs the tables and the summary and ends the run. Raises
-    ``RunFolderError`` when the folder is not a run folder.
+    ``mode`` is ``online`` or ``offline``; an online run that cannot be opened is kept offline (see ``warnings``).
+    ``process_id`` is the process whose CPU and GPU use W&B's own system metrics show. ``poll`` logs new events and
+    returns their number; ``finish`` logs the tables and the summary and ends the run. Raises ``RunFolderError`` when
+    the folder is not a run folder.
     """
 
     def __init__(self, run_folder: Path, settings: WandbSettings, *, mode: str, process_id: int | None = None) -> None:
@@ -111,7 +113,7 @@ class WandbFeed:
         )
 
     def _config(self) -> dict[str, Any]:
-        """The newest resolved configuration of the run folder; it is there when the first shot begins."""
+        """The newest resolved configuration of the run folder; it exists when the first shot begins."""
         self._config_hash, text = self._files.newest_config()
         config: dict[str, Any] = {}
         with contextlib.suppress(yaml.YAMLError):
@@ -137,7 +139,7 @@ class WandbFeed:
     # -- events --------------------------------------------------------------------------------------------------------
 
     def poll(self) -> int:
-        """Log everything that is new in the event files; returns the number of events."""
+        """Log all new events of the event files; returns their number."""
         num_new = 0
         while events := self._tail.poll():
             for stamped in events:
@@ -199,9 +201,9 @@ class WandbFeed:
                 self._log({"run/elapsed_seconds": elapsed, **self._sample_values(event, replica)})
 
     def _job_started(self, event: ev.JobStarted) -> None:
-        told: dict[str, Any] = {"versions": dict(event.versions), "device": event.device, "layout": event.layout}
-        told |= {"job": event.job, "num_replicas": event.num_replicas, "num_devices_per_replica": event.num_devices}
-        self._run.config.update(told, allow_val_change=True)
+        values: dict[str, Any] = {"versions": dict(event.versions), "device": event.device, "layout": event.layout}
+        values |= {"job": event.job, "num_replicas": event.num_replicas, "num_devices_per_replica": event.num_devices}
+        self._run.config.update(values, allow_val_change=True)
 
     def _step_values(self, event: ev.StepFinished, stamped: ev.StampedEvent, replica: str) -> dict[str, Any]:
         axis = f"{replica}/steps_done"
@@ -254,7 +256,7 @@ class WandbFeed:
         return values
 
     def _run_values(self, elapsed: float) -> dict[str, Any]:
-        """Figures over the whole run; left out while computing them would take more than a twentieth of the time."""
+        """Figures over the whole run; skipped while computing them would take more than a twentieth of the time."""
         last, cost = self._rates_cost
         began = time.monotonic()
         values: dict[str, Any] = {"run/elapsed_seconds": elapsed}
@@ -305,7 +307,7 @@ class WandbFeed:
         self._log(values)
 
     def finish(self) -> None:
-        """Log what is only known at the end, and end the W&B run (uploads are given the configured time)."""
+        """Log what is only known at the end, and end the W&B run (uploads may take the configured time)."""
         self.poll()
         if len(self._decisions) > self._rows_in_last_table:
             self._log_memory_table()
@@ -331,6 +333,4 @@ class WandbFeed:
 
     def _save_progress(self) -> None:
         values = {"logged": self._logged, "videos": self._media.num_videos, "row": self._row}
-        temporary = self._progress_file.with_suffix(".tmp")
-        temporary.write_text(json.dumps(values), encoding="utf-8")
-        temporary.replace(self._progress_file)
+        write_bytes(self._progress_file, json.dumps(values).encode())

@@ -41,7 +41,7 @@ FAILURE_COLUMNS = ("wall_time", "story", "shot", "stage", "reason", "tried_again
 
 
 class Media:
-    """Makes W&B media from one run folder. ``num_videos`` counts the videos so far, by kind; it is continued."""
+    """Makes W&B media from one run folder. ``num_videos`` counts the videos so far, by kind; ``video`` updates it."""
 
     def __init__(self, run_folder: Path, settings: WandbSettings, state: RunState, num_videos: dict[str, int]) -> None:
         self._run_folder = run_folder
@@ -51,7 +51,7 @@ class Media:
         self.num_videos = num_videos
 
     def video(self, kind: str, limit: int, path: str | None, caption: str) -> Any:
-        """The video as W&B media, or None when it is over a limit or not there."""
+        """The video as W&B media, or None if it exceeds a limit or is missing."""
         file = self._run_folder / path if path else None
         if file is None or not file.is_file() or file.stat().st_size > self._settings.max_video_mib * 2**20:
             return None
@@ -124,7 +124,7 @@ class Media:
         return table
 
     def _image(self, jpeg: bytes | None) -> Any:
-        """The thumbnail as W&B media. The files lie in the run folder, so that offline runs hold all they need."""
+        """The thumbnail as W&B media. Its file lies in the run folder, which offline runs are uploaded from."""
         if jpeg is None:
             return None
         folder = self._run_folder / "wandb" / "thumbnails"
@@ -135,7 +135,7 @@ class Media:
         return wandb.Image(str(path))
 
     def _memory_frames(self, decisions: Sequence[ev.MemoryDecided]) -> list[Any]:
-        """One image (or None) per memory row. Keyframes of the bank come first where images are limited."""
+        """One image (or None) per memory row. If images are limited, keyframes of the bank come first."""
         limit = self._settings.num_memory_images
         images: dict[tuple[str, int, int], Any] = {}
         by_clip: dict[str, list[int]] = {}

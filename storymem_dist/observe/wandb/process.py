@@ -1,17 +1,15 @@
-"""Where and when Weights & Biases is fed: in a child process, from the event files, one feeder for each run folder.
+"""Feeds Weights & Biases in a child process, from the event files, with one active feeder for each run folder.
 
-``WandbProcess`` is the back end in the render's process: it starts the feeder and ends it, and nothing else. So nothing
-that W&B does, waits for or breaks can reach a render, and because the feeder reads files, the events of all replicas,
-nodes and joined jobs reach the one W&B run. Each job starts a feeder; one of them holds the folder, the others stand by
-and take over when it ends.
+``WandbProcess`` is the back end in the render's process: it only starts and ends the feeder, so no fault of W&B can
+reach a render. The feeder reads files, so the events of all replicas, nodes and joined jobs reach the same W&B run.
+Each job starts a feeder; one of them holds the folder's lock, the others wait and take over when it ends.
 
-By hand, ``python -m storymem_dist.observe.wandb.process RUN`` feeds a run that has ended, or that was rendered where
-there is no network. Knows processes and locks; what is logged is ``wandb.py``'s business.
+Started by hand, ``python -m storymem_dist.observe.wandb.process RUN`` feeds a run that has ended or was rendered
+without network. Knows processes and locks; ``feed`` decides what is logged.
 """
 
 import argparse
 import contextlib
-import fcntl
 import json
 import netrc
 import os
@@ -24,42 +22,48 @@ from dataclasses import asdict
 from pathlib import Path
 from urllib.parse import urlparse
 
-import storymem_dist
-from storymem_dist import events as ev
+from filelock import FileLock, Timeout
+
+import storymem_dist.events as ev
 from storymem_dist.errors import StoryMemError
 from storymem_dist.observe.journal import JournalWriter, new_writer_id
 from storymem_dist.observe.observers import Observers
 from storymem_dist.observe.run.files import RunFiles
 from storymem_dist.observe.settings import WandbSettings
+from storymem_dist.resources import PACKAGE_FOLDER
 
 GRACE_SECONDS = 20.0
-"""Time that a feeder gets beyond W&B's own for reading the last events and writing the tables."""
+"""Time that a feeder has, in addition to W&B's own, to read the last events and write the tables."""
 
 
 def choose_mode(mode: str, environment: Mapping[str, str] = os.environ) -> str:
     """Return ``online``, ``offline`` or ``off`` for the setting ``mode``.
 
-    ``auto`` follows ``WANDB_MODE`` if that is set, else is online exactly when an API key is at hand.
+    ``auto`` follows ``WANDB_MODE`` if that is set, else is online if an API key is found and offline if not.
     """
     if mode != "auto":
         return mode
-    told = environment.get("WANDB_MODE", "")
-    if told:
-        return {"online": "online", "disabled": "off"}.get(told, "offline")
+    asked = environment.get("WANDB_MODE", "")
+    if asked:
+        return {"online": "online", "disabled": "off"}.get(asked, "offline")
+    return "online" if has_api_key(environment) else "offline"
+
+
+def has_api_key(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether W&B finds an API key: in the environment, or in the netrc file for its server."""
     if environment.get("WANDB_API_KEY") or environment.get("WANDB_IDENTITY_TOKEN_FILE"):
-        return "online"
+        return True
     host = urlparse(environment.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
     with contextlib.suppress(OSError, netrc.NetrcParseError):
-        if netrc.netrc(environment.get("NETRC")).authenticators(host):
-            return "online"
-    return "offline"
+        return netrc.netrc(environment.get("NETRC")).authenticators(host) is not None
+    return False
 
 
 class WandbProcess:
     """The back end in the rendering process: starts the feeder as a child process, and ends it.
 
     Events reach the feeder through the event files, so ``handle`` has nothing to do. A feeder that dies is reported
-    once; the render does not notice.
+    once; the render continues.
     """
 
     name = "Weights & Biases"
@@ -70,7 +74,7 @@ class WandbProcess:
         folder.mkdir(exist_ok=True)
         self._log_file = folder / "feed.log"
         self._close_seconds = settings.finish_timeout_seconds + GRACE_SECONDS
-        package_parent = str(Path(storymem_dist.__file__).parent.parent)
+        package_parent = str(PACKAGE_FOLDER.parent)
         path = os.pathsep.join(filter(None, (package_parent, os.environ.get("PYTHONPATH"))))
         command = [sys.executable, "-m", __spec__.name, str(run_folder)]
         command += ["--settings", json.dumps(asdict(settings)), "--follow", "--process-id", str(os.getpid())]
@@ -81,11 +85,11 @@ class WandbProcess:
                 stdout=log,
                 stderr=log,
                 env={**os.environ, "PYTHONPATH": path},
-                start_new_session=True,  # Ctrl-C in the terminal is for the render; the feeder ends when its input does
+                start_new_session=True,  # Ctrl-C is for the render; the feeder ends when its standard input closes
             )
 
     def handle(self, stamped: ev.StampedEvent) -> None:
-        """Nothing: the feeder reads the event files."""
+        """Do nothing: the feeder reads the event files."""
 
     def tick(self) -> None:
         """Raise ``RuntimeError`` when the feeder has died."""
@@ -94,7 +98,7 @@ class WandbProcess:
             raise RuntimeError(f"its feeder ended with exit code {code}; see {self._log_file}")
 
     def close(self) -> None:
-        """Let the feeder finish; kill it when it takes longer than its time."""
+        """Let the feeder finish; kill it after its time limit. Raises as ``tick`` does."""
         if self._process.stdin is not None:
             with contextlib.suppress(OSError):
                 self._process.stdin.close()
@@ -106,22 +110,15 @@ class WandbProcess:
         self.tick()
 
 
-class _FolderLock:
-    """Held by the one feeder that works on a folder; freed by the system when its process ends, however it ends."""
-
-    def __init__(self, path: Path) -> None:
-        path.parent.mkdir(exist_ok=True)
-        self._file = path.open("a")
-
-    def take(self) -> bool:
-        """Try to take it. A file system without locks lets everyone have it."""
-        try:
-            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):  # both mean that another process has it
-            return False
-        except OSError:
-            return True
+def _is_taken(lock: FileLock) -> bool:
+    """Try to take the lock; return whether another process holds it. False on a file system without locks."""
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
         return True
+    except OSError:
+        return False
+    return False
 
 
 def feed(
@@ -129,7 +126,7 @@ def feed(
 ) -> None:
     """Feed W&B until ``should_finish`` is set and everything in the event files is logged.
 
-    Stands by without touching W&B while another feeder works on the folder.
+    Waits without using W&B while another feeder holds the folder's lock.
 
     Raises:
         RunFolderError: not a run folder.
@@ -142,11 +139,11 @@ def feed(
     Path(os.environ["WANDB_DATA_DIR"]).mkdir(parents=True, exist_ok=True)
     if mode == "offline":
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-    lock = _FolderLock(run_folder / "wandb" / "feed.lock")
-    while not lock.take():
+    lock = FileLock(run_folder / "wandb" / "feed.lock")  # held until this process ends, however it ends
+    while _is_taken(lock):
         if should_finish.wait(settings.poll_interval_seconds):
             return
-    from storymem_dist.observe.wandb.feed import WandbFeed  # costs a second: not for feeders that stand by
+    from storymem_dist.observe.wandb.feed import WandbFeed  # takes a second; a waiting feeder does not need it
 
     feeder = WandbFeed(run_folder, settings, mode=mode, process_id=process_id)
     for warning in feeder.warnings:
@@ -157,14 +154,14 @@ def feed(
 
 
 def _warn(run_folder: Path, message: str) -> None:
-    """Put a warning into the event files, where consoles and reports see it."""
+    """Write a warning to the event files, which consoles and reports read."""
     writer = new_writer_id(0, suffix="wandb")
     with Observers(journal=JournalWriter(run_folder / "events", writer), writer=writer) as observers:
         observers.notify(ev.WarningIssued(message=message, source="observe.wandb"))
 
 
 def _wait_for_end_of_input(finished: threading.Event) -> None:
-    """Set ``finished`` when standard input ends: the parent closed it, or is gone."""
+    """Set ``finished`` when standard input ends: the parent closed it or has ended."""
     with contextlib.suppress(OSError):
         while os.read(0, 4096):  # not sys.stdin, whose lock would be held when the interpreter ends
             pass
@@ -176,12 +173,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m storymem_dist.observe.wandb.process", description=main.__doc__)
     parser.add_argument("run_folder", type=Path)
     parser.add_argument("--settings", type=json.loads, default={}, help="JSON object of tracking.wandb settings")
-    parser.add_argument("--follow", action="store_true", help="go on until standard input ends")
+    parser.add_argument("--follow", action="store_true", help="continue until standard input ends")
     parser.add_argument("--process-id", type=int, help="process whose system metrics are recorded")
     given = parser.parse_args(arguments)
     finished = threading.Event()
     if given.follow:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what the render does when it is told to stop must be logged too
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the render's last events after a SIGTERM must be logged too
         os.nice(10)
         threading.Thread(target=_wait_for_end_of_input, args=(finished,), daemon=True).start()
     else:

@@ -20,12 +20,12 @@ def test_a_fingerprint_depends_on_every_input_and_on_the_predecessor_but_not_on_
 
 
 def test_a_fingerprint_is_the_same_in_every_release_until_its_format_changes() -> None:
-    """Run folders of last week must resume: this value may change only together with FINGERPRINT_FORMAT."""
+    """Run folders of earlier versions must resume: this value changes only with FINGERPRINT_FORMAT."""
     value = fingerprint({"prompt": "naïve “quotes”", "seed": 7, "sizes": {"height": 480, "ratio": 0.875}}, "ab")
     assert value == "6bf60dbb3daaba65de2f1dd2022c585af4e65581022bd46b204d838ad4c6ef31"
 
 
-def test_differences_are_told_in_words() -> None:
+def test_differences_are_described_in_words() -> None:
     before = {"prompt": "a cat", "seed": 3, "sampler": {"steps": 40, "shift": 4.0}, "gone": 1}
     after = {"prompt": "a dog", "seed": 3, "sampler": {"steps": 20, "shift": 4.0}, "new": [1]}
     assert differences(before, after) == [
@@ -37,7 +37,7 @@ def test_differences_are_told_in_words() -> None:
     assert differences(before, before) == []
 
 
-def test_long_values_are_cut_and_told_apart_only_when_that_shows() -> None:
+def test_long_values_are_cut_and_shown_only_where_they_differ() -> None:
     phrases = differences({"prompt": "x" * 500}, {"prompt": "x" * 500 + "y"})
     assert phrases == ["prompt changed"]
 

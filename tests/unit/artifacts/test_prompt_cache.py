@@ -1,4 +1,4 @@
-"""Prompt embeddings on disk: found by content, whole or not at all."""
+"""Prompt embeddings on disk: found by content, complete or not at all."""
 
 import threading
 from dataclasses import dataclass
@@ -86,7 +86,7 @@ def test_a_write_that_fails_leaves_no_entry_and_no_litter(cache: PromptCache, mo
     assert list(cache.path("A fox.").parent.iterdir()) == []
 
 
-def test_writers_and_readers_of_one_entry_never_meet_half_a_file(cache: PromptCache) -> None:
+def test_writers_and_readers_of_one_entry_never_see_half_a_file(cache: PromptCache) -> None:
     problems: list[str] = []
 
     def write(fill: float) -> None:

@@ -22,7 +22,7 @@ def test_equal_shots_differ_in_timing_and_host_only() -> None:
 
 
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(ShotRecord)])
-def test_a_record_that_lacks_a_part_is_damaged_and_says_which(field: str) -> None:
+def test_a_record_that_lacks_a_part_is_damaged_and_the_message_names_it(field: str) -> None:
     value = json.loads(make_record().to_json())
     del value[field]
     with pytest.raises(DamagedRecord, match=f"lacks.*{field}"):
@@ -43,7 +43,9 @@ def test_a_record_that_lacks_a_part_is_damaged_and_says_which(field: str) -> Non
         ({"host": {"attempt_id": "../elsewhere"}}, "outside its folder"),
     ],
 )
-def test_a_record_with_a_wrong_part_is_damaged_and_says_why(changes: dict[str, object], message: str) -> None:
+def test_a_record_with_a_wrong_part_is_damaged_and_the_message_names_it(
+    changes: dict[str, object], message: str
+) -> None:
     value = json.loads(make_record().to_json())
     with pytest.raises(DamagedRecord, match=message):
         ShotRecord.from_json(value | changes)

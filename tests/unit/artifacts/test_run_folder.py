@@ -5,26 +5,26 @@ from pathlib import Path
 
 import pytest
 
-from storymem_dist.artifacts.run_folder import MARKER, Failure, RunFolder, shot_ids
+from storymem_dist.artifacts.run_folder import MARKER, FailureRecord, RunFolder, shot_ids
 from storymem_dist.errors import RunFolderError
 from tests.helpers.fake_renderer import make_story
 
 
-def make_failure(**changes: object) -> Failure:
+def make_failure(**changes: object) -> FailureRecord:
     values = {
         "story_id": "ocean.v2",
         "shot_id": "shot_03",
         "fingerprint": "ab" * 32,
         "reason": "latents are not finite",
-        "error_type": "ShotFailed",
+        "error_type": "ShotError",
         "is_final": True,
         "low_memory": False,
         "job_id": "job",
     }
-    return Failure(**(values | changes))  # type: ignore[arg-type]
+    return FailureRecord(**(values | changes))  # type: ignore[arg-type]
 
 
-def test_making_the_object_touches_nothing_and_opening_twice_gives_the_same_run(tmp_path: Path) -> None:
+def test_creating_the_object_touches_nothing_and_opening_twice_gives_the_same_run(tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "deep" / "run")
     assert not run.root.exists()
     assert run.open() == RunFolder(run.root).open() == run.run_id()
@@ -55,7 +55,7 @@ def test_a_folder_with_other_things_is_refused_and_left_alone(tmp_path: Path) ->
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
-def test_what_launchers_put_into_a_folder_first_does_no_harm(tmp_path: Path) -> None:
+def test_a_folder_may_hold_what_launchers_put_there_first(tmp_path: Path) -> None:
     for name in ("logs", ".hydra"):
         (tmp_path / name).mkdir()
     (tmp_path / "STOP").touch()
@@ -94,8 +94,10 @@ def test_a_file_system_without_hard_links_is_refused_with_its_reason(
 def test_a_seed_is_drawn_once_per_name_and_run(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     run.open()
+    assert run.known_seed("all_stories") is None and not (tmp_path / "seeds").exists()
     seed = run.drawn_seed("all_stories")
     assert 0 <= seed < 2**31
+    assert run.known_seed("all_stories") == seed
     assert RunFolder(tmp_path).drawn_seed("all_stories") == seed
     others = {run.drawn_seed(f"story_{number}") for number in range(4)}
     assert len(others | {seed}) == 5
@@ -111,7 +113,7 @@ def test_a_forced_rerender_counts_once_per_request(tmp_path: Path) -> None:
     assert run.rerender_generations() == {("ocean.v2", "shot_03"): 2, ("ocean", "shot_01"): 1}
 
 
-def test_failures_are_kept_replaced_and_forgotten(tmp_path: Path) -> None:
+def test_failure_marks_are_written_replaced_and_removed(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     run.open()
     failure = make_failure()
@@ -142,14 +144,14 @@ def test_a_storyboard_snapshot_is_written_when_it_changes(tmp_path: Path) -> Non
     assert len(json.loads(path.read_text())["scenes"][0]["shots"]) == 3
 
 
-def test_the_end_is_written_with_its_details_and_can_be_taken_back(tmp_path: Path) -> None:
+def test_the_end_is_written_with_its_details_and_can_be_removed(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     run.open()
-    run.write_stop("stopped", reason="SIGTERM", job_id="7")
+    run.write_outcome("stopped", reason="SIGTERM", job_id="7")
     stop = json.loads((tmp_path / "stop.json").read_text())
     assert (stop["state"], stop["reason"], stop["job_id"]) == ("stopped", "SIGTERM", "7")
-    run.remove_stop()
-    run.remove_stop()
+    run.remove_outcome()
+    run.remove_outcome()
     assert not (tmp_path / "stop.json").exists()
 
 

@@ -55,14 +55,14 @@ def test_a_published_record_and_its_images_come_back(shot: ShotFolder) -> None:
     assert torch.equal(tail[1], read_png(shot.files_of(record) / "tail_1.png"))
 
 
-def test_the_second_attempt_loses_and_takes_its_files_away(shot: ShotFolder) -> None:
+def test_the_second_attempt_is_not_published_and_its_files_are_removed(shot: ShotFolder) -> None:
     first, second = save(shot), save(shot)
     assert shot.publish(first, may_publish=yes) and not shot.publish(second, may_publish=yes)
     assert shot.read_record(FINGERPRINT) == first
     assert not shot.files_of(second).exists() and shot.files_of(first).exists()
 
 
-def test_who_may_no_longer_publish_does_not(shot: ShotFolder) -> None:
+def test_an_attempt_without_its_lease_is_not_published(shot: ShotFolder) -> None:
     record = save(shot)
     assert not shot.publish(record, may_publish=lambda: False)
     assert not shot.is_committed(FINGERPRINT) and not shot.files_of(record).exists()

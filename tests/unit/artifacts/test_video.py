@@ -21,7 +21,7 @@ from storymem_dist.errors import ConfigError, RunFolderError
 
 
 def moving_clip(num_frames: int, height: int = 64, width: int = 96, shift: int = 0) -> Tensor:
-    """Smooth gradients that move: easy to compress, and every frame is another."""
+    """Smooth gradients that move: easy to compress, and every frame differs."""
     y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     frames = [
         torch.stack([x + 3 * i + shift, 2 * y + i, 128 + 0 * x]).clamp(0, 255).to(torch.uint8)
@@ -56,7 +56,7 @@ def test_pure_colours_keep_their_hue_in_the_players_matrix(tmp_path: Path) -> No
     assert (read_clip(tmp_path / "clip.mp4").float() - red.float()).abs().max() <= 4
 
 
-def test_the_file_says_sixteen_frames_per_second_h264_yuv420p_and_its_index_comes_first(tmp_path: Path) -> None:
+def test_the_file_has_16_frames_per_second_h264_yuv420p_and_its_index_first(tmp_path: Path) -> None:
     write_clip(tmp_path / "clip.mp4", moving_clip(81), 16, VideoSettings())
     with av.open(str(tmp_path / "clip.mp4")) as container:
         stream = container.streams.video[0]
@@ -93,14 +93,14 @@ def test_a_process_that_may_use_one_core_only_gives_the_same_bytes(tmp_path: Pat
 
 
 @pytest.mark.parametrize("codec", CODECS)
-def test_joined_clips_hold_exactly_the_frames_of_their_parts(tmp_path: Path, codec: str) -> None:
+def test_concatenated_clips_hold_exactly_the_frames_of_their_parts(tmp_path: Path, codec: str) -> None:
     lengths, paths = [81, 1, 80, 5, 76], []
     for number, length in enumerate(lengths):
         paths.append(tmp_path / f"{number}.mp4")
         write_clip(paths[-1], moving_clip(length, shift=20 * number), 16, VideoSettings(codec=codec, preset="fast"))
     assert concat_clips(paths, tmp_path / "story.mp4") == sum(lengths)
-    joined = read_clip(tmp_path / "story.mp4")
-    assert torch.equal(joined, torch.cat([read_clip(path) for path in paths]))
+    whole = read_clip(tmp_path / "story.mp4")
+    assert torch.equal(whole, torch.cat([read_clip(path) for path in paths]))
     with av.open(str(tmp_path / "story.mp4")) as container:
         stream = container.streams.video[0]
         ticks = sorted(packet.pts for packet in container.demux(stream) if packet.pts is not None)
@@ -109,7 +109,7 @@ def test_joined_clips_hold_exactly_the_frames_of_their_parts(tmp_path: Path, cod
         assert float(stream.duration * stream.time_base) == pytest.approx(sum(lengths) / 16)
 
 
-def test_joining_twice_gives_the_same_bytes(tmp_path: Path) -> None:
+def test_concatenating_twice_gives_the_same_bytes(tmp_path: Path) -> None:
     write_clip(tmp_path / "a.mp4", moving_clip(9), 16, VideoSettings())
     write_clip(tmp_path / "b.mp4", moving_clip(5), 16, VideoSettings())
     both = [tmp_path / "a.mp4", tmp_path / "b.mp4"]
@@ -119,12 +119,12 @@ def test_joining_twice_gives_the_same_bytes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("other", [{"size": (64, 64)}, {"fps": 24}, {"settings": VideoSettings(crf=40)}])
-def test_clips_that_do_not_go_together_are_refused_by_name(tmp_path: Path, other: dict[str, object]) -> None:
+def test_clips_that_do_not_match_are_refused_by_name(tmp_path: Path, other: dict[str, object]) -> None:
     height, width = other.get("size", (64, 96))
     write_clip(tmp_path / "a.mp4", moving_clip(5), 16, VideoSettings())
     clip = moving_clip(5, height, width)
     write_clip(tmp_path / "b.mp4", clip, other.get("fps", 16), other.get("settings", VideoSettings()))
-    with pytest.raises(RunFolderError, match=r"b\.mp4 cannot be joined"):
+    with pytest.raises(RunFolderError, match=r"b\.mp4 cannot be concatenated"):
         concat_clips([tmp_path / "a.mp4", tmp_path / "b.mp4"], tmp_path / "story.mp4")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.mp4", "b.mp4"], "nothing half-made is left"
 

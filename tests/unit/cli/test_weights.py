@@ -41,7 +41,7 @@ def test_inspect_names_a_base_model(tiny: TinyCheckpoint, capsys: pytest.Capture
     assert facts["high_noise"] == "147,200 parameters in 69 tensors (float32 100.0%)"
 
 
-def test_inspect_tells_the_scale_that_no_lora_file_says(
+def test_inspect_prints_the_scale_that_a_lora_file_does_not_store(
     tiny: TinyCheckpoint, capsys: pytest.CaptureFixture[str]
 ) -> None:
     facts = facts_of(tiny.lora_dir, capsys)[f"{MI2V}/backbone_high_noise.safetensors"]
@@ -109,8 +109,8 @@ def _not_a_state_dict(root: Path) -> None:
         (["inspect", "{root}/nothing"], None, "{root}/nothing: no such file or folder"),
         (["inspect", "{root}/google"], None, "{root}/google is not a Wan2.2-A14B folder"),
         (["inspect", "{root}/Wan2.1_VAE.pth"], _not_a_state_dict, "{root}/Wan2.1_VAE.pth: not a state dict (a list"),
-        (["verify", "{root}", "--hashes"], None, "{root}: there is nothing to compare hashes with"),
-        (["prepare", "{root}", "{root}/google"], None, "{root}/google: is there and holds something else"),
+        (["verify", "{root}", "--hashes"], None, "{root}: no hashes are known"),
+        (["prepare", "{root}", "{root}/google"], None, "{root}/google: exists and holds other files"),
         (
             ["prepare", "{root}", "{root}/x", "--storymem-lora", "{root}"],
             None,
@@ -195,7 +195,7 @@ def test_a_downloaded_checkpoint_loads_and_its_hashes_are_right(
         dit = WanDiT(checkpoint.dit_config)
     load_dit_weights(dit.to_empty(device="cpu"), checkpoint.expert("low_noise"))
     main(["verify", str(tmp_path / "I2V"), "--hashes"])
-    assert f"{len(files)} hashes are right, 0 files not there" in capsys.readouterr().out
+    assert f"{len(files)} hashes are right, 0 files are missing" in capsys.readouterr().out
 
 
 def test_the_published_list_has_what_a_renderer_needs() -> None:

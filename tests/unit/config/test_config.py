@@ -17,7 +17,6 @@ GROUPS = ("model", "sampler", "memory", "stories", "parallel", "tracking", "debu
 
 def compose_settings(*overrides: str) -> RenderConfig:
     register_schema()
-    OmegaConf.register_new_resolver("storymem_examples", lambda: str(CONF / "stories" / "examples"), replace=True)
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         return to_settings(compose("render", overrides=list(overrides)))
 
@@ -57,8 +56,8 @@ def test_groups_say_everything_that_the_schema_knows() -> None:
 def test_unknown_and_ill_typed_keys_are_refused_with_their_path(override: str, said: str) -> None:
     with pytest.raises(ConfigCompositionException) as caught:
         compose_settings(override)
-    told = f"{caught.value} {caught.value.__cause__}"
-    assert said in told
+    message = f"{caught.value} {caught.value.__cause__}"
+    assert said in message
 
 
 @pytest.mark.parametrize(
@@ -72,6 +71,7 @@ def test_unknown_and_ill_typed_keys_are_refused_with_their_path(override: str, s
         ("parallel.cfg=3", "parallel.cfg=3 is not allowed"),
         ("stories.max_shots=0", "stories.max_shots=0 is not allowed"),
         ("video.crf=99", "video.crf=99 is not allowed"),
+        ("debug.log_level=loud", "debug.log_level='loud' is not allowed; use one of: debug, info, warning, error"),
         ("model.loras=[{path: a, scale_rule: x}]", "model.loras.scale_rule='x' is not allowed"),
     ],
 )
@@ -79,6 +79,14 @@ def test_values_that_are_not_allowed_name_the_key_and_what_is(override: str, mes
     with pytest.raises(ConfigError) as caught:
         compose_settings(override)
     assert message in str(caught.value)
+
+
+def test_debug_verbose_makes_the_console_verbose_unless_it_is_set() -> None:
+    verbose = compose_settings("debug=verbose")
+    assert verbose.tracking.console.level == "verbose"
+    assert (verbose.debug.deterministic, verbose.debug.verify_records, verbose.debug.log_level) == (True, True, "debug")
+    assert compose_settings("debug=verbose", "tracking.console.level=quiet").tracking.console.level == "quiet"
+    assert compose_settings("debug=verbose", "tracking=none").tracking.console.mode == "off"
 
 
 def test_an_unknown_entry_of_a_group_is_refused() -> None:
@@ -117,7 +125,7 @@ def test_a_path_with_blanks_and_quotes_reaches_the_settings_as_it_is() -> None:
 
 
 @pytest.mark.parametrize("path", ["null", "[]", "3", "['']"])
-def test_no_storyboard_is_told_with_an_example(path: str) -> None:
+def test_no_storyboard_is_reported_with_an_example(path: str) -> None:
     with pytest.raises(ConfigError, match="give a storyboard file, a folder or a glob, for example"):
         compose_settings(f"stories.path={path}").stories.paths()
 

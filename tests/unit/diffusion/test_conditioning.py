@@ -1,3 +1,5 @@
+"""The condition of a shot: mask and latents of the original, for every mode, and refused inputs."""
+
 import pytest
 import torch
 from torch import Tensor
@@ -14,7 +16,7 @@ IMAGES = {key: value.movedim(-1, -3).contiguous() for key, value in TENSORS.item
 
 
 class AveragingEncoder:
-    """Stands for the VAE: a latent cell is the mean of its pixels, so what was encoded can be read off."""
+    """A fake VAE: a latent cell is the mean of its pixels, so that tests can read what was encoded."""
 
     def __init__(self) -> None:
         self.encoded_clips: list[Tensor] = []
@@ -148,7 +150,7 @@ def test_a_clip_no_longer_than_the_given_frames_is_refused() -> None:
 
 @pytest.mark.parametrize(("height", "width"), [(100, 300), (300, 100), (32, 48), (20, 20), (33, 47)])
 def test_cover_crop_fills_the_frame_with_the_middle_of_the_picture(height: int, width: int) -> None:
-    """A picture whose brightness says where a pixel was, from 0 at the far left and top to 250 at the other end."""
+    """A picture whose brightness encodes each pixel's position, from 0 at the left and top to 250 at the other end."""
     rows = torch.linspace(0, 250, height).view(-1, 1).expand(height, width)
     columns = torch.linspace(0, 250, width).expand(height, width)
     cropped = cover_crop(torch.stack([rows, columns, rows]).round().to(torch.uint8), 32, 48)

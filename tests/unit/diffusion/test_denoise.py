@@ -1,3 +1,5 @@
+"""The denoise loop: its steps, stopping and resuming bit for bit, and its failures."""
+
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,7 +17,7 @@ from storymem_dist.diffusion.experts import Expert, ExpertPair
 from storymem_dist.diffusion.guidance import LocalGuidance
 from storymem_dist.diffusion.settings import SOLVERS
 from storymem_dist.diffusion.solver import Solver
-from storymem_dist.errors import RunFolderError, ShotFailed
+from storymem_dist.errors import RunFolderError, ShotError
 from tests.helpers.fake_experts import fake_experts, fake_shot
 
 NUM_STEPS = 8
@@ -32,7 +34,7 @@ def render(solver_name: str = "unipc", **options: Any) -> Tensor:
 
 
 def stop_before(step: int) -> Callable[[], bool]:
-    """Answers yes when asked before ``step`` (the first is 0)."""
+    """Returns true when called before ``step`` (counted from 0)."""
     asked = iter(range(NUM_STEPS))
     return lambda: next(asked) == step
 
@@ -146,7 +148,7 @@ def test_a_stop_that_is_not_asked_for_changes_nothing() -> None:
 @pytest.mark.parametrize("step", range(NUM_STEPS))
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_latents_that_are_not_finite_fail_the_shot_naming_step_and_expert(step: int, value: float) -> None:
-    with pytest.raises(ShotFailed) as failed:
+    with pytest.raises(ShotError) as failed:
         render(guidance=PoisonGuidance(timestep_of(step), value))
     expert = "high_noise" if timestep_of(step) >= 900 else "low_noise"
     assert f"after step {step + 1} of 8, timestep {timestep_of(step)}, {expert} expert" in str(failed.value)
@@ -155,10 +157,10 @@ def test_latents_that_are_not_finite_fail_the_shot_naming_step_and_expert(step: 
 def test_latents_that_are_not_finite_are_never_handed_out() -> None:
     poison = PoisonGuidance(timestep_of(2))
     states: list[DenoiseState] = []
-    with pytest.raises(ShotFailed, match="after step 3 of 8"):
+    with pytest.raises(ShotError, match="after step 3 of 8"):
         render(guidance=poison, checkpoint_every_steps=1, on_checkpoint=states.append)
     assert [state.step for state in states] == [1, 2]
-    with pytest.raises(ShotFailed, match="after step 3 of 8"):
+    with pytest.raises(ShotError, match="after step 3 of 8"):
         render(guidance=poison, should_stop=stop_before(5))
 
 
@@ -166,7 +168,7 @@ def test_a_long_shot_fails_within_eight_steps_of_the_first_nan() -> None:
     grid, noise, condition, prompt = fake_shot()
     solver, steps = Solver("euler", num_steps=100, flow_shift=4.0), []
     poison = PoisonGuidance(int(solver.timesteps[10]))
-    with pytest.raises(ShotFailed, match="after step 11 of 100"):
+    with pytest.raises(ShotError, match="after step 11 of 100"):
         denoise(fake_experts(), poison, solver, noise, condition, prompt, grid, device="cpu", on_step=steps.append)
     assert len(steps) < 11 + 8
 

@@ -1,3 +1,5 @@
+"""The pair of experts: which one runs, its guidance scale, and the calls that a residency receives."""
+
 import pytest
 
 from storymem_dist.diffusion.experts import AllResident, ExpertPair
@@ -22,22 +24,22 @@ def test_each_expert_has_its_own_guidance_scale() -> None:
     assert (pair.select(874).module, pair.select(874).guidance_scale) == (low, 3.0)
 
 
-def test_a_residency_is_told_of_every_choice_and_of_the_end() -> None:
+def test_a_residency_learns_every_choice_and_of_the_end() -> None:
     class Recorder(AllResident):
         def __init__(self) -> None:
-            self.told: list[str] = []
+            self.calls: list[str] = []
 
         def activate(self, name: str) -> None:
-            self.told.append(name)
+            self.calls.append(name)
 
         def release(self) -> None:
-            self.told.append("release")
+            self.calls.append("release")
 
     recorder = Recorder()
     pair = fake_experts(recorder)
     for timestep in (999, 950, 500):
         pair.select(timestep)
     pair.release()
-    assert recorder.told == ["high_noise", "high_noise", "low_noise", "release"]
+    assert recorder.calls == ["high_noise", "high_noise", "low_noise", "release"]
     with pytest.raises(RuntimeError, match="the low_noise expert was released"):
         pair.select(3)

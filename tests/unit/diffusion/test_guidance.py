@@ -1,3 +1,5 @@
+"""Classifier-free guidance on one device, with and without the unconditional pass."""
+
 import pytest
 import torch
 

@@ -219,7 +219,7 @@ def test_released_experts_hold_no_memory() -> None:
 
 
 def test_page_locked_slabs_hold_every_tensor_apart_from_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The slab arithmetic without CUDA: ordinary memory stands for page-locked memory."""
+    """The slab arithmetic without CUDA: ordinary memory replaces page-locked memory."""
     empty, sizes = torch.empty, []
 
     def empty_unpinned(size: int, *, dtype: torch.dtype, pin_memory: bool) -> Tensor:

@@ -1,3 +1,5 @@
+"""Latent sizes, token counts and temporal positions."""
+
 import pytest
 import torch
 

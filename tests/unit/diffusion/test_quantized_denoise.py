@@ -1,4 +1,4 @@
-"""Whole denoises with layers in eight bits stay near the exact one, and nearer the more bits they keep."""
+"""Whole denoises with 8-bit layers stay near the exact one; the error falls with the number of bits kept."""
 
 import pytest
 import torch
@@ -18,8 +18,8 @@ from storymem_dist.weights.loading import load_dit_weights
 from storymem_dist.weights.tiny_checkpoint import TinyCheckpoint, generate_tiny_checkpoint
 
 LARGEST_ERRORS = {"float8": 0.05, "int8": 0.012}
-"""Twice what was measured: 2.2e-2 and 5.8e-3. A single layer is off by 3.8% and 0.8% (``test_quantized_linear``); that
-a denoise is not further off shows that errors do not grow over its steps."""
+"""Twice the measured 2.2e-2 and 5.8e-3. A single layer is off by 3.8% and 0.8% (``test_quantized_linear``). A denoise
+is not further off, so errors do not grow over its steps."""
 
 
 @pytest.fixture(scope="module")

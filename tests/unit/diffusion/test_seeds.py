@@ -1,3 +1,5 @@
+"""The seed of a shot and its initial noise."""
+
 import pytest
 import torch
 

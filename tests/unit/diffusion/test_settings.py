@@ -1,3 +1,5 @@
+"""Sampler settings: allowed and refused values."""
+
 import math
 
 import pytest

@@ -1,3 +1,5 @@
+"""The solvers: the original's schedules and steps, order of convergence, resuming bit for bit."""
+
 import numpy as np
 import pytest
 import torch
@@ -18,7 +20,7 @@ def velocity_at(latents: Tensor, timestep: int) -> Tensor:
 
 
 def walk(solver: Solver, latents: Tensor) -> list[Tensor]:
-    """The latents after each of the steps that are left."""
+    """The latents after each of the remaining steps."""
     states = []
     for timestep in solver.timesteps.tolist()[solver.step_index :]:
         latents = solver.step(velocity_at(latents, timestep), latents)

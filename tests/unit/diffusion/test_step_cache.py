@@ -1,3 +1,5 @@
+"""The step cache: when a step is reused, and that ranks and guidance passes decide together."""
+
 import math
 from dataclasses import replace
 
@@ -189,7 +191,7 @@ def test_without_guidance_only_the_conditional_pass_is_remembered() -> None:
 
 
 def test_ranks_that_see_parts_of_a_step_decide_together() -> None:
-    """One part hardly changes, the other changes a lot; the sum over both parts tells both what to do."""
+    """One part hardly changes, the other changes a lot; the sum over both parts decides for both."""
     dit, inputs = make_dit(M2V), make_inputs(M2V)
     asked: list[Tensor] = []
 
@@ -240,7 +242,7 @@ def test_a_forward_that_does_not_say_its_branch_is_refused_only_while_steps_may_
     cache = attach_step_cache(dit)
     dit(*inputs)
     cache.begin_shot(0.1)
-    with pytest.raises(RuntimeError, match="which guidance branch"):
+    with pytest.raises(RuntimeError, match="needs its guidance branch"):
         dit(*inputs)
 
 

@@ -1,4 +1,4 @@
-"""Kept text keys change no bit, are computed once per prompt, branch and expert, and are let go in time."""
+"""Kept text keys change no bit, are computed once per prompt, branch and expert, and are freed in time."""
 
 from collections.abc import Sequence
 
@@ -100,7 +100,7 @@ def test_only_the_working_expert_holds_text_keys_and_none_after_idling() -> None
 def test_a_forward_must_say_its_branch() -> None:
     dit = make_dit()
     attach_text_cache(dit)
-    with pytest.raises(RuntimeError, match="must say which guidance branch"), torch.no_grad():
+    with pytest.raises(RuntimeError, match="needs its guidance branch"), torch.no_grad():
         dit(*make_inputs())
 
 

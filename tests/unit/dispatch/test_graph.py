@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from storymem_dist.dispatch.graph import ShotGraph, ShotState, choose_shot, shot_key
+from storymem_dist.dispatch.graph import ShotGraph, ShotStatus, choose_shot, shot_key
 from storymem_dist.dispatch.plan import PlannedShot, plan_story
 from tests.helpers.fake_renderer import make_part, make_story
 
-COMMITTED, FAILED, LEASED, WAITING = ShotState.COMMITTED, ShotState.FAILED, ShotState.LEASED, ShotState.WAITING
+COMMITTED, FAILED, LEASED, WAITING = ShotStatus.COMMITTED, ShotStatus.FAILED, ShotStatus.LEASED, ShotStatus.WAITING
 
 
 def chains_of(*lengths: int) -> list[tuple[PlannedShot, ...]]:
@@ -19,7 +19,7 @@ def chains_of(*lengths: int) -> list[tuple[PlannedShot, ...]]:
 
 
 def name(shot: PlannedShot | None) -> str | None:
-    return None if shot is None else f"{shot.story.story_id}:{shot.shot.index}"
+    return None if shot is None else f"{shot.story_id}:{shot.index}"
 
 
 def test_a_shot_is_ready_when_all_before_it_are_committed() -> None:
@@ -73,11 +73,11 @@ def test_a_damaged_shot_in_the_middle_is_the_front_again_and_its_successors_stay
     assert graph.chains[0].is_complete
 
 
-def test_places_and_counts() -> None:
+def test_shots_are_found_by_key_and_counted_by_state() -> None:
     graph = ShotGraph(chains_of(2, 2))
     shot = graph.chains[1].shots[1]
-    assert graph.place(shot_key(shot)) == (graph.chains[1], 1)
-    assert graph.place((0, "s1", "shot_02", "0" * 16)) is None
+    assert graph.find(shot_key(shot)) == (graph.chains[1], 1)
+    assert graph.find((0, "s1", "shot_02", "0" * 16)) is None
     graph.set_state(graph.chains[1].shots[0], LEASED)
     assert graph.leased() == [graph.chains[1].shots[0]]
     assert (graph.count(WAITING), graph.count(LEASED), graph.num_ready("t2v")) == (3, 1, 1)
@@ -159,11 +159,11 @@ class SlowGraph:
             half = chain[front].cost / 2 if self.states[number][front] is LEASED else 0.0
             total += self.left(number) - half
             longest = max(longest, self.left(number))
-        numbers = {shot.story.story_id: number for number, chain in enumerate(self.chains) for shot in chain[:1]}
-        order = sorted(ready, key=lambda shot: numbers[shot.story.story_id])
-        most = max(order, key=lambda shot: self.left(numbers[shot.story.story_id]))
-        slack = max(total / num_replicas, longest) - self.left(numbers[most.story.story_id])
-        least = min(order, key=lambda shot: self.left(numbers[shot.story.story_id]))
+        numbers = {shot.story_id: number for number, chain in enumerate(self.chains) for shot in chain[:1]}
+        order = sorted(ready, key=lambda shot: numbers[shot.story_id])
+        most = max(order, key=lambda shot: self.left(numbers[shot.story_id]))
+        slack = max(total / num_replicas, longest) - self.left(numbers[most.story_id])
+        least = min(order, key=lambda shot: self.left(numbers[shot.story_id]))
         if abs(slack - 1.5 * most.cost) < 1e-9 * most.cost:
             return [most, least]
         return [most if slack < 1.5 * most.cost else least]

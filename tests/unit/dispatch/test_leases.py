@@ -18,7 +18,7 @@ class Clock:
 
 
 def far_owner(number: int, job_id: str = "job") -> Owner:
-    """An owner on another machine: only its counter tells whether it lives."""
+    """An owner on another machine: only its counter shows whether it is alive."""
     owner = Owner.this_process(job_id, number)
     return dataclasses.replace(owner, owner_id=f"far-{number}", boot_id=f"boot-{number}", host=f"far{number}")
 
@@ -66,7 +66,7 @@ def test_of_many_claimants_at_once_exactly_one_gets_the_key(tmp_path: Path) -> N
 def test_a_silent_owner_loses_its_key_only_after_the_lease_time_on_the_observers_clock(tmp_path: Path) -> None:
     clock = Clock()
     silent, observer = folder_of(tmp_path, far_owner(0), clock), folder_of(tmp_path, far_owner(1), clock)
-    silent.set_state(WORKING)  # one sign of life, then none
+    silent.set_state(WORKING)  # one heartbeat, then none
     lease = silent.try_claim("key")
     assert lease is not None
     for _ in range(6):
@@ -76,12 +76,12 @@ def test_a_silent_owner_loses_its_key_only_after_the_lease_time_on_the_observers
     clock.now += 2.0
     taken = observer.try_claim("key", 0)
     assert taken is not None and taken.generation == 1
-    assert not silent.is_held(lease), "who wakes late finds that it lost"
+    assert not silent.is_held(lease), "an owner that resumes late finds that it lost"
     silent.release(lease)
-    assert observer.is_held(taken), "and cannot take away what another holds"
+    assert observer.is_held(taken), "and cannot release what another holds"
 
 
-def test_the_first_look_never_kills_however_long_the_owner_was_silent_before(tmp_path: Path) -> None:
+def test_the_first_look_never_finds_an_owner_dead_for_its_silence(tmp_path: Path) -> None:
     clock = Clock()
     owner = folder_of(tmp_path, far_owner(0), clock)
     owner.set_state(WORKING)
@@ -90,7 +90,7 @@ def test_the_first_look_never_kills_however_long_the_owner_was_silent_before(tmp
     assert folder_of(tmp_path, far_owner(1), clock).try_claim("key", 0) is None
 
 
-def test_a_sign_of_life_starts_the_lease_time_again(tmp_path: Path) -> None:
+def test_a_heartbeat_starts_the_lease_time_again(tmp_path: Path) -> None:
     clock = Clock()
     owner, observer = folder_of(tmp_path, far_owner(0), clock), folder_of(tmp_path, far_owner(1), clock)
     owner.set_state(WORKING)
@@ -249,7 +249,7 @@ def test_random_deaths_pauses_and_wakings_never_give_two_holders(tmp_path: Path)
             assert len(holders) <= 1, (seed, holders)
 
 
-def test_the_heartbeat_goes_on_by_itself_and_ends_with_close(tmp_path: Path) -> None:
+def test_the_heartbeat_continues_by_itself_and_ends_with_close(tmp_path: Path) -> None:
     leases = LeaseFolder(folder=tmp_path, owner=Owner.this_process(), lease_seconds=0.06)
     leases.start()
     path = next(tmp_path.glob("*.alive"))
@@ -272,7 +272,7 @@ def test_after_a_crash_the_lease_stays_for_the_next_one_to_count(tmp_path: Path)
     assert [path.name for path in tmp_path.iterdir()] == ["key.0.lease"]
 
 
-def test_damaged_files_of_others_do_not_stop_anybody(tmp_path: Path) -> None:
+def test_damaged_files_of_other_owners_stop_no_process(tmp_path: Path) -> None:
     clock = Clock()
     (tmp_path / "key.0.lease").write_text("{")
     (tmp_path / "someone.alive").write_text("{")
@@ -280,16 +280,16 @@ def test_damaged_files_of_others_do_not_stop_anybody(tmp_path: Path) -> None:
     leases = folder_of(tmp_path, far_owner(0), clock)
     assert leases.scan() == {"key": 0}
     assert leases.others_working() == []
-    leases.bury_dead_owners()
-    assert not leases.is_alone(), "somebody may just be writing the first sign of life"
+    leases.mark_dead_owners()
+    assert not leases.is_alone(), "another process may be writing its first heartbeat"
     assert leases.try_claim("key", 0) is None
     clock.now += 61.0
-    leases.bury_dead_owners()
+    leases.mark_dead_owners()
     assert leases.is_alone() and (tmp_path / "notes.txt").exists()
     assert leases.try_claim("key", 0) is not None
 
 
-def test_working_owners_of_other_jobs_are_found_and_the_dead_are_buried(tmp_path: Path) -> None:
+def test_working_owners_of_other_jobs_are_found_and_dead_ones_are_marked(tmp_path: Path) -> None:
     clock = Clock()
     mine = folder_of(tmp_path, far_owner(0, "mine"), clock)
     folder_of(tmp_path, far_owner(1, "mine"), clock).set_state(WORKING)
@@ -297,7 +297,7 @@ def test_working_owners_of_other_jobs_are_found_and_the_dead_are_buried(tmp_path
     other = folder_of(tmp_path, far_owner(3, "other"), clock)
     other.set_state(WORKING)
     assert [owner.owner_id for owner in mine.others_working()] == ["far-3"]
-    assert mine.surely_working(mine.others_working()) is None, "it may be dead: nobody has seen it move yet"
+    assert mine.surely_working(mine.others_working()) is None, "it may be dead: its counter has not moved yet"
     other.set_state(WORKING)
     assert mine.others_working() and mine.surely_working([other.owner]) == other.owner
     clock.now += 61.0
@@ -305,12 +305,12 @@ def test_working_owners_of_other_jobs_are_found_and_the_dead_are_buried(tmp_path
     mine.is_silent(far_owner(1))
     mine.is_silent(far_owner(2))
     clock.now += 61.0
-    mine.bury_dead_owners()
+    mine.mark_dead_owners()
     assert not list(tmp_path.glob("*.alive"))
     assert [path.name for path in mine.dead_owners()] == ["far-1.dead", "far-2.dead", "far-3.dead"]
 
 
-def test_an_owner_that_is_paused_on_this_machine_is_not_buried_however_long(tmp_path: Path) -> None:
+def test_an_owner_that_is_paused_on_this_machine_is_never_marked_dead(tmp_path: Path) -> None:
     clock = Clock()
     mine = folder_of(tmp_path, far_owner(0), clock)
     paused = folder_of(tmp_path, Owner.this_process("job"), clock)
@@ -318,5 +318,5 @@ def test_an_owner_that_is_paused_on_this_machine_is_not_buried_however_long(tmp_
     assert not mine.is_silent(paused.owner)
     clock.now += 61.0
     assert mine.is_silent(paused.owner)
-    mine.bury_dead_owners()
+    mine.mark_dead_owners()
     assert not mine.is_alone() and not mine.dead_owners()

@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from storymem_dist.artifacts.run_folder import Failure, RunFolder
-from storymem_dist.dispatch.graph import ShotGraph, ShotState
+from storymem_dist.artifacts.run_folder import FailureRecord, RunFolder
+from storymem_dist.dispatch.graph import ShotGraph, ShotStatus
 from storymem_dist.dispatch.leases import WORKING, LeaseFolder, Owner
 from storymem_dist.dispatch.plan import PlannedShot, plan_story
 from storymem_dist.dispatch.queue import Claim, ShotQueue, lease_key, parse_lease_key
@@ -20,7 +20,7 @@ class Clock:
         return self.now
 
 
-class Place:
+class SharedRun:
     """One run folder, one clock, and queues of several replicas on other machines."""
 
     def __init__(self, root: Path, *lengths: int, **settings: object) -> None:
@@ -50,14 +50,14 @@ class Place:
 
     def commit(self, shot: PlannedShot) -> None:
         """Put something under the record's name; the queue looks at the name only."""
-        records = self.run.story_folder(shot.story.story_id) / shot.shot.shot_id / "records"
+        records = self.run.story_folder(shot.story_id) / shot.shot_id / "records"
         records.mkdir(parents=True)
         (records / f"{shot.fingerprint[:16]}.json").touch()
 
-    def failure(self, shot: PlannedShot, **changes: object) -> Failure:
+    def failure(self, shot: PlannedShot, **changes: object) -> FailureRecord:
         values = {
-            "story_id": shot.story.story_id,
-            "shot_id": shot.shot.shot_id,
+            "story_id": shot.story_id,
+            "shot_id": shot.shot_id,
             "fingerprint": shot.fingerprint,
             "reason": "r",
             "error_type": "E",
@@ -65,80 +65,80 @@ class Place:
             "low_memory": False,
             "job_id": "job",
         }
-        return Failure(**(values | changes))  # type: ignore[arg-type]
+        return FailureRecord(**(values | changes))  # type: ignore[arg-type]
 
 
 def name(claim: Claim | None) -> str | None:
-    return None if claim is None else f"{claim.shot.story.story_id}:{claim.shot.shot.index}"
+    return None if claim is None else f"{claim.shot.story_id}:{claim.shot.index}"
 
 
 def test_two_replicas_never_hold_the_same_shot_and_follow_each_others_commits(tmp_path: Path) -> None:
-    place = Place(tmp_path, 2, 2)
-    one, two = place.queue(1), place.queue(2)
+    shared = SharedRun(tmp_path, 2, 2)
+    one, two = shared.queue(1), shared.queue(2)
     first, second = one.claim(None), two.claim(None)
     assert {name(first), name(second)} == {"s0:0", "s1:0"}
     assert one.claim("t2v") is None
     assert second is not None
-    place.commit(second.shot)
-    two.release(second, ShotState.COMMITTED)
+    shared.commit(second.shot)
+    two.release(second, ShotStatus.COMMITTED)
     assert one.claim("m2v") is None, "before the next scan nothing is known of it"
-    place.clock.now += 1.0
-    assert name(one.claim("m2v")) == f"{second.shot.story.story_id}:1"
+    shared.clock.now += 1.0
+    assert name(one.claim("m2v")) == f"{second.shot.story_id}:1"
 
 
 def test_the_folder_is_scanned_at_most_once_per_poll_time(tmp_path: Path) -> None:
-    place = Place(tmp_path, 1, poll_seconds=1.0)
-    queue = place.queue(1)
+    shared = SharedRun(tmp_path, 1, poll_seconds=1.0)
+    queue = shared.queue(1)
     for _ in range(100):
         queue.claim(None)
-        place.clock.now += 0.1
+        shared.clock.now += 0.1
     assert 10 <= queue.num_scans <= 11
 
 
 def test_what_was_committed_unseen_is_found_after_the_claim_and_not_rendered_again(tmp_path: Path) -> None:
-    place = Place(tmp_path, 4)
-    queue = place.queue(1)
-    for shot in place.chains[0][:3]:
-        place.commit(shot)
+    shared = SharedRun(tmp_path, 4)
+    queue = shared.queue(1)
+    for shot in shared.chains[0][:3]:
+        shared.commit(shot)
     assert name(queue.claim(None)) == "s0:3"
-    assert queue.graph.count(ShotState.COMMITTED) == 3
-    assert len(list(place.run.leases_folder.glob("*.lease"))) == 1
+    assert queue.graph.count(ShotStatus.COMMITTED) == 3
+    assert len(list(shared.run.leases_folder.glob("*.lease"))) == 1
 
 
 def test_a_dead_replicas_shot_is_claimed_after_the_lease_time_and_its_death_is_counted(tmp_path: Path) -> None:
-    place = Place(tmp_path, 1, lease_seconds=60.0)
-    assert name(place.queue(1).claim(None)) == "s0:0"
-    queue = place.queue(2)
+    shared = SharedRun(tmp_path, 1, lease_seconds=60.0)
+    assert name(shared.queue(1).claim(None)) == "s0:0"
+    queue = shared.queue(2)
     for _ in range(59):
         assert queue.claim(None) is None
-        place.clock.now += 1.0
-    place.clock.now += 2.0
+        shared.clock.now += 1.0
+    shared.clock.now += 2.0
     claim = queue.claim(None)
     assert claim is not None and claim.lease.generation == 1
 
 
 def test_a_shot_that_kills_its_renderers_again_and_again_is_marked_failed(tmp_path: Path) -> None:
-    place = Place(tmp_path, 2, max_attempts=2, lease_seconds=60.0)
-    assert name(place.queue(0).claim(None)) == "s0:0"
+    shared = SharedRun(tmp_path, 2, max_attempts=2, lease_seconds=60.0)
+    assert name(shared.queue(0).claim(None)) == "s0:0"
     for number in (1, 2):  # each sees the one before it stand still
-        queue = place.queue(number)
+        queue = shared.queue(number)
         assert queue.claim(None) is None
-        place.clock.now += 61.0
+        shared.clock.now += 61.0
         claim = queue.claim(None)
         assert (name(claim), queue.graph.is_finished) == (("s0:0", False) if number == 1 else (None, True))
-    failure = place.run.read_failure("s0", "shot_01", place.chains[0][0].fingerprint)
+    failure = shared.run.read_failure("s0", "shot_01", shared.chains[0][0].fingerprint)
     assert failure is not None and failure.is_final and "2 processes died" in failure.reason
     assert queue.graph.chains[0].is_blocked
 
 
 def test_failures_of_others_block_the_chain_and_are_followed_when_they_are_taken_back(tmp_path: Path) -> None:
-    place = Place(tmp_path, 2)
-    queue = place.queue(1)
+    shared = SharedRun(tmp_path, 2)
+    queue = shared.queue(1)
     queue.scan(force=True)
-    place.run.write_failure(place.failure(place.chains[0][0]))
+    shared.run.write_failure(shared.failure(shared.chains[0][0]))
     queue.scan(force=True)
     assert queue.graph.chains[0].is_blocked and queue.claim(None) is None
-    place.run.remove_failure("s0", "shot_01", place.chains[0][0].fingerprint)
+    shared.run.remove_failure("s0", "shot_01", shared.chains[0][0].fingerprint)
     queue.scan(force=True)
     assert name(queue.claim(None)) == "s0:0"
 
@@ -146,85 +146,85 @@ def test_failures_of_others_block_the_chain_and_are_followed_when_they_are_taken
 @pytest.mark.parametrize(
     ("retry", "failed_in", "claimed"), [(False, "old", False), (True, "old", True), (True, "job", False)]
 )
-def test_failures_of_earlier_jobs_are_tried_again_on_demand_once(
+def test_failures_of_earlier_jobs_are_retried_once_on_demand(
     tmp_path: Path, retry: bool, failed_in: str, claimed: bool
 ) -> None:
-    place = Place(tmp_path, 1, retry_failed=retry)
-    place.run.write_failure(place.failure(place.chains[0][0], job_id=failed_in))
-    assert (place.queue(1).claim(None) is not None) is claimed
+    shared = SharedRun(tmp_path, 1, retry_failed=retry)
+    shared.run.write_failure(shared.failure(shared.chains[0][0], job_id=failed_in))
+    assert (shared.queue(1).claim(None) is not None) is claimed
 
 
 def test_jobs_that_try_failed_shots_again_do_not_hand_one_to_each_other_for_ever(tmp_path: Path) -> None:
-    place = Place(tmp_path, 1, retry_failed=True)
-    shot = place.chains[0][0]
-    place.run.write_failure(place.failure(shot, job_id="old"))
-    queues = {job: place.queue(number, job) for number, job in enumerate(("a", "b"), start=1)}
+    shared = SharedRun(tmp_path, 1, retry_failed=True)
+    shot = shared.chains[0][0]
+    shared.run.write_failure(shared.failure(shot, job_id="old"))
+    queues = {job: shared.queue(number, job) for number, job in enumerate(("a", "b"), start=1)}
     tried = []
     for job in ["a", "b"] * 4:
-        place.clock.now += 10.0
+        shared.clock.now += 10.0
         if (claim := queues[job].claim(None)) is not None:
             tried.append(job)
             for queue in queues.values():
                 queue.scan(force=True)
-            queues[job].mark_failed(place.failure(shot, job_id=job), shot)
-            queues[job].release(claim, ShotState.FAILED)
+            queues[job].mark_failed(shared.failure(shot, job_id=job), shot)
+            queues[job].release(claim, ShotStatus.FAILED)
             queues[job].scan(force=True)
     assert tried == ["a", "b"]
     assert all(queue.graph.is_finished for queue in queues.values())
 
 
-def test_a_shot_that_ran_out_of_memory_is_claimed_with_the_wish_to_save_it(tmp_path: Path) -> None:
-    place = Place(tmp_path, 1)
-    place.run.write_failure(place.failure(place.chains[0][0], is_final=False, low_memory=True))
-    claim = place.queue(1).claim(None)
+def test_a_shot_that_ran_out_of_memory_is_claimed_for_low_memory(tmp_path: Path) -> None:
+    shared = SharedRun(tmp_path, 1)
+    shared.run.write_failure(shared.failure(shared.chains[0][0], is_final=False, low_memory=True))
+    claim = shared.queue(1).claim(None)
     assert claim is not None and claim.low_memory
 
 
 def test_failures_of_other_inputs_do_not_matter(tmp_path: Path) -> None:
-    place = Place(tmp_path, 1)
-    place.run.write_failure(place.failure(place.chains[0][0], fingerprint="0" * 64))
-    assert place.queue(1).claim(None) is not None
+    shared = SharedRun(tmp_path, 1)
+    shared.run.write_failure(shared.failure(shared.chains[0][0], fingerprint="0" * 64))
+    assert shared.queue(1).claim(None) is not None
 
 
 def test_a_claim_that_was_taken_over_is_noticed(tmp_path: Path) -> None:
-    place = Place(tmp_path, 1, lease_seconds=60.0)
-    one, two = place.queue(1), place.queue(2)
+    shared = SharedRun(tmp_path, 1, lease_seconds=60.0)
+    one, two = shared.queue(1), shared.queue(2)
     claim = one.claim(None)
     assert claim is not None and one.still_held(claim)
     two.claim(None)
-    place.clock.now += 61.0
+    shared.clock.now += 61.0
     assert two.claim(None) is not None
     assert not one.still_held(claim)
 
 
 def test_a_replica_waits_for_a_shot_of_its_kind_that_another_will_finish_soon(tmp_path: Path) -> None:
-    place = Place(tmp_path, 3, 2, swap_seconds=60.0)
-    place.commit(place.chains[0][0])
-    running = place.queue(1).claim("m2v")
+    shared = SharedRun(tmp_path, 3, 2, swap_seconds=60.0)
+    shared.commit(shared.chains[0][0])
+    running = shared.queue(1).claim("m2v")
     assert running is not None and name(running) == "s0:1"
-    waiting = place.queue(2)
+    waiting = shared.queue(2)
     waiting.note_rendered(running.shot, elapsed_seconds=100.0)
     assert waiting.claim("m2v") is None, "100 seconds at most, and swapping there and back costs 120"
     waiting.note_swapped(10.0)
     assert name(waiting.claim("m2v")) == "s1:0"
 
 
-def test_without_knowing_how_long_shots_take_a_replica_rather_swaps_than_waits(tmp_path: Path) -> None:
-    place = Place(tmp_path, 3, 2, swap_seconds=60.0)
-    place.commit(place.chains[0][0])
-    place.queue(1).claim("m2v")
-    assert name(place.queue(2).claim("m2v")) == "s1:0"
+def test_without_an_estimate_a_replica_swaps_instead_of_waiting(tmp_path: Path) -> None:
+    shared = SharedRun(tmp_path, 3, 2, swap_seconds=60.0)
+    shared.commit(shared.chains[0][0])
+    shared.queue(1).claim("m2v")
+    assert name(shared.queue(2).claim("m2v")) == "s1:0"
 
 
 def test_a_shot_that_is_long_overdue_is_not_waited_for(tmp_path: Path) -> None:
-    place = Place(tmp_path, 3, 2, swap_seconds=60.0, lease_seconds=3600.0)
-    place.commit(place.chains[0][0])
-    running = place.queue(1).claim("m2v")
-    waiting = place.queue(2)
+    shared = SharedRun(tmp_path, 3, 2, swap_seconds=60.0, lease_seconds=3600.0)
+    shared.commit(shared.chains[0][0])
+    running = shared.queue(1).claim("m2v")
+    waiting = shared.queue(2)
     assert running is not None
     waiting.note_rendered(running.shot, elapsed_seconds=100.0)
     assert waiting.claim("m2v") is None
-    place.clock.now += 301.0
+    shared.clock.now += 301.0
     assert name(waiting.claim("m2v")) == "s1:0"
 
 
@@ -232,33 +232,33 @@ def test_a_shot_that_is_long_overdue_is_not_waited_for(tmp_path: Path) -> None:
 def test_while_it_saves_a_shot_a_replica_takes_another_unless_the_next_of_that_story_cannot_wait(
     tmp_path: Path, is_longest: bool
 ) -> None:
-    place = Place(tmp_path, 8, 3)
-    for chain in place.chains:
-        place.commit(chain[0])
-    saver, other = place.queue(1), place.queue(2)
+    shared = SharedRun(tmp_path, 8, 3)
+    for chain in shared.chains:
+        shared.commit(chain[0])
+    saver, other = shared.queue(1), shared.queue(2)
     first, second = (saver, other) if is_longest else (other, saver)
     of = {first: first.claim("m2v"), second: second.claim("m2v")}
     assert (name(of[first]), name(of[second])) == ("s0:1", "s1:1")
     saving, elsewhere = of[saver], of[other]
     assert saving is not None and elsewhere is not None
     saver.note_saving(saving)
-    place.commit(elsewhere.shot)
-    other.release(elsewhere, ShotState.COMMITTED)
-    place.clock.now += 1.0
+    shared.commit(elsewhere.shot)
+    other.release(elsewhere, ShotStatus.COMMITTED)
+    shared.clock.now += 1.0
     assert name(saver.claim("m2v")) == (None if is_longest else "s0:2")
-    saver.release(saving, ShotState.COMMITTED)
+    saver.release(saving, ShotStatus.COMMITTED)
     assert name(saver.claim("m2v")) == ("s0:2" if is_longest else "s1:2")
 
 
 def test_experts_are_not_swapped_while_its_own_save_makes_a_shot_for_the_loaded_ones_ready(tmp_path: Path) -> None:
-    place = Place(tmp_path, 3, 9, swap_seconds=60.0)
-    place.commit(place.chains[0][0])
-    queue = place.queue(1)
+    shared = SharedRun(tmp_path, 3, 9, swap_seconds=60.0)
+    shared.commit(shared.chains[0][0])
+    queue = shared.queue(1)
     saving = queue.claim("m2v")
     assert saving is not None and name(saving) == "s0:1"
     queue.note_saving(saving)
     assert queue.claim("m2v") is None
-    queue.release(saving, ShotState.COMMITTED)
+    queue.release(saving, ShotStatus.COMMITTED)
     assert name(queue.claim("m2v")) == "s0:2"
 
 

@@ -60,7 +60,7 @@ def test_a_problem_is_printed_with_its_fix_and_ends_with_1(tmp_path: Path, capsy
         main([f"model.t2v_checkpoint={missing}", f"output={tmp_path}"])
     page = " ".join(capsys.readouterr().out.split())
     assert caught.value.code == 1
-    assert "weights t2v problem not there" in page
+    assert "weights t2v problem missing" in page
     assert "hf download Wan-AI/Wan2.2-T2V-A14B" in page
     assert "problems," in page
 
@@ -176,7 +176,7 @@ def test_a_program_that_hangs_is_like_one_that_is_not_there(monkeypatch: pytest.
     monkeypatch.setattr(subprocess, "run", hangs)
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     (finding,) = machine.check_slurm()
-    assert finding.value == "not here"
+    assert finding.value == "not found"
 
 
 def settings(**model: object) -> RenderConfig:

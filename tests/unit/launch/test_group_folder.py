@@ -4,7 +4,7 @@ from storymem_dist.errors import ConfigError, WeightsNotFound
 from storymem_dist.launch.group_folder import GroupFolder
 
 
-def test_the_first_error_is_heard_with_its_exit_code(tmp_path: Path) -> None:
+def test_the_first_error_is_kept_with_its_exit_code(tmp_path: Path) -> None:
     folder = GroupFolder(tmp_path)
     assert folder.error() is None
     folder.report_error(WeightsNotFound("no weights"), rank=1)

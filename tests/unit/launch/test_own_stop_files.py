@@ -22,7 +22,7 @@ def test_files_for_this_job_come_from_its_launchers(monkeypatch: pytest.MonkeyPa
     assert own_stop_files() == []
 
 
-def test_nodes_of_a_job_share_its_name_and_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nodes_of_a_job_share_its_name_and_differ_in_their_group(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STORYMEM_JOB_ID", "slurm-7")
     monkeypatch.setenv("STORYMEM_NODE", "1")
     assert (job_identity(), group_identity()) == ("slurm-7", "slurm-7.node1")

@@ -1,4 +1,4 @@
-"""The shell scripts: what they say about themselves must hold without a cluster. ``tests/slurm`` runs them on one."""
+"""The shell scripts, as far as they can be tested without a cluster. ``tests/slurm`` runs them on one."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def test_bash_reads_every_script(script: Path) -> None:
     (["failed", "stopped", "done"], "stopped"),
     ([], ""),
 ])  # fmt: skip
-def test_a_folder_of_points_stands_as_its_worst_point(tmp_path: Path, states: list[str], expected: str) -> None:
+def test_a_folder_of_points_has_the_state_of_its_worst_point(tmp_path: Path, states: list[str], expected: str) -> None:
     for number, state in enumerate(states):
         folder = tmp_path / f"point={number}"
         folder.mkdir()
@@ -53,9 +53,9 @@ def test_the_output_folder_is_found_on_the_command_line() -> None:
 
 
 def test_all_nodes_and_restarts_are_one_job_and_tasks_of_an_array_too() -> None:
-    say = 'source launch/env.sh; echo "$STORYMEM_JOB_ID $STORYMEM_NODE"'
-    assert shell(say, SLURM_JOB_ID="7", SLURM_NODEID="1") == "slurm-7 1"
-    assert shell(say, SLURM_JOB_ID="9", SLURM_ARRAY_JOB_ID="8", SLURM_ARRAY_TASK_ID="3", SLURM_NODEID="0") == (
+    names = 'source launch/env.sh; echo "$STORYMEM_JOB_ID $STORYMEM_NODE"'
+    assert shell(names, SLURM_JOB_ID="7", SLURM_NODEID="1") == "slurm-7 1"
+    assert shell(names, SLURM_JOB_ID="9", SLURM_ARRAY_JOB_ID="8", SLURM_ARRAY_TASK_ID="3", SLURM_NODEID="0") == (
         "slurm-8 3"
     )
 

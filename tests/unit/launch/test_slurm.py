@@ -32,12 +32,12 @@ def test_a_job_without_gpus_asks_for_none(tmp_path: Path) -> None:
     assert "--gres=none" in sbatch_options(SlurmSettings(gpus_per_node=0), tmp_path, is_array=False)
 
 
-def test_the_job_gets_the_command_line_without_what_is_about_submitting() -> None:
+def test_the_job_gets_the_command_line_without_the_arguments_about_submission() -> None:
     given = ["-m", "launch=slurm", "launch.slurm.nodes=2", "+launch.dry_run=true", "launch.max_restarts=5", "a.b=1,2"]
     assert job_arguments(given) == ["-m", "launch.max_restarts=5", "a.b=1,2"]
 
 
-def test_a_template_is_one_of_ours_or_a_file(tmp_path: Path) -> None:
+def test_a_template_is_one_of_this_project_or_a_file(tmp_path: Path) -> None:
     own = tmp_path / "mine.sbatch"
     own.write_text("#!/bin/bash\n")
     assert template_path("render") == assets_folder("slurm") / "render.sbatch"
@@ -62,10 +62,10 @@ def test_a_dry_run_shows_the_command_and_submits_nothing(
         f"output='{run}'",
     )
     assert submit([point], arguments) == 0
-    said = capsys.readouterr().out
-    assert "sbatch --parsable --nodes=2" in said and "render.sbatch" in said
-    assert "--dependency=afterany:JOB" in said and "report.sbatch" in said
-    assert "2 of 2 shots are left" in said and "estimated time: not known" in said
+    printed = capsys.readouterr().out
+    assert "sbatch --parsable --nodes=2" in printed and "render.sbatch" in printed
+    assert "--dependency=afterany:JOB" in printed and "report.sbatch" in printed
+    assert "2 of 2 shots are left" in printed and "estimated time: not known" in printed
     assert not run.exists()
 
 

@@ -1,4 +1,4 @@
-"""The memory bank: order, recall, and the reasons it gives."""
+"""The memory bank: order, recall, and the recorded reasons."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""The rules by which a shot's keyframes are chosen, on clips whose similarities and scores are given."""
+"""The rules for choosing a shot's keyframes, on clips with given similarities and scores."""
 
 import dataclasses
 import json
@@ -80,7 +80,7 @@ def kept_indices(chosen: Chosen) -> list[int]:
 
 
 def naive_selection(table: Sequence[Sequence[float]], scores: Sequence[float], limit: int) -> list[int]:
-    """The rule of the fixtures' manual, word by word, recomputed at each threshold."""
+    """The selection rule without caches, recomputed at each threshold."""
     good = [score >= 0.5 for score in scores]
     if True not in good:
         return []

@@ -1,4 +1,4 @@
-"""The size at which frames are compared: the bounds of the rule, and how frames get there."""
+"""The size at which frames are compared: its bounds, and the resize to it."""
 
 import pytest
 import torch

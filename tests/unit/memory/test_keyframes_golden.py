@@ -119,7 +119,7 @@ def test_the_window_is_the_reference_s(row: dict[str, Any]) -> None:
     ids=lambda row: f"{len(row['bank'])}-max{row['max_memory_size']}-fix{row['fix']}",
 )
 def test_with_every_place_fixed_the_window_is_exactly_the_oldest(row: dict[str, Any]) -> None:
-    """Upstream returns the whole bank once more here; that bug is not reproduced."""
+    """The original code adds the whole bank here again; this bug is not reproduced."""
     bank = MemoryBank(map(keyframe_from_file_name, row["bank"]))
     settings = MemorySettings(max_keyframes=row["max_memory_size"], num_fixed=row["fix"])
     assert bank.recall(settings).keyframes == bank.keyframes[: row["fix"]]

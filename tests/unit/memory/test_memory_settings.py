@@ -1,4 +1,4 @@
-"""Memory settings refuse what cannot work, naming the key."""
+"""Memory settings reject values that cannot work, naming the key."""
 
 import pytest
 

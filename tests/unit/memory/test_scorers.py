@@ -1,4 +1,4 @@
-"""CLIP, HSV, HPSv3 and sharpness: what they measure, and what they say when something is missing."""
+"""CLIP, HSV, HPSv3 and sharpness: what they measure, and their messages when weights or packages are missing."""
 
 import hashlib
 import sys
@@ -37,7 +37,7 @@ def noise(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def test_hsv_equals_opencv_in_every_bit() -> None:
-    """The digest is of cv2.cvtColor(..., COLOR_RGB2HSV) of OpenCV 5.0.0 over a grid of 52^3 colours."""
+    """The digest is that of OpenCV 5.0.0's ``cv2.cvtColor(..., COLOR_RGB2HSV)`` over a grid of 52^3 colours."""
     levels = torch.arange(0, 256, 5, dtype=torch.uint8)
     grid = torch.stack(torch.meshgrid(levels, levels, levels, indexing="ij")).reshape(1, 3, 1, -1)
     hsv = rgb_to_hsv(grid)[0].permute(1, 2, 0).contiguous()
@@ -180,7 +180,7 @@ def test_hpsv3_not_installed_names_the_command(monkeypatch: pytest.MonkeyPatch) 
 
 
 class FakeInferencer:
-    """Stands in for hpsv3.HPSv3RewardInferencer: the mean grey value is the preference, 1 its deviation."""
+    """A fake ``hpsv3.HPSv3RewardInferencer``: the mean grey value is the preference, with deviation 1."""
 
     built: ClassVar[list[dict[str, Any]]] = []
 

@@ -1,4 +1,4 @@
-"""Every attention backend equals exact softmax attention, and its log-sum-exp lets parts be merged."""
+"""Every attention backend equals exact softmax attention, and partial results merge by their log-sum-exp."""
 
 import sys
 from collections.abc import Iterator
@@ -132,7 +132,7 @@ def test_a_package_without_the_kernel_is_refused(monkeypatch: pytest.MonkeyPatch
 
 @pytest.fixture
 def installed_fa2(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stand-in for the package: its function's signature and results, computed exactly."""
+    """A fake of the package: its function with the same signature, computed exactly."""
 
     def flash_attn_func(
         q: Tensor,
@@ -174,7 +174,7 @@ def test_the_extra_that_flash_attention_2_needs_is_named(monkeypatch: pytest.Mon
 
 
 def install_broken(package: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if ``package`` had been built for another torch."""
+    """Pretends that ``package`` was built for another torch."""
     (folder / f"{package}.py").write_text("raise ImportError('flash.so: undefined symbol: _ZN3c10')")
     monkeypatch.delitem(sys.modules, package, raising=False)
     monkeypatch.syspath_prepend(folder)
@@ -199,7 +199,7 @@ def test_a_flash_attention_3_that_was_built_for_another_torch_is_refused(
 
 @pytest.fixture
 def registered_fa3() -> Iterator[None]:
-    """As if the package were there: registering does nothing, so the kernels stay torch's own."""
+    """Pretends that the package is installed: registering does nothing, so the kernels stay torch's own."""
     from torch.nn.attention._fa3 import register_flash_attention_fa3
 
     class Handle:

@@ -1,7 +1,7 @@
 """Compiled blocks compute what eager ones do, and one compilation serves a whole story.
 
-The compiler's front end alone is used (``aot_eager``, ``eager``): it traces, functionalizes and decides about
-recompilation as always, but does not spend minutes on generating C++. ``benchmarks/step.py`` runs the whole of it.
+Only the compiler's front end is used (``aot_eager``, ``eager``): it traces, functionalizes and decides about
+recompilation as always, but does not spend minutes on generating C++. ``benchmarks/step.py`` runs the whole compiler.
 """
 
 from collections.abc import Iterator
@@ -92,7 +92,7 @@ def test_nothing_is_recompiled_in_a_story_nor_for_the_other_expert(
         compile_with("eager", expert, monkeypatch)
     run(experts[0], STORY[0])
     after_the_first_forward = counters["stats"]["unique_graphs"]
-    # In fp32 the first block's tokens are a view of a matrix product, in bf16 they are a copy like any other block's.
+    # In fp32 the first block's tokens are a view of a matrix product; in bf16 they are a copy, as in other blocks.
     assert after_the_first_forward == (2 if dtype == torch.float32 else 1)
     for expert in experts:
         for num_memory in STORY:

@@ -175,7 +175,7 @@ def test_the_full_model_runs_on_shapes_alone() -> None:
     assert velocity.dtype == torch.float32
 
 
-def test_norms_modulation_time_and_head_stay_in_fp32_beside_bf16_matmuls() -> None:
+def test_norms_modulation_time_and_head_stay_in_fp32_next_to_bf16_matmuls() -> None:
     dit = small_dit(dtype=torch.bfloat16)
     kept = ("norm", "modulation", "time_", "head.")
     for name, parameter in dit.named_parameters():

@@ -1,4 +1,4 @@
-"""Fp32 matrix products are exact, whatever was set before; convolutions are as the setting says."""
+"""Fp32 matrix products are exact, whatever was set before; convolutions follow the setting."""
 
 from collections.abc import Iterator
 

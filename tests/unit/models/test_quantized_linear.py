@@ -1,4 +1,4 @@
-"""Layers in eight bits: what is kept of weights and tokens, and that the products are what those numbers give."""
+"""8-bit layers: how weights and tokens are rounded, and that the products are those of the rounded numbers."""
 
 from dataclasses import replace
 
@@ -25,13 +25,13 @@ FORMATS = pytest.mark.parametrize("linears", KINDS)
 
 
 def random_rows(num_rows: int, width: int, seed: int = 0) -> Tensor:
-    """Rows whose sizes are many powers of ten apart."""
+    """Rows whose magnitudes differ by many powers of ten."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(num_rows, width, generator=generator) * torch.logspace(-6, 6, num_rows)[:, None]
 
 
 def make_layer(linears: str, dtype: torch.dtype = torch.bfloat16) -> tuple[QuantizedLinear, Tensor]:
-    """A layer, and its weight in fp64 as it is after quantizing."""
+    """A layer, and its quantized weight in fp64."""
     torch.manual_seed(1)
     exact = nn.Sequential(nn.Linear(IN, OUT))
     layers = nn.Sequential(nn.Linear(IN, OUT, dtype=dtype))
@@ -42,7 +42,7 @@ def make_layer(linears: str, dtype: torch.dtype = torch.bfloat16) -> tuple[Quant
 
 
 def quantized_tokens(x: Tensor, linears: str) -> Tensor:
-    """What a layer sees of tokens, in fp64: written down once more, number by number."""
+    """The quantized tokens in fp64, recomputed here token by token."""
     rows = []
     for token in x.float():
         scale = token.abs().max() / {"float8": 448, "int8": 127}[linears]
@@ -109,7 +109,7 @@ def test_a_product_is_that_of_the_quantized_numbers(linears: str, dtype: torch.d
     tokens = quantized_tokens(x.flatten(0, 1), linears)
     bias = layer.bias.bfloat16() if linears == "float8" else layer.bias
     expected = tokens @ weight.T + bias.double()
-    # bf16 has 8 bits; the rest is the fp32 sum of products that are partly larger than the result.
+    # bf16 has 8 bits; the rest is the rounding of the fp32 sum, whose products may be larger than the result.
     result_bits = 23 if dtype == torch.float32 and linears == "int8" else 8
     allowed = expected.abs() * 2**-result_bits + (tokens.abs() @ weight.abs().T) * 2**-20
     assert ((found.flatten(0, 1).double() - expected).abs() <= allowed).all()
@@ -117,7 +117,7 @@ def test_a_product_is_that_of_the_quantized_numbers(linears: str, dtype: torch.d
 
 @FORMATS
 def test_a_result_is_near_the_exact_one(linears: str) -> None:
-    """Measured: 3.8% and 0.8%, float8's being that of two roundings to 4 bits and int8's that of two to 255 steps."""
+    """Measured: 3.8% (float8: two roundings to 4 bits) and 0.8% (int8: two roundings to 255 steps)."""
     torch.manual_seed(2)
     exact = nn.Linear(512, 512)
     layers = nn.Sequential(nn.Linear(512, 512))
@@ -181,7 +181,7 @@ def test_the_linears_of_the_blocks_are_replaced_and_no_others(linears: str) -> N
 @FORMATS
 @torch.no_grad()
 def test_a_transformer_with_such_layers_computes_nearly_the_same(linears: str) -> None:
-    """Measured: 6.6e-3 and 1.5e-3; weights at another scale would be an error near 1."""
+    """Measured: 6.6e-3 and 1.5e-3. A wrong scale of the weights would give an error near 1."""
     exact = make_dit(replace(CONFIG, in_dim=36))
     dit = WanDiT(exact.config, dtype=torch.float32)
     quantize_linears(dit.blocks, linears)
@@ -202,7 +202,7 @@ def test_this_device_can_multiply(linears: str) -> None:
     ("linears", "where", "function", "others"),
     [("float8", F, "scaled_mm", "int8 or exact"), ("int8", torch, "_int_mm", "exact")],
 )
-def test_a_device_that_cannot_multiply_is_told_what_to_use_instead(
+def test_a_device_that_cannot_multiply_is_refused_with_what_to_use_instead(
     linears: str, where: object, function: str, others: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object, **__: object) -> Tensor:
@@ -212,6 +212,6 @@ def test_a_device_that_cannot_multiply_is_told_what_to_use_instead(
     with pytest.raises(ConfigError) as caught:
         check_linears(linears, torch.device("cpu"))
     assert str(caught.value) == (
-        f"model.linears={linears}: this cpu device with torch {torch.__version__} has no such products (only supported "
-        f"on CUDA devices with compute capability >= 8.9); use model.linears={others}"
+        f"model.linears={linears}: this cpu device with torch {torch.__version__} cannot multiply in this format (only "
+        f"supported on CUDA devices with compute capability >= 8.9); use model.linears={others}"
     )

@@ -1,4 +1,4 @@
-"""The text encoder reproduces the original's embeddings, from both layouts, and refuses what does not belong to it."""
+"""The text encoder reproduces the original's embeddings, from both layouts, and rejects files of other models."""
 
 import json
 from dataclasses import dataclass
@@ -75,7 +75,7 @@ def test_prompts_are_encoded_alone_and_cut_to_their_length(encoder: TextEncoder)
     assert again is embedding
 
 
-def test_an_embedding_does_not_depend_on_the_texts_beside_it(encoder: TextEncoder) -> None:
+def test_an_embedding_does_not_depend_on_the_other_texts(encoder: TextEncoder) -> None:
     texts = ["w5 w6", " ".join(["w9"] * 90), "w5"]
     together = encoder.encode(texts)
     for text, embedding in zip(texts, together, strict=True):

@@ -1,4 +1,4 @@
-"""The VAE wrapper reproduces the original's latents and pixels, from both layouts, and refuses what is not a VAE."""
+"""The VAE wrapper reproduces the original's latents and pixels, from both layouts, and rejects what is not a VAE."""
 
 from pathlib import Path
 

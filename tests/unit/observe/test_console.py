@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from storymem_dist import events as ev
+import storymem_dist.events as ev
 from storymem_dist.observe.console import LiveConsole, PlainConsole
 from storymem_dist.observe.journal import JournalTail, read_journal
 from storymem_dist.observe.run import format as fmt
@@ -46,11 +46,11 @@ def test_lines_carry_no_terminal_codes_and_name_time_and_replica(events: list[ev
         assert "\x1b" not in line
 
 
-def test_reused_steps_are_told_in_lines_in_the_live_view_and_in_the_summary(tmp_path: Path) -> None:
+def test_reused_steps_are_shown_in_lines_in_the_live_view_and_in_the_summary(tmp_path: Path) -> None:
     run = whole_run(tmp_path / "run", num_stories=1, num_shots=1, num_replicas=1, reused_steps=(2, 3))
     events = read_journal(run.root / "events")
-    told = [line for line in plain(events, "normal").splitlines() if "reused" in line]
-    assert [re.findall(r"step (\d)/4", line) for line in told] == [["2"], ["3"]]
+    reused = [line for line in plain(events, "normal").splitlines() if "reused" in line]
+    assert [re.findall(r"step (\d)/4", line) for line in reused] == [["2"], ["3"]]
     stream = io.StringIO()
     live = LiveConsole(Console(file=stream, force_terminal=True, width=120, color_system=None))
     for stamped in events:
@@ -61,13 +61,13 @@ def test_reused_steps_are_told_in_lines_in_the_live_view_and_in_the_summary(tmp_
     assert "50.0 % of the steps reused" in stream.getvalue()
 
 
-def test_progress_is_told_when_nothing_else_was_for_a_while(events: list[ev.StampedEvent]) -> None:
+def test_progress_is_written_when_nothing_else_was_for_a_while(events: list[ev.StampedEvent]) -> None:
     own = [stamped for stamped in events if stamped.replica == 0]
     every, some, none = (re.findall(r"step (\d)/4", plain(own, "normal", interval)) for interval in (0.0, 3.0, 1000.0))
     assert every == ["1", "2", "3", "4"] * 2
     assert some == ["2", "4", "2", "4"], "steps of 1.5 and 1.9 s, at least 3 s after the line before"
     assert none == []
-    assert "load t2v high_noise: 28.6 GB" in plain(own, "normal", 1000.0), "the end of loading is always told"
+    assert "load t2v high_noise: 28.6 GB" in plain(own, "normal", 1000.0), "the end of loading is always written"
 
 
 def test_a_log_of_the_first_replica_counts_the_shots_of_all_and_ends_with_the_summary(tmp_path: Path) -> None:
@@ -101,7 +101,7 @@ def test_a_restarted_replica_is_no_second_job_in_the_summary(
     console.close()
     text = stream.getvalue()
     assert "replica 0" in text and "job 2" not in text
-    assert "2 shots rendered · 1 resumed inside · 0 failed" in text
+    assert "2 shots rendered · 1 resumed from a checkpoint · 0 failed" in text
 
 
 def test_the_live_view_shows_batch_replica_and_loading_and_leaves_finished_shots_behind(tmp_path: Path) -> None:
@@ -128,7 +128,7 @@ def test_the_live_view_shows_batch_replica_and_loading_and_leaves_finished_shots
     assert "\x1b[?25l" not in stream.getvalue().split("\x1b[?25h")[-1], "the cursor is left on"
 
 
-def test_the_live_view_tells_what_other_replicas_do_now_but_not_what_they_did_before_it_started(tmp_path: Path) -> None:
+def test_the_live_view_shows_what_other_replicas_do_now_but_not_what_they_did_before_it_started(tmp_path: Path) -> None:
     run = whole_run(tmp_path / "run", num_stories=1, num_shots=1, num_replicas=1)
     stream = io.StringIO()
     tail = JournalTail(run.root / "events")

@@ -25,7 +25,7 @@ def test_what_was_written_is_read_back_in_order_of_time(tmp_path: Path) -> None:
     assert [event.wall_time for event in read_journal(tmp_path)] == [1.0, 2.0, 3.0, 4.0]
 
 
-def test_a_tail_returns_each_event_once_and_goes_on_after_a_restart(tmp_path: Path) -> None:
+def test_a_tail_returns_each_event_once_and_continues_after_a_restart(tmp_path: Path) -> None:
     journal = JournalWriter(tmp_path, "w")
     tail = JournalTail(tmp_path)
     journal.write(stamped(0))

@@ -96,11 +96,11 @@ def test_a_back_end_that_raises_is_dropped_with_one_warning(tmp_path: Path) -> N
                 time.sleep(0.001)
     assert len(raising.events) == 1 and not raising.closed
     assert reasons(read_journal(tmp_path)) == reasons(good.events) == [str(number) for number in range(20)]
-    told = warnings(read_journal(tmp_path))
-    assert told == lines == ["raising failed and is switched off: RuntimeError: no service today"]
+    sent = warnings(read_journal(tmp_path))
+    assert sent == lines == ["raising failed and is switched off: RuntimeError: no service today"]
 
 
-def test_a_back_end_that_hangs_blocks_nobody_and_is_left_behind_at_the_end(tmp_path: Path) -> None:
+def test_a_back_end_that_hangs_blocks_no_other_and_is_not_waited_for_at_the_end(tmp_path: Path) -> None:
     hanging, good, lines = Hanging(), Recorder(), list[str]()
     observers = Observers(
         [hanging, good],
@@ -178,7 +178,7 @@ def test_closing_twice_and_notifying_after_it_do_nothing(tmp_path: Path) -> None
     assert read_journal(tmp_path) == []
 
 
-def test_a_disk_that_refuses_events_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_refuses_events_is_reported_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines: list[str] = []
     observers = Observers(journal=JournalWriter(tmp_path, "w"), writer="w", report_line=lines.append)
     monkeypatch.setattr("os.write", lambda descriptor, data: (_ for _ in ()).throw(OSError(28, "no space left")))

@@ -7,7 +7,7 @@ from urllib.parse import unquote
 
 import pytest
 
-from storymem_dist import events as ev
+import storymem_dist.events as ev
 from storymem_dist.artifacts.records import ShotRecord
 from storymem_dist.cli.report import main
 from storymem_dist.errors import RunFolderError, StoryMemError
@@ -87,8 +87,8 @@ def test_lineage_edges_are_the_recalls_of_the_records(complete: FakeRun) -> None
             if decision["verdict"] != "evicted":
                 recorded.append((f"{decision['shot_index']}:{decision['slot']}", record.shot_id))
     assert drawn == sorted(recorded) and drawn
-    told = [edge["aria-label"] for edge in page.all("g", "edge")]
-    assert all("shown to shot_" in label and "quality 4.500" in label for label in told)
+    labels = [edge["aria-label"] for edge in page.all("g", "edge")]
+    assert all("shown to shot_" in label and "quality 4.500" in label for label in labels)
     gone = [(edge["data-from"], edge["data-to"]) for edge in page.all("g", "gone")]
     assert gone == [("0:1", "shot_03")] * 2, "of three keyframes the window holds the first and the newest"
     view = read_run(complete.root)
@@ -168,7 +168,7 @@ def test_the_page_names_no_address_outside_itself(complete: FakeRun) -> None:
     assert "url(" not in text and "@import" not in text and "fetch(" not in text
 
 
-def test_a_run_that_goes_on_shows_what_runs_and_what_waits(tmp_path: Path) -> None:
+def test_an_unfinished_run_shows_what_runs_and_what_waits(tmp_path: Path) -> None:
     run = FakeRun(tmp_path / "run", num_stories=1, num_shots=3)
     with run.replica(0) as replica:
         run.shot(replica, 0, 0)
@@ -183,7 +183,7 @@ def test_a_run_that_goes_on_shows_what_runs_and_what_waits(tmp_path: Path) -> No
     assert [shot.status for shot in later.stories[0].shots] == ["finished", "running", "waiting"]
 
 
-def test_failures_and_restarts_of_a_broken_run_are_told(tmp_path: Path) -> None:
+def test_failures_and_restarts_of_a_broken_run_are_shown(tmp_path: Path) -> None:
     run = FakeRun(tmp_path / "run", num_stories=2, num_shots=2)
     with run.replica(0) as replica:
         run.shot(replica, 0, 0, stop_after_step=1)
@@ -193,7 +193,7 @@ def test_failures_and_restarts_of_a_broken_run_are_told(tmp_path: Path) -> None:
         run.finish(replica, outcome="failed")
     page = report(run)
     assert "incomplete" in page.text and "NaN in latents" in page.text
-    assert "2 replica starts, 1 shot resumed inside, 1 attempt interrupted." in page.text
+    assert "2 replica starts, 1 shot resumed from a checkpoint, 1 attempt interrupted." in page.text
     assert [block["data-tip"].split(":")[1].split(",")[0].strip() for block in page.all("span", "shot")] == [
         "interrupted",
         "finished",

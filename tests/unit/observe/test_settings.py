@@ -11,7 +11,7 @@ TRACKING = Path(__file__).parents[3] / "conf" / "tracking"
 
 
 @pytest.mark.parametrize(
-    ("cls", "values", "told"),
+    ("cls", "values", "message"),
     [
         (ConsoleSettings, {"mode": "fancy"}, "tracking.console.mode='fancy' .* auto, live, plain, off"),
         (ConsoleSettings, {"level": "loud"}, "tracking.console.level='loud' .* quiet, normal, verbose"),
@@ -24,8 +24,8 @@ TRACKING = Path(__file__).parents[3] / "conf" / "tracking"
         (TrackingSettings, {"system_interval_seconds": -0.5}, "tracking.system_interval_seconds=-0.5"),
     ],
 )
-def test_a_wrong_setting_is_refused_with_its_path_and_what_is_allowed(cls: Any, values: Any, told: str) -> None:
-    with pytest.raises(ConfigError, match=told):
+def test_a_wrong_setting_is_refused_with_its_path_and_what_is_allowed(cls: Any, values: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         cls(**values)
 
 

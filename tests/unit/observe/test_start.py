@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-from storymem_dist import events as ev
+import storymem_dist.events as ev
 from storymem_dist.artifacts.run_folder import RunFolder
 from storymem_dist.hardware import DeviceMemory, device_memory, peak_tflops
 from storymem_dist.observe.journal import JournalWriter, read_journal
 from storymem_dist.observe.observers import Observers
 from storymem_dist.observe.settings import ConsoleSettings, TrackingSettings, WandbSettings
-from storymem_dist.observe.start import Place, start_observers, wait_for_replicas_of
+from storymem_dist.observe.start import RankInfo, start_observers, wait_for_replicas_of
 from storymem_dist.observe.system import SystemSampler
 
 
@@ -38,9 +38,10 @@ def run_folder(tmp_path: Path) -> Path:
     return folder.root
 
 
-def test_a_leaders_events_reach_its_file_and_a_followers_go_nowhere(tmp_path: Path) -> None:
+def test_a_leaders_events_reach_its_file_and_a_followers_are_dropped(tmp_path: Path) -> None:
     root = run_folder(tmp_path)
-    for place in (Place(rank=2, replica=1, num_replicas=2), Place(rank=3, replica=1, num_replicas=2, is_leader=False)):
+    leader = RankInfo(rank=2, replica=1, num_replicas=2)
+    for place in (leader, RankInfo(rank=3, replica=1, num_replicas=2, is_leader=False)):
         with start_observers(tracking(), root, place) as observers:
             observers.observer.notify(ev.StopRequested(reason=f"rank {place.rank}"))
     (stamped,) = read_journal(root / "events")
@@ -49,7 +50,7 @@ def test_a_leaders_events_reach_its_file_and_a_followers_go_nowhere(tmp_path: Pa
 
 def test_every_rank_samples_its_system(tmp_path: Path) -> None:
     root = run_folder(tmp_path)
-    places = [Place(rank=2, replica=1, num_replicas=2), Place(rank=3, replica=1, num_replicas=2, is_leader=False)]
+    places = [RankInfo(rank=2, replica=1, num_replicas=2), RankInfo(rank=3, replica=1, num_replicas=2, is_leader=False)]
     for place in places:
         observers = start_observers(tracking(system_interval_seconds=0.05), root, place)
         deadline = time.monotonic() + 10.0
@@ -67,7 +68,7 @@ def test_the_console_writes_to_the_given_stream_and_the_report_is_written_at_the
     root = run_folder(tmp_path)
     stream = io.StringIO()
     settings = tracking(console=ConsoleSettings(), report=True)
-    with start_observers(settings, root, Place(), stream=stream) as observers:
+    with start_observers(settings, root, RankInfo(), stream=stream) as observers:
         observers.observer.notify(ev.StopRequested(reason="SIGTERM"))
     assert "stopping after this step (SIGTERM)" in stream.getvalue()
     assert (root / "report.html").is_file()
@@ -76,7 +77,7 @@ def test_the_console_writes_to_the_given_stream_and_the_report_is_written_at_the
 def test_a_report_that_cannot_be_written_fails_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = run_folder(tmp_path)
     (root / "report.html").mkdir()
-    start_observers(tracking(report=True), root, Place()).close()
+    start_observers(tracking(report=True), root, RankInfo()).close()
     assert "report.html could not be written" in capsys.readouterr().err
 
 
@@ -99,9 +100,9 @@ def test_the_sweep_becomes_the_wandb_group_unless_one_is_set(tmp_path: Path, mon
     root = run_folder(tmp_path)
     for own in (None, "mine"):
         settings = tracking(wandb=WandbSettings(mode="offline", group=own))
-        start_observers(settings, root, Place(), sweep="cfg-sweep").close()
+        start_observers(settings, root, RankInfo(), sweep="cfg-sweep").close()
         assert settings.wandb.group == own, "the settings themselves stay as they were"
-    start_observers(settings, root, Place(rank=4, replica=1, num_replicas=2)).close()
+    start_observers(settings, root, RankInfo(rank=4, replica=1, num_replicas=2)).close()
     assert groups == ["cfg-sweep", "mine"], "only the first leader feeds"
 
 
@@ -117,7 +118,7 @@ def test_the_first_leader_waits_until_its_other_replicas_are_finished(tmp_path: 
     root = run_folder(tmp_path)
     for replica, over in ((1, True), (2, False)):
         announce(root, replica, job="j", over=over)
-    waiting = threading.Thread(target=wait_for_replicas_of, args=(root, Place(job="j", num_replicas=3)))
+    waiting = threading.Thread(target=wait_for_replicas_of, args=(root, RankInfo(job="j", num_replicas=3)))
     waiting.start()
     time.sleep(1.2)
     assert waiting.is_alive()
@@ -131,7 +132,7 @@ def test_a_replica_that_fell_silent_is_not_waited_for(tmp_path: Path) -> None:
     root = run_folder(tmp_path)
     announce(root, 1, job="j", over=False)
     began = time.monotonic()
-    wait_for_replicas_of(root, Place(job="j", num_replicas=3), silence_seconds=0.5)
+    wait_for_replicas_of(root, RankInfo(job="j", num_replicas=3), silence_seconds=0.5)
     assert 0.5 <= time.monotonic() - began < 10.0
 
 
@@ -144,7 +145,7 @@ def test_a_replica_whose_process_is_gone_from_this_host_is_not_waited_for(
         pass
     announce(root, 1, job="j", over=False, host=host, process_id=ended.pid)
     began = time.monotonic()
-    wait_for_replicas_of(root, Place(job="j", num_replicas=2), silence_seconds=2.5)
+    wait_for_replicas_of(root, RankInfo(job="j", num_replicas=2), silence_seconds=2.5)
     assert (time.monotonic() - began >= 2.5) == is_waited_for
 
 
@@ -152,14 +153,14 @@ def test_a_replica_whose_process_lives_on_this_host_is_waited_for(tmp_path: Path
     root = run_folder(tmp_path)
     announce(root, 1, job="j", over=False, host=socket.gethostname(), process_id=os.getpid())
     began = time.monotonic()
-    wait_for_replicas_of(root, Place(job="j", num_replicas=2), silence_seconds=1.5)
+    wait_for_replicas_of(root, RankInfo(job="j", num_replicas=2), silence_seconds=1.5)
     assert time.monotonic() - began >= 1.5
 
 
-def test_leaving_on_an_error_waits_for_nobody(tmp_path: Path) -> None:
+def test_leaving_on_an_error_does_not_wait(tmp_path: Path) -> None:
     root = run_folder(tmp_path)
     began = time.monotonic()
-    with pytest.raises(RuntimeError), start_observers(tracking(), root, Place(job="j", num_replicas=8)):
+    with pytest.raises(RuntimeError), start_observers(tracking(), root, RankInfo(job="j", num_replicas=8)):
         raise RuntimeError
     assert time.monotonic() - began < 30.0
 

@@ -1,4 +1,4 @@
-"""Who is blamed for a hang, from what ranks said of themselves."""
+"""Which rank is named for a hang, from the ranks' reports about themselves."""
 
 import pytest
 
@@ -62,7 +62,7 @@ HUNG = {"waits": False, "silent_seconds": 61.0, "line": "denoise.py:7 in denoise
         ),
         ([rank(0, 3), rank(1, 3)], (), "ranks 0 and 1 wait for another rank in step 3, for 61 s"),
     ],
-    ids=["behind", "outside", "behind inside", "silent", "gave up waiting", "ended", "two", "nobody"],
+    ids=["behind", "outside", "behind inside", "silent", "gave up waiting", "ended", "two", "none"],
 )
 def test_the_rank_that_the_others_wait_for_is_named(seen: list[Sighting], culprits: tuple[int, ...], text: str) -> None:
     verdict = judge(seen, alive_seconds=3.0)

@@ -98,7 +98,8 @@ def test_every_layout_of_a_node_is_listed_once_and_fits() -> None:
         ({"stall_timeout_seconds": 100.0}, "stall_timeout_seconds=100.0 .* at least parallel.collective"),
         ({"weights": "zero3", "ulysses": 2}, "fsdp_offload to split a forward"),
         ({"weights": "zero3", "compile": True}, "eager mode only"),
-        ({"weights": "zero3", "zero3_offload": "nvme"}, "needs parallel.zero3_nvme_path"),
+        ({"weights": "zero3", "zero3_offload": "nvme"}, "zero3_offload=nvme .* has never been run"),
+        ({"zero3_offload": "disk"}, "parallel.zero3_offload='disk' is not allowed; use one of: cpu"),
     ],
 )
 def test_settings_that_cannot_be_meant_are_refused(wrong: dict[str, object], says: str) -> None:

@@ -46,14 +46,14 @@ def step(number: int) -> Event:
         ([begin("save", **SHOT), end("save", **SHOT), begin("recall", **NEXT)], "stage 'recall' of moon:shot_03"),
         (
             [begin("save", **SHOT), begin("recall", **NEXT)],
-            "stage 'recall' of moon:shot_03 (with stage 'save' of moon:shot_02 beside it)",
+            "stage 'recall' of moon:shot_03 (with stage 'save' of moon:shot_02 in the background)",
         ),
         ([end("keyframes", **SHOT), begin("save", **SHOT), begin("join", story_id="moon")], BOTH),
         ([begin("join", story_id="moon"), WarningIssued(message="full disk", source="join")], "the start of the job"),
         ([begin("save", **SHOT), ShotFailed(reason="full disk", **SHOT), begin("load")], "stage 'load'"),
     ],
 )
-def test_the_place_is_told_in_words(events: list[Event], where: str) -> None:
+def test_the_position_is_described_in_words(events: list[Event], where: str) -> None:
     board, passed_on = ProgressBoard(), Events()
     observer = board.watching(passed_on)
     for event in events:

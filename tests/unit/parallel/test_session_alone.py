@@ -47,7 +47,7 @@ def test_heads_are_checked_before_any_group_exists(monkeypatch: pytest.MonkeyPat
     assert not dist.is_initialized()
 
 
-def test_ranks_without_a_meeting_point_are_told_how_to_start(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_without_a_rendezvous_are_refused_with_the_way_to_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(LayoutError, match="MASTER_ADDR and MASTER_PORT is not set; start them with torchrun"):

@@ -17,7 +17,7 @@ from storymem_dist.story.loading import StoryBatch
 from storymem_dist.story.schema import Scene, Shot, Story
 
 # Settings whose effect is in the shot's own seed, mode or kind, which are inputs of their own.
-TOLD_ELSEWHERE = {"seed", "seed_rule", "continuation", "first_shot"}
+COVERED_ELSEWHERE = {"seed", "seed_rule", "continuation", "first_shot"}
 ONLY_T2V = {"flow_shift_t2v", "boundary_ratio_t2v"}
 ONLY_M2V = {"flow_shift_m2v", "boundary_ratio_m2v", "max_keyframes", "num_fixed"}
 OTHER_VALUES = {
@@ -56,7 +56,7 @@ def changed(group: str, name: str) -> RenderConfig:
             sampler=replace(settings.sampler, solver="euler", num_inference_steps=2, sigmas=[0.9, 0.5]),
         )
     new = OTHER_VALUES.get(name, old + 1 if isinstance(old, int | float) else None)
-    assert new is not None and new != old, f"say in OTHER_VALUES what {group}.{name} may become"
+    assert new is not None and new != old, f"add another value of {group}.{name} to OTHER_VALUES"
     return replace(settings, **{group: replace(getattr(settings, group), **{name: new})})
 
 
@@ -68,14 +68,14 @@ def test_every_setting_that_can_change_pixels_is_in_the_fingerprint_of_the_shots
     group: str, name: str
 ) -> None:
     """A setting that is added later and forgotten here would let a resumed run mix two settings."""
-    if name in TOLD_ELSEWHERE:
+    if name in COVERED_ELSEWHERE:
         return
     for kind, spared in (("t2v", ONLY_M2V), ("m2v", ONLY_T2V)):
         same = pixel_inputs(kind, changed(group, name), weights()) == pixel_inputs(kind, RenderConfig(), weights())
         assert same == (name in spared), kind
 
 
-def test_weights_and_number_format_are_in_the_fingerprint_and_places_are_not() -> None:
+def test_weights_and_number_format_are_in_the_fingerprint_and_paths_are_not() -> None:
     settings = RenderConfig()
     base = pixel_inputs("m2v", settings, weights())
     assert pixel_inputs("m2v", settings, weights("others")) != base
@@ -124,7 +124,7 @@ def test_only_the_needed_experts_are_named_first_shots_first() -> None:
     assert kinds_of([story()], replace(settings, sampler=replace(settings.sampler, first_shot="m2v"))) == ["m2v"]
 
 
-def test_floating_point_work_is_told_for_a14b_alone() -> None:
+def test_floating_point_work_is_known_for_a14b_alone() -> None:
     settings = RenderConfig()
     assert not cost_model(settings, weights(sizes=TINY.i2v)).is_a14b
     for sizes in (WAN22_A14B.t2v, WAN22_A14B.i2v):

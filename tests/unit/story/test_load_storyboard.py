@@ -1,4 +1,4 @@
-"""What a good storyboard becomes."""
+"""The story that a valid storyboard becomes: shots, formats, style, reference images, story id."""
 
 import json
 from pathlib import Path
@@ -135,7 +135,7 @@ def test_null_means_left_out_for_the_optional_keys(tmp_path: Path) -> None:
     assert (story.seed, story.style, story.reference_images) == (None, "", ())
 
 
-def test_reference_images_are_found_beside_the_storyboard_from_any_working_folder(
+def test_reference_images_are_found_next_to_the_storyboard_from_any_working_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "in" / "pictures").mkdir(parents=True)

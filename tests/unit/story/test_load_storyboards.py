@@ -20,7 +20,7 @@ def write_story(path: Path, name: str = "A story") -> Path:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Three stories, and things that are none."""
+    """Three stories, and files that are no stories."""
     for name in ("b.json", "a.json5", "c.YML"):
         write_story(tmp_path / "stories" / name)
     write_story(tmp_path / "stories/below/d.json")
@@ -83,7 +83,7 @@ def test_a_bad_file_is_rejected_with_its_message_and_stops_no_other(folder: Path
             folder / "absent.json",
             f"{folder / 'absent.json'}: no such file, folder or glob; allowed: one that holds {PATTERNS}",
         ),
-        (folder / "*.absent", f"{folder / '*.absent'}: nothing matched, no storyboard among it; allowed: {PATTERNS}"),
+        (folder / "*.absent", f"{folder / '*.absent'}: nothing matched, no storyboard found; allowed: {PATTERNS}"),
         (
             folder / "bad.json",
             f"{folder / 'bad.json'}: not valid JSON or JSON5, line 1, column 2:"
@@ -128,7 +128,7 @@ def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
 def test_a_glob_of_other_files_is_refused(folder: Path) -> None:
     with pytest.raises(StoryboardError) as caught:
         load_storyboards(str(folder / "*.txt"))
-    assert str(caught.value) == f"{folder}/*.txt: 1 matched, no storyboard among it; allowed: {PATTERNS}"
+    assert str(caught.value) == f"{folder}/*.txt: 1 matched, no storyboard found; allowed: {PATTERNS}"
 
 
 def test_a_glob_without_a_match_is_refused(folder: Path) -> None:
@@ -140,8 +140,8 @@ def test_a_glob_without_a_match_is_refused(folder: Path) -> None:
     ("spec", "message"),
     [
         ([], f"stories is an empty list; allowed: files, folders or globs of {PATTERNS}"),
-        ("", f"stories='' is no path; allowed: files, folders or globs of {PATTERNS}"),
-        ("a\0b", f"stories='a\\x00b' is no path; allowed: files, folders or globs of {PATTERNS}"),
+        ("", f"stories='' is not a path; allowed: files, folders or globs of {PATTERNS}"),
+        ("a\0b", f"stories='a\\x00b' is not a path; allowed: files, folders or globs of {PATTERNS}"),
         (7, f"stories holds 7; allowed: files, folders or globs of {PATTERNS}"),
         ([None], f"stories holds None; allowed: files, folders or globs of {PATTERNS}"),
         ("~nobody-of-that-name/x.json", "~nobody-of-that-name/x.json: cannot be read: "),

@@ -1,4 +1,4 @@
-"""Every mistake in a storyboard gives one message that names file, scene and shot, and says what is allowed."""
+"""Every mistake in a storyboard gives one message that names file, scene, shot and what is allowed."""
 
 import copy
 import json

@@ -213,7 +213,7 @@ NATIVE_REFUSALS = {
         CheckpointError,
         INDEX + ": not valid JSON",
     ),
-    "index contradicts shard": (_move_a_key_in_the_index, CheckpointError, f"is in {SHARD_4}, but it is not"),
+    "index contradicts shard": (_move_a_key_in_the_index, CheckpointError, f"in {SHARD_4}, which does not hold it"),
     "truncated shard": (
         lambda root: truncate(root / "high_noise_model" / SHARD_4, 100),
         CheckpointError,

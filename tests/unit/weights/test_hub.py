@@ -1,4 +1,4 @@
-"""Downloads against a hub on this machine: whole, resumed, and refused with the reason."""
+"""Downloads from a hub on this machine: complete, resumed, and refused with the reason."""
 
 import errno
 import json
@@ -28,7 +28,7 @@ FILES = {
 def online(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.file_download.time, "sleep", lambda seconds: None)
-    # the hub's client keeps what it has received in whole chunks only: 10 MB of a real file, a little here
+    # the hub's client saves received bytes only in whole chunks: 10 MB normally, small ones here
     monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 10_000)
 
 
@@ -78,7 +78,7 @@ def test_a_connection_that_is_cut_goes_on_where_it_was(fake: FakeHub, tmp_path: 
 
 def test_a_later_process_goes_on_where_an_earlier_one_gave_up(fake: FakeHub, tmp_path: Path) -> None:
     fake.cut_after[BIG] = [300_000] + [0] * 50
-    with pytest.raises(WeightsNotFound, match="What was fetched is kept: the same command goes on"):
+    with pytest.raises(WeightsNotFound, match="What was fetched is kept: the same command continues"):
         fetch(fake, tmp_path)
     assert not (tmp_path / BIG).exists()
     fake.cut_after.clear()
@@ -207,7 +207,7 @@ def test_no_network_is_explained(tmp_path: Path) -> None:
         pass
     with pytest.raises(WeightsNotFound) as caught:
         plan(gone, tmp_path)
-    assert f"{gone.endpoint} cannot be reached or broke off" in str(caught.value)
+    assert f"{gone.endpoint} cannot be reached, or the connection broke" in str(caught.value)
     assert "give a mirror with --endpoint" in str(caught.value)
 
 

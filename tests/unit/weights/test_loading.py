@@ -59,7 +59,7 @@ def lora(tmp_path: Path) -> ScaledLora:
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Many chunks for a small weight."""
+    """Cuts a small weight into many chunks."""
     monkeypatch.setattr(loading, "CHUNK_BYTES", 1)
 
 

@@ -229,7 +229,7 @@ def test_preparing_again_replaces_the_folder(tiny: TinyCheckpoint, tmp_path: Pat
 def test_a_folder_with_something_else_in_it_is_left_alone(tiny: TinyCheckpoint, tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "aunt.jpg").touch()
-    with pytest.raises(CheckpointError, match="holds something else than prepared weights"):
+    with pytest.raises(CheckpointError, match="holds other files than prepared weights"):
         prepared_from(tiny.i2v_dir, tiny.lora_dir, tmp_path / "photos")
     assert (tmp_path / "photos" / "aunt.jpg").exists()
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from storymem_dist.errors import CheckpointError
-from storymem_dist.weights.safetensors_file import DATA_ALIGNMENT, SafetensorsFile, SafetensorsWriter
+from storymem_dist.weights.safetensors_file import DATA_ALIGNMENT, SafetensorsFile, write_safetensors
 from tests.helpers.checkpoints import truncate
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int64, torch.uint8, torch.bool)
@@ -47,7 +47,7 @@ def test_changing_what_was_read_does_not_change_what_is_read_next(path: Path) ->
 
 def test_keys_come_in_the_order_of_their_data(tmp_path: Path) -> None:
     entries = {key: (torch.float32, torch.Size((1,))) for key in ("z", "a", "m")}
-    with SafetensorsWriter(tmp_path / "x.safetensors", entries) as writer:
+    with write_safetensors(tmp_path / "x.safetensors", entries) as writer:
         for number, key in enumerate(entries):
             writer.write(key, torch.tensor([float(number)]))
     file = SafetensorsFile(tmp_path / "x.safetensors")
@@ -102,7 +102,7 @@ def test_what_is_written_in_pieces_is_read_whole_by_the_library(tmp_path: Path) 
     tensor = torch.randn(7, 3)
     path = tmp_path / "x.safetensors"
     entries = {"x": (torch.bfloat16, tensor.shape), "empty": (torch.float32, torch.Size((0, 2)))}
-    with SafetensorsWriter(path, entries, {"made by": "a test"}) as writer:
+    with write_safetensors(path, entries, {"made by": "a test"}) as writer:
         for rows in tensor.bfloat16().split(2):
             writer.write("x", rows)
         assert not path.exists()
@@ -115,7 +115,7 @@ def test_what_is_written_in_pieces_is_read_whole_by_the_library(tmp_path: Path) 
 def test_a_write_that_fails_leaves_no_file(tmp_path: Path) -> None:
     with (
         pytest.raises(KeyboardInterrupt),
-        SafetensorsWriter(tmp_path / "x.safetensors", {"x": (torch.float32, torch.Size((2,)))}),
+        write_safetensors(tmp_path / "x.safetensors", {"x": (torch.float32, torch.Size((2,)))}),
     ):
         raise KeyboardInterrupt
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""The generated checkpoint: complete, the same every time, made once however many ask, and pleasant to compute with."""
+"""The generated checkpoint: complete, reproducible, made once for any number of processes, numerically well behaved."""
 
 import json
 import multiprocessing

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from storymem_dist import events as ev
+import storymem_dist.events as ev
 from storymem_dist.observe.journal import read_journal
 from storymem_dist.observe.run.rates import rates, seconds_left
 from storymem_dist.observe.run.state import RunState
@@ -68,7 +68,7 @@ def test_recalled_keyframes_get_the_scores_with_which_they_were_kept(complete: P
     assert [state.with_scores(d).bank_similarity for d in recalled] == [0.71]
 
 
-def test_a_killed_replica_leaves_an_interrupted_attempt_and_its_restart_goes_on_in_the_same_row(tmp_path: Path) -> None:
+def test_a_killed_replica_leaves_an_interrupted_attempt_and_its_restart_continues_the_same_row(tmp_path: Path) -> None:
     run, _ = restarted_run(tmp_path / "run")
     state = fold(run.root)
     assert list(state.rows) == [("", 0)]
@@ -80,7 +80,7 @@ def test_a_killed_replica_leaves_an_interrupted_attempt_and_its_restart_goes_on_
     assert state.up_seconds < 60.0 < state.last_time - START_TIME
 
 
-def test_an_earlier_start_that_is_heard_of_late_is_no_other_job(tmp_path: Path) -> None:
+def test_an_earlier_start_whose_events_arrive_late_is_no_other_job(tmp_path: Path) -> None:
     run = FakeRun(tmp_path / "run", num_stories=1, num_shots=2)
     with run.replica(0) as first:
         run.shot(first, 0, 0)
@@ -118,7 +118,7 @@ def test_two_jobs_of_one_name_at_once_are_two_rows_not_a_restart(tmp_path: Path)
 
 
 @pytest.mark.parametrize(("outcome", "pause", "num_rows"), [("stopped", 1.0, 1), (None, 300.0, 1), (None, 1.0, 2)])
-def test_a_later_job_goes_on_in_the_rows_that_an_earlier_one_has_left(
+def test_a_later_job_continues_the_rows_that_an_earlier_one_has_left(
     tmp_path: Path, outcome: str | None, pause: float, num_rows: int
 ) -> None:
     run = FakeRun(tmp_path / "run", num_stories=1, num_shots=2, job="torchrun-1")

@@ -1,4 +1,4 @@
-"""Half-made files of processes that died go when nobody else may be alive, and never those of a living one."""
+"""Half-made files of dead processes are removed when no other process may be alive; those of a living one never are."""
 
 import os
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from storymem_dist.artifacts.run_folder import SMALL_FOLDERS, RunFolder
-from storymem_dist.dispatch import cleanup as sweeping
+from storymem_dist.dispatch import cleanup
 from storymem_dist.dispatch.leases import LeaseFolder, Owner
 from storymem_dist.dispatch.plan import plan_story
 from storymem_dist.dispatch.protocol import ShotJob
@@ -62,13 +62,13 @@ def die(root: Path, names: list[str], held: str | None = None) -> None:
 
 
 def left_in(root: Path) -> list[str]:
-    """Everything that speaks of processes, dead or alive."""
+    """Every file that belongs to a process, dead or alive."""
     found = [path for path in root.rglob("*") if path.name.startswith(".tmp-") or path.parent.name == "leases"]
     return sorted(str(path.relative_to(root)) for path in found)
 
 
-def render_beside(root: Path, other: LeaseFolder, replica: Replica | None = None) -> None:
-    """Open the folder while another process is alive, which leaves just before this one does."""
+def render_next_to(root: Path, other: LeaseFolder, replica: Replica | None = None) -> None:
+    """Render while the process of ``other`` is alive; it leaves just before this one does."""
 
     class Leaving(Events):
         def notify(self, event: Event) -> None:
@@ -81,11 +81,11 @@ def render_beside(root: Path, other: LeaseFolder, replica: Replica | None = None
 
 def test_replicas_that_start_together_after_a_death_leave_nothing_half_made(root: Path) -> None:
     die(root, HALF_MADE)
-    render_beside(root, leases_of(root))
+    render_next_to(root, leases_of(root))
     assert left_in(root) == []
 
 
-def test_who_comes_first_after_a_death_sweeps_at_once(root: Path) -> None:
+def test_the_first_process_after_a_death_cleans_up_at_once(root: Path) -> None:
     die(root, HALF_MADE)
     seen: list[str] = []
 
@@ -96,7 +96,7 @@ def test_who_comes_first_after_a_death_sweeps_at_once(root: Path) -> None:
     assert seen == [] == left_in(root)
 
 
-def test_a_half_made_file_stays_while_its_writer_or_anybody_else_may_be_alive(root: Path) -> None:
+def test_a_half_made_file_stays_while_any_other_process_may_be_alive(root: Path) -> None:
     other = leases_of(root)
     RunFolder(root).open()
     other.start()
@@ -109,40 +109,44 @@ def test_a_half_made_file_stays_while_its_writer_or_anybody_else_may_be_alive(ro
     assert left_in(root) == []
 
 
-def test_who_joins_while_the_last_one_sweeps_loses_nothing(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_enters_during_the_last_clean_up_loses_nothing(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     die(root, [])
-    joiner = leases_of(root)
-    half_made_files = sweeping._half_made_files
+    entering = leases_of(root)
+    half_made_files = cleanup._half_made_files
 
-    def half_made_after_a_joiner_came(*arguments: object) -> list[Path]:
-        joiner.start()
+    def half_made_after_another_entered(*arguments: object) -> list[Path]:
+        entering.start()
         write_half(root, HALF_MADE)
         return half_made_files(*arguments)
 
-    monkeypatch.setattr(sweeping, "_half_made_files", half_made_after_a_joiner_came)
-    render_beside(root, leases_of(root))
+    monkeypatch.setattr(cleanup, "_half_made_files", half_made_after_another_entered)
+    render_next_to(root, leases_of(root))
     assert set(HALF_MADE) <= set(left_in(root))
-    joiner.close()
+    entering.close()
 
 
-def test_who_leaves_looks_for_half_made_files_only_after_a_death(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_last_to_leave_looks_for_half_made_files_only_after_a_death(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     looked: list[bool] = []
 
     def look(*arguments: object) -> list[Path]:
         looked.append(True)
         return []
 
-    monkeypatch.setattr(sweeping, "_half_made_files", look)
+    monkeypatch.setattr(cleanup, "_half_made_files", look)
     RunFolder(root).open()
-    render_beside(root, leases_of(root))
+    render_next_to(root, leases_of(root))
     assert looked == []
     die(root, [])
-    render_beside(root, leases_of(root))
+    render_next_to(root, leases_of(root))
     assert looked == [True]
 
 
 @pytest.mark.parametrize("has_company", [False, True])
-def test_what_was_published_by_who_died_gets_its_views_before_the_lease_goes(root: Path, has_company: bool) -> None:
+def test_a_record_whose_writer_died_gets_its_views_before_the_lease_is_removed(root: Path, has_company: bool) -> None:
     render(root, STORIES)
     whole = finished_files(root)
     shots = plan_story(0, make_part(root, STORIES), STORIES[0], {})
@@ -150,19 +154,19 @@ def test_what_was_published_by_who_died_gets_its_views_before_the_lease_goes(roo
     (root / "stories/ocean/shot_02.mp4").unlink()
     replica = Replica(index=1, count=2)  # the story is of the other replica's share: this one does not check it
     if has_company:
-        render_beside(root, leases_of(root), replica)
+        render_next_to(root, leases_of(root), replica)
     else:
         render(root, STORIES, replica=replica)
     assert finished_files(root) == whole
     assert left_in(root) == []
 
 
-def test_leases_that_count_deaths_stay_in_ones_own_stories_and_in_those_of_other_jobs(root: Path) -> None:
+def test_leases_that_count_deaths_stay_in_stories_of_this_job_and_of_others(root: Path) -> None:
     shots = plan_story(0, make_part(root, STORIES), STORIES[0], {})
     RunFolder(root).open()
     die(root, [], held=lease_key(shots[0]))
     die(root, [], held="another.shot_01.0123456789abcdef")
-    die(root, [], held="ocean.shot_01.0123456789abcdef")  # of an earlier version of the story: nobody will take it
+    die(root, [], held="ocean.shot_01.0123456789abcdef")  # of an earlier version of the story: never claimed again
     stop = StopSwitch()
     stop.request("test")
     render(root, STORIES, stop=stop)
