@@ -1,18 +1,24 @@
-"""Kills replicas at random moments and compares what comes out with an undisturbed run, byte by byte.
+"""Does a batch end with the same bytes when replicas are killed at random moments?
 
-    python -m benchmarks.chaos                       # 20 trials: 12 stories x 8 shots, 4 replicas, one killed with -9
-    python -m benchmarks.chaos --renderer drawing    # the same in a fifth of the time
+    python -m benchmarks.chaos                       # 20 trials: 12 stories x 8 shots, 4 replicas, one kill -9 each
+    python -m benchmarks.chaos --renderer drawing    # the same trials with small drawn pictures: much faster
     python -m benchmarks.chaos --renderer drawing --trials 5 --kills 6 --pauses 2 --json chaos.json
 
-``--renderer tiny`` is the real thing: ``torchrun`` with four gloo ranks, each a replica of the tiny model; a rank is
-killed, torchrun ends the others and starts all again. ``--renderer drawing`` starts four independent processes that
-join the run folder, with a renderer that draws small pictures; a killed one is started again. It can also pause
-processes past their leases and wake them in the end.
+``--renderer tiny`` runs ``torchrun`` with four gloo ranks; each rank is a replica of the tiny model. A trial kills one
+rank; torchrun ends the other ranks and starts all of them again. ``--renderer drawing`` starts four independent
+processes that join the run folder and draw small pictures. A killed process is started again. This renderer can also
+pause processes until their leases expire, and wake them at the end.
 
-Passes (exit code 0) when in every trial the run ends complete; all MP4s and PNGs, and the records apart from their
-``timing`` and ``host`` parts, are those of the undisturbed run; every shot has one record and one attempt; nothing
-half-made is left; and no shot was begun twice but those in flight at a disturbance: begun by a process that it hit or
-ended, and not committed. A replica may have two of them, one that it renders and one that it saves.
+The benchmark compares every trial with an undisturbed run. A trial passes when all of this is true:
+
+* the run is complete;
+* all MP4s, PNGs and records are equal, except ``timing`` and ``host`` in the records;
+* every shot has one record and one attempt;
+* no unfinished file is left;
+* only shots in flight were begun twice. A shot is in flight when its process is hit or ended before it commits the
+  shot. One replica can have two such shots: it renders one and saves the other.
+
+The exit code is 0 when all trials pass.
 """
 
 import argparse
@@ -31,7 +37,7 @@ from typing import Any, Protocol
 
 import torch
 
-from benchmarks.harness import print_table, write_json
+from benchmarks.harness import make_parser, print_table, write_json
 from storymem_dist.dispatch.settings import DispatchSettings
 from storymem_dist.dispatch.summary import Replica
 from storymem_dist.story.schema import Story
@@ -41,8 +47,8 @@ from tests.helpers.workers import begun, begun_by, exit_code, has_ended, in_flig
 
 
 def main() -> int:
-    """Run all trials, print a table and say whether all passed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Run all trials, print a table, and report whether all passed."""
+    parser = make_parser("chaos", __doc__)
     parser.add_argument("--renderer", choices=("tiny", "drawing"), default="tiny")
     parser.add_argument("--trials", type=int, default=20)
     parser.add_argument("--first-seed", type=int, default=0)
@@ -51,9 +57,8 @@ def main() -> int:
     parser.add_argument("--replicas", type=int, default=4)
     parser.add_argument("--kills", type=int, default=1, help="processes killed with -9 in each trial")
     parser.add_argument("--pauses", type=int, default=0, help="processes paused past their lease (drawing only)")
-    parser.add_argument("--step-seconds", type=float, default=0.02, help="how long a step takes (drawing only)")
-    parser.add_argument("--folder", type=Path, help="where to work; a shared file system is a good test")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--step-seconds", type=float, default=0.02, help="length of a step (drawing only)")
+    parser.add_argument("--folder", type=Path, help="folder to work in; a shared file system is a good test")
     arguments = parser.parse_args()
     if arguments.renderer == "tiny" and arguments.pauses:
         parser.error("--pauses needs --renderer drawing")
@@ -71,7 +76,7 @@ def main() -> int:
     print_table(rows)
     passed = all(row["passed"] for row in rows)
     print("all trials passed" if passed else "SOME TRIALS FAILED")
-    write_json(arguments.json, {"chaos": rows}, torch.device("cpu"))
+    write_json(arguments.json, "chaos", {"rows": rows}, torch.device("cpu"))
     return 0 if passed else 1
 
 
@@ -79,7 +84,7 @@ class Stage(Protocol):
     """A way to run replicas and to disturb them."""
 
     def render_undisturbed(self, root: Path) -> None:
-        """Render everything in peace."""
+        """Render everything and disturb nothing."""
 
     def render_disturbed(self, root: Path, rng: random.Random) -> "Disturbed":
         """Render everything while killing and pausing; return when all processes have ended."""
@@ -87,7 +92,7 @@ class Stage(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Disturbed:
-    """What happened: exit codes at the end, processes hit, shots in flight then, and all shots begun."""
+    """The facts of a trial: exit codes, number of processes hit, shots in flight at a hit, and all shots begun."""
 
     codes: list[int]
     num_hit: int
@@ -140,7 +145,7 @@ class Drawing:
         assert exit_code(start_worker(root, self._stories)) == 0
 
     def render_disturbed(self, root: Path, rng: random.Random) -> Disturbed:
-        """Kill and pause processes at random moments; start another in the place of each."""
+        """Kill and pause processes at random moments; start a new process for each."""
         arguments, log = self._arguments, root.with_suffix(".log")
         num_shots = arguments.stories * arguments.shots
         kinds = ["kill"] * arguments.kills + ["pause"] * arguments.pauses
@@ -193,12 +198,12 @@ class TinyRanks:
             write_storyboard(folder / "boards" / f"story_{number:02d}.json", cuts)
 
     def render_undisturbed(self, root: Path) -> None:
-        """Render with as many ranks, and let them be."""
+        """Render with the same number of ranks and disturb none."""
         code = self._start(root).wait()
         assert code == 0, self._log_of(root).read_text()
 
     def render_disturbed(self, root: Path, rng: random.Random) -> Disturbed:
-        """Kill a rank whenever a random number of shots is committed."""
+        """Kill one rank each time a random number of shots is committed."""
         arguments = self._arguments
         job = self._start(root)
         hit, lost = 0, list[str]()
@@ -239,7 +244,7 @@ class TinyRanks:
 
     @staticmethod
     def _begun(root: Path, pid: int | None = None) -> list[str]:
-        """All shots that were begun, or those that one process began."""
+        """All shots that were begun, or only those of one process."""
         return [
             f"{event['story_id']}:{event['shot_id']}"
             for path in (root / "events").glob("*.jsonl")
@@ -254,7 +259,7 @@ class TinyRanks:
 
     @staticmethod
     def _living(root: Path) -> list[int]:
-        """Process ids of the replica leaders, as they say themselves, that run."""
+        """Process ids of the replica leaders that run. Each leader has written its id to its ``.alive`` file."""
         pids = []
         for path in sorted(root.glob("leases/*.alive")):
             try:

@@ -1,11 +1,12 @@
-"""Counts the bytes that each rank sends in one denoising step at full A14B size, beside the least each algorithm needs.
+"""How many bytes does a rank send in one denoising step of A14B, compared with the least possible?
 
-The project's own transformer runs on tensors that hold nothing over a process group that sends nothing, while every
-collective that it starts is counted. A rank of an all-gather over P ranks sends its part P - 1 times, one of an
-all-to-all everything but its own part. The least is computed from the sizes alone: no padding, no second copies.
+    python -m benchmarks.collectives                        # 8 and 16 ranks, 480p, K = 0 and 10 memory keyframes
+    python -m benchmarks.collectives --small --ranks 4      # the tiny model and a small picture
 
-    python benchmarks/collectives.py                        # 8 and 16 ranks, 480p, K = 0 and 10
-    python benchmarks/collectives.py --small --ranks 4      # seconds instead of minutes
+The project's own transformer runs on tensors without data, over a process group that sends nothing. The benchmark
+counts every collective that it starts. In an all-gather over P ranks, a rank sends its part P - 1 times; in an
+all-to-all, it sends everything except its own part. The least number of bytes comes from the sizes alone: no padding
+and no second copies. Each cell of the table shows counted / least GB.
 """
 
 import argparse
@@ -13,16 +14,15 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from harness import print_table, write_json
-from ranks import CPU, pretended_ranks
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.harness import make_parser, print_table, write_json
+from benchmarks.ranks import CPU, simulated_ranks
 from storymem_dist.diffusion.experts import Expert
 from storymem_dist.diffusion.latent_grid import LatentGrid
 from storymem_dist.models.wan.dit import DiTConfig, WanDiT
@@ -34,7 +34,7 @@ from storymem_dist.parallel.parallelize import parallelize
 from storymem_dist.parallel.settings import ParallelSettings
 
 PARTS = ("ulysses", "ring", "weights", "join", "guidance")
-"""What is sent: heads for tokens, keys and values, FSDP2's weights, the head's output, the other pass's velocity."""
+"""In order: heads for tokens, keys and values, FSDP2's weights, the head's output, the velocity of a guidance pass."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,21 +68,20 @@ def main() -> None:
             for case in cases(num_ranks, num_memory, config.num_heads):
                 rows.append(row(case, grid, counted_bytes(case, config, grid), least_bytes(case, config, grid)))
     print_table(rows)
-    write_json(args.json, {"unit": "GB sent per rank and step", "rows": rows}, CPU)
+    write_json(args.json, "collectives", {"unit": "GB sent per rank and step", "rows": rows}, CPU)
 
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser("collectives", __doc__)
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 16])
-    parser.add_argument("--memory", type=int, nargs="+", default=[0, 10], help="K; 0 is T2V, more is M2V")
+    parser.add_argument("--memory", type=int, nargs="+", default=[0, 10], help="memory keyframes, K (0: T2V, else M2V)")
     parser.add_argument("--small", action="store_true", help="the tiny model and a small picture")
-    parser.add_argument("--json", type=Path)
     return parser.parse_args()
 
 
 def cases(num_ranks: int, num_memory: int, num_heads: int) -> Iterator[Case]:
-    """Sequence parallelism of the most ulysses, of none, and of a mixture; each with and without two passes at once."""
+    """The most Ulysses, a mixture, and no Ulysses; each with and without two guidance passes at once."""
     for cfg in (1, 2):
         sequence = num_ranks // cfg
         divisors = [u for u in range(1, sequence + 1) if sequence % u == 0 and num_heads % u == 0]
@@ -101,8 +100,8 @@ def row(case: Case, grid: LatentGrid, counted: Counter[str], least: Counter[str]
         "weights held": case.weights,
     }
     for part in PARTS:
-        columns[part] = f"{counted[part] / 1e9:.3f} / {least[part] / 1e9:.3f}" if counted[part] else ""
-    columns["total GB / least"] = f"{counted.total() / 1e9:.2f} / {least.total() / 1e9:.2f}"
+        columns[part] = f"{counted[part] / 1e9:.4g} / {least[part] / 1e9:.4g}" if counted[part] else ""
+    columns["total GB / least"] = f"{counted.total() / 1e9:.4g} / {least.total() / 1e9:.4g}"
     columns["ratio"] = round(counted.total() / least.total(), 4)
     return columns
 
@@ -115,7 +114,7 @@ def counted_bytes(case: Case, config: DiTConfig, grid: LatentGrid) -> Counter[st
     settings = ParallelSettings(cfg=case.cfg, ring=case.ring, ulysses=case.ulysses, weights=case.weights)
     counts: Counter[str] = Counter()
     with (
-        pretended_ranks(case.layout.world_size, layout=case.layout) as mesh,
+        simulated_ranks(case.layout.world_size, layout=case.layout) as mesh,
         FakeTensorMode(allow_non_fake_inputs=True),
         torch.no_grad(),
     ):
@@ -129,7 +128,7 @@ def counted_bytes(case: Case, config: DiTConfig, grid: LatentGrid) -> Counter[st
 
 
 class CountSent(TorchDispatchMode):
-    """Adds up what this rank sends, by part. An unknown collective is an error: nothing goes uncounted."""
+    """Adds up the bytes that this rank sends, by part. An unknown collective is an error, so no byte is missed."""
 
     def __init__(self, mesh: ReplicaMesh, counts: Counter[str]) -> None:
         super().__init__()
@@ -160,21 +159,21 @@ class CountSent(TorchDispatchMode):
 
 
 def least_bytes(case: Case, config: DiTConfig, grid: LatentGrid) -> Counter[str]:
-    """What a rank has to send in one guided step if not a byte is wasted, by part."""
+    """The bytes that a rank must send in one guided step, by part."""
     passes = 2 // case.cfg
     tokens = grid.num_tokens / case.layout.sequence
     activations = tokens * config.dim * 2  # bf16
     values = tokens * config.out_dim * 4 * 4  # a patch of 1 x 2 x 2, fp32
-    keys_and_values = 2 * activations  # a ulysses group holds U times the tokens, of which each rank has 1/U heads
+    keys_and_values = 2 * activations  # U times the tokens, 1/U of the heads
     blocks = config.num_layers * passes
     shard = case.layout.ranks_per_replica
-    least = Counter(
-        ulysses=blocks * 4 * activations * (case.ulysses - 1) / case.ulysses,  # q, k, v and the output
-        ring=blocks * keys_and_values * (case.ring - 1),
-        weights=passes * weight_bytes(config) * (shard - 1) / shard if case.weights == "fsdp" else 0,
-        join=passes * values * (case.layout.sequence - 1),
-        guidance=4 * torch.Size(grid.latent_shape).numel() * (case.cfg - 1),
-    )
+    least = {
+        "ulysses": blocks * 4 * activations * (case.ulysses - 1) / case.ulysses,  # q, k, v and the output
+        "ring": blocks * keys_and_values * (case.ring - 1),
+        "weights": passes * weight_bytes(config) * (shard - 1) / shard if case.weights == "fsdp" else 0,
+        "join": passes * values * (case.layout.sequence - 1),
+        "guidance": 4 * torch.Size(grid.latent_shape).numel() * (case.cfg - 1),
+    }
     return Counter({part: round(num_bytes) for part, num_bytes in least.items()})
 
 

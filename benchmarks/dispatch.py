@@ -1,45 +1,44 @@
-"""How well ready shots are shared out, and what a claim costs.
+"""How much time does sharing out the shots lose, in replicas that wait and in claims?
 
-    python benchmarks/dispatch.py                      # both tables, a few minutes
-    python benchmarks/dispatch.py --json dispatch.json
+    python -m benchmarks.dispatch
+    python -m benchmarks.dispatch --replicas 8 --large-replicas 0 --claim-stories 300      # quick
 
-**Makespan.** The planner's own choice (``choose_shot``) drives simulated replicas over the 30 stories of the benchmark
-(300 shots, 7 to 12 a story) and over 3,000 stories. A shot takes what the cost model says for its number of memory
-keyframes, at 326.9 s for a clip without memory (one H100); saving it takes ``--save-ratio`` of such a clip's time. The
-default is for one GPU and 40 steps at 832x480: 2.8 s (``benchmarks/outside_denoise.py``); on eight GPUs it is 0.07.
+**Makespan.** The project's own choice (``choose_shot``) drives simulated replicas over 30 stories (300 shots, 7 to 12
+per story, as ST-Bench has) and over 3,000 stories. The cost model gives the time of a shot for its number of memory
+keyframes; a clip without memory takes 326.9 s (one H100). A save takes ``--save-ratio`` of that time. The default is
+for one GPU and 40 steps at 832x480: 2.8 s (``benchmarks.outside_denoise``). On eight GPUs the ratio is 0.07.
 
-"apart": a replica saves a shot, then begins the next one (``dispatch.overlap_saving=false``). "beside": it renders
-another story's shot while it saves one; it waits where ``choose_shot`` says so, and with its second rendered shot until
-the first is saved. A shot can be followed by the next of its story only when it is saved, in both.
+"in turn": a replica saves a shot, then it begins the next shot (``dispatch.overlap_saving=false``). "overlapped": a
+replica renders a shot of another story while it saves one. It waits where ``choose_shot`` asks for it. It also waits
+when a second shot is rendered and the first is not saved yet. In both cases a shot must be saved before the next shot
+of its story can begin.
 
-Efficiency is the bound over the makespan, and the bound is what no order of shots can beat even with saves beside: the
-longest of all rendering shared by the replicas and one save after it, all saves shared by the replicas (one at a time
-in each), and the longest story with its saves. For comparison, whole stories handed to the next free replica, longest
-first, saves apart. With swaps: saves beside, and each replica loses ``--swap-seconds`` whenever it loads other experts,
-its first ones included.
+Efficiency is the bound divided by the makespan. No order of shots can beat the bound, even with overlapped saves. The
+bound is the longest of three times: all rendering divided by the replicas, plus one save; all saves divided by the
+replicas; the longest story with its saves. "stories" is for comparison: the next free replica gets a whole story, the
+longest story first, and saves in turn. "with swaps" has overlapped saves; each replica loses ``--swap-seconds`` each
+time it loads other experts, also for its first experts.
 
-**Claims.** The real queue, with leases in memory: every claim, commit and scan of a job of 30,000 shots, in processor
-time of this thread, so that waiting for the file system does not count.
+**Claims.** The real queue runs with leases in memory: every claim, commit and scan of a job of 30,000 shots. The times
+are processor time of this thread, so waiting for the file system does not count.
 """
 
-import argparse
 import heapq
 import statistics
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from harness import print_table, write_json
 
+from benchmarks.harness import make_parser, print_table, write_json
 from storymem_dist.artifacts.run_folder import RunFolder
 from storymem_dist.artifacts.video import VideoSettings
 from storymem_dist.diffusion.settings import SamplerSettings
 from storymem_dist.dispatch.cost import CostModel
-from storymem_dist.dispatch.graph import ShotGraph, ShotState, choose_shot
-from storymem_dist.dispatch.leases import Lease
+from storymem_dist.dispatch.graph import ShotGraph, ShotStatus, choose_shot
+from storymem_dist.dispatch.leases import Lease, LeaseFolder, Owner
 from storymem_dist.dispatch.plan import BatchPart, PlannedShot, plan_story
 from storymem_dist.dispatch.queue import ShotQueue, lease_key
 from storymem_dist.dispatch.settings import DispatchSettings
@@ -52,14 +51,14 @@ H100_SECONDS_PER_CLIP = 326.9
 
 def main() -> None:
     """Simulate, measure, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser("dispatch", __doc__)
     parser.add_argument("--replicas", type=int, nargs="+", default=[4, 8, 12, 16, 20, 24, 28, 32, 256])
-    parser.add_argument("--large-replicas", type=int, default=1024, help="replicas for 3,000 stories; 0 leaves it out")
+    parser.add_argument("--large-replicas", type=int, default=1024, help="replicas for 3,000 stories; 0 skips these")
     parser.add_argument("--swap-seconds", type=float, default=60.0)
     parser.add_argument(
-        "--save-ratio", type=float, default=0.0086, help="time of a save over that of the shortest clip"
+        "--save-ratio", type=float, default=0.0086, help="time of a save divided by the time of the shortest clip"
     )
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--claim-stories", type=int, default=3000, help="stories of the job that claims are timed on")
     arguments = parser.parse_args()
 
     cases = [(30, replicas) for replicas in arguments.replicas]
@@ -68,10 +67,10 @@ def main() -> None:
     save_seconds = arguments.save_ratio * H100_SECONDS_PER_CLIP
     rows = [_compare(*case, arguments.swap_seconds, save_seconds) for case in cases]
     print_table(rows)
-    claims = measure_claims(3000)
+    claims = measure_claims(arguments.claim_stories)
     print()
     print_table([claims])
-    write_json(arguments.json, {"makespan": rows, "claims": claims}, torch.device("cpu"))
+    write_json(arguments.json, "dispatch", {"makespan": rows, "claims": claims}, torch.device("cpu"))
 
 
 # -- makespan ----------------------------------------------------------------------------------------------------------
@@ -90,18 +89,18 @@ def _compare(num_stories: int, num_replicas: int, swap_seconds: float, save_seco
             chains, num_replicas, seconds, swap_seconds=swap_seconds, save_seconds=save_seconds, overlap=overlap
         )
 
-    apart, _ = run(swap_seconds=0.0, overlap=False)
-    beside, _ = run(swap_seconds=0.0, overlap=True)
+    in_turn, _ = run(swap_seconds=0.0, overlap=False)
+    overlapped, _ = run(swap_seconds=0.0, overlap=True)
     swapped, loads = run(swap_seconds=swap_seconds, overlap=True)
     whole = story_level(lengths, num_replicas)
     return {
         "stories": num_stories,
         "replicas": num_replicas,
         "bound h": round(bound / 3600, 3),
-        "apart h": round(apart / 3600, 3),
-        "apart efficiency": round(bound / apart, 3),
-        "beside h": round(beside / 3600, 3),
-        "beside efficiency": round(bound / beside, 3),
+        "in turn h": round(in_turn / 3600, 3),
+        "in turn efficiency": round(bound / in_turn, 3),
+        "overlapped h": round(overlapped / 3600, 3),
+        "overlapped efficiency": round(bound / overlapped, 3),
         "with swaps h": round(swapped / 3600, 3),
         "loads per replica": round(loads / num_replicas, 2),
         "stories h": round(whole / 3600, 3),
@@ -110,13 +109,13 @@ def _compare(num_stories: int, num_replicas: int, swap_seconds: float, save_seco
 
 
 def make_chains(num_stories: int) -> list[tuple[PlannedShot, ...]]:
-    """Chains of the benchmark's lengths, over and over, planned as a job would plan them."""
+    """Chains with the lengths of ``SHOT_COUNTS``, repeated, planned as a job plans them."""
     part = make_part(Path("unused"))
     return [plan_story(0, part, make_story(n, SHOT_COUNTS[n % len(SHOT_COUNTS)]), {}) for n in range(num_stories)]
 
 
 def make_part(root: Path) -> BatchPart:
-    """A batch part with the A14B's cost model."""
+    """A batch part with A14B's cost model."""
     return BatchPart(
         run=RunFolder(root),
         stories=[],
@@ -146,13 +145,13 @@ def simulate(
     save_seconds: float,
     overlap: bool,
 ) -> tuple[float, int]:
-    """Return the makespan in seconds and how often experts were loaded."""
+    """Return the makespan in seconds and the number of times that experts were loaded."""
     graph = ShotGraph(chains)
     loaded: list[str | None] = [None] * num_replicas
     saving: list[PlannedShot | None] = [None] * num_replicas
     save_ends = [0.0] * num_replicas
     idle = list(range(num_replicas))
-    events: list[tuple[float, int, bool, PlannedShot]] = []  # when, by whom, whether its save is still to come, what
+    events: list[tuple[float, int, bool, PlannedShot]] = []  # time, replica, save to come?, shot
     now, loads = 0.0, 0
 
     def expected_wait(kind: str) -> float:
@@ -161,7 +160,7 @@ def simulate(
 
     while True:
         waiting: list[int] = []
-        refused: set[str | None] = set()  # nothing gets ready while these replicas choose: one answer serves all alike
+        refused: set[str | None] = set()  # nothing gets ready meanwhile: one answer holds for all
         for replica in idle:
             is_saving = saving[replica] is not None
             if not is_saving and loaded[replica] in refused:
@@ -179,7 +178,7 @@ def simulate(
                 waiting.append(replica)
                 refused |= set() if is_saving else {loaded[replica]}
                 continue
-            graph.set_state(shot, ShotState.LEASED)
+            graph.set_state(shot, ShotStatus.LEASED)
             swap = swap_seconds if loaded[replica] != shot.kind else 0.0
             loads += loaded[replica] != shot.kind
             loaded[replica] = shot.kind
@@ -195,13 +194,13 @@ def simulate(
             heapq.heappush(events, (save_ends[replica], replica, False, shot))
         else:
             saving[replica] = None
-            graph.set_state(shot, ShotState.COMMITTED)
-        if to_save == overlap:  # it has done all it does before the next one
+            graph.set_state(shot, ShotStatus.COMMITTED)
+        if to_save == overlap:  # it is free for the next shot
             idle = [*waiting, replica]
 
 
 def story_level(lengths: Sequence[float], num_replicas: int) -> float:
-    """Makespan when whole stories go to the next free replica, longest first."""
+    """Makespan when the next free replica gets a whole story, the longest story first."""
     free = [0.0] * num_replicas
     for length in sorted(lengths, reverse=True):
         heapq.heapreplace(free, free[0] + length)
@@ -211,18 +210,19 @@ def story_level(lengths: Sequence[float], num_replicas: int) -> float:
 # -- claims ------------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class LeasesInMemory:
-    """Stands in for a lease folder, so that the queue's own cost is measured and not the file system's."""
+class LeasesInMemory(LeaseFolder):
+    """Keeps leases in memory, so the benchmark measures the queue and not the file system."""
 
-    num_alive: int = 1024
-    held: set[str] = field(default_factory=set)
+    def __init__(self, num_alive: int) -> None:
+        super().__init__(folder=Path("unused"), owner=Owner.this_process(), lease_seconds=60.0)
+        self.num_alive = num_alive
+        self.held: set[str] = set()
 
     def scan(self) -> dict[str, int]:
         """All keys."""
         return dict.fromkeys(self.held, 0)
 
-    def try_claim(self, key: str, known_generation: int | None) -> Lease | None:
+    def try_claim(self, key: str, known_generation: int | None = None) -> Lease | None:
         """Take a free key."""
         if key in self.held:
             return None
@@ -230,22 +230,23 @@ class LeasesInMemory:
         return Lease(key=key, generation=0)
 
     def release(self, lease: Lease) -> None:
-        """Give it back."""
+        """Free the key."""
         self.held.discard(lease.key)
 
     def holder_is_dead(self, key: str, generation: int) -> bool:
-        """Nobody dies here."""
+        """No holder dies here."""
         return False
 
 
-def measure_claims(num_stories: int, num_others: int = 1023) -> dict[str, object]:
-    """Claim and commit every shot of a large job in one queue, with ``num_others`` shots always held by others."""
+def measure_claims(num_stories: int) -> dict[str, object]:
+    """Claim and commit every shot of a large job in one queue; other replicas hold a shot each and keep it."""
     chains = make_chains(num_stories)
+    num_others = min(1023, num_stories // 2)
     with tempfile.TemporaryDirectory() as folder:
         run = RunFolder(folder)
         run.open()
         clock = time.perf_counter
-        leases = LeasesInMemory()
+        leases = LeasesInMemory(num_alive=num_others + 1)
         began = clock()
         graph = ShotGraph(chains)
         queue = ShotQueue(
@@ -265,9 +266,9 @@ def measure_claims(num_stories: int, num_others: int = 1023) -> dict[str, object
             if claim is None:
                 break
             loaded = claim.shot.kind
-            queue.release(claim, ShotState.COMMITTED)
+            queue.release(claim, ShotStatus.COMMITTED)
         elapsed = clock() - started
-    assert graph.count(ShotState.COMMITTED) == sum(len(chain) for chain in chains[num_others:])
+    assert graph.count(ShotStatus.COMMITTED) == sum(len(chain) for chain in chains[num_others:])
     return {
         "shots": sum(map(len, chains)),
         "build s": round(built, 3),

@@ -1,5 +1,6 @@
-"""What the benchmark scripts share: fair timing of rivals, peak memory, and a JSON file beside the printed table."""
+"""What the benchmarks share: the command line, fair timing of rivals, peak memory, tables and a JSON file."""
 
+import argparse
 import json
 import platform
 import statistics
@@ -26,7 +27,7 @@ _MATMULS = {
     "aten::_scaled_mm_v2",
 }
 _ATTENTION_PREFIXES = ("aten::_scaled_dot_product", "aten::_flash_attention", "aten::_cudnn_attention")
-# Operators that only allocate, or that only call others (which are counted themselves).
+# Operators that only allocate memory, or that only call other operators, which are counted themselves.
 _NO_WORK_PREFIXES = (
     "aten::empty",
     "aten::resize",
@@ -49,6 +50,15 @@ _NO_WORK_PREFIXES = (
 )
 
 
+def make_parser(name: str, doc: str | None) -> argparse.ArgumentParser:
+    """The command line of the benchmark ``name``: its docstring as help, and ``--json``."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m benchmarks.{name}", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to this file")
+    return parser
+
+
 def device_name(device: torch.device) -> str:
     """The device in words, for tables and files."""
     if device.type == "cuda":
@@ -65,11 +75,11 @@ def interleaved_seconds(
 ) -> list[tuple[float, ...]]:
     """Run all rivals in turn, ``repeats`` times, after one warm-up of each; one tuple of seconds per round.
 
-    ``clock="cpu"`` counts the seconds that this process computes, which other processes disturb much less than the wall
-    clock (with one thread the two agree on an idle machine).
+    ``clock="cpu"`` counts the seconds that this process computes. Other processes disturb them much less than the wall
+    clock. With one thread on an idle machine the two clocks agree.
 
-    Whatever disturbs the machine disturbs all rivals of a round alike, so compare within rounds. Every other round runs
-    in reverse, so that nobody always comes first.
+    A disturbance of the machine slows all rivals of a round alike, so compare within rounds. Every other round runs in
+    reverse order, so no rival always comes first.
     """
     for rival in rivals:
         rival()
@@ -87,10 +97,10 @@ def median_ratio(rounds: Sequence[tuple[float, ...]], numerator: int, denominato
 
 
 def peak_gib(run: Callable[[], Any], device: torch.device) -> float:
-    """Peak GiB of what ``run`` allocates on top of what is there.
+    """Peak GiB that ``run`` allocates, above what is allocated before it starts.
 
-    On CUDA that is the allocator's own count. On the CPU it is the peak of live tensors (scratch space inside an
-    operator is not seen).
+    On CUDA this is the allocator's own count. On the CPU it is the peak of live tensors; scratch space inside an
+    operator is not counted.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -117,9 +127,9 @@ def profile_run(run: Callable[[], Any], device: torch.device) -> "Profile":
 
 @dataclass(frozen=True, kw_only=True)
 class Profile:
-    """What the profiler saw of one run.
+    """The profiler's numbers for one run.
 
-    ``num_kernels`` counts kernel launches on CUDA; on the CPU, operators that touch memory and fused loops.
+    ``num_kernels`` counts kernel launches on CUDA. On the CPU it counts operators that touch memory, and fused loops.
     """
 
     seconds: float
@@ -128,27 +138,28 @@ class Profile:
 
     @property
     def other_ratio(self) -> float:
-        """Share of the time that is neither matrix product nor attention."""
+        """Share of the time outside matrix products and attention."""
         return 1 - self.matmul_attention_seconds / self.seconds
 
 
 def print_table(rows: Sequence[dict[str, Any]]) -> None:
-    """Print rows under the keys of the first one, columns aligned."""
+    """Print rows under the keys of the first row, in aligned columns."""
     cells = [list(rows[0]), *([_text(row.get(key, "")) for key in rows[0]] for row in rows)]
     widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
     for line in cells:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
-def write_json(path: Path | None, results: dict[str, Any], device: torch.device) -> None:
-    """Write results with the device's name and torch's version, if a path was given."""
+def write_json(path: Path | None, name: str, results: dict[str, Any], device: torch.device) -> None:
+    """Write the results of the benchmark ``name`` with the device's name and torch's version, if there is a path."""
     if path is not None:
-        header = {"device": device_name(device), "torch": torch.__version__}
+        header = {"benchmark": name, "device": device_name(device), "torch": torch.__version__}
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(header | results, indent=2) + "\n")
 
 
 class _LiveTensors(TorchDispatchMode):
-    """Counts the bytes of storages that operators return, from their creation until they are freed."""
+    """Counts the bytes of the storages that operators return, from their creation until they are freed."""
 
     def __init__(self) -> None:
         super().__init__()

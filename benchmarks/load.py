@@ -1,21 +1,21 @@
-"""What loading an expert costs each rank: peak memory above its own shard, and bytes read.
+"""How much memory and reading does it take each rank to load an expert?
 
-Writes a checkpoint with A14B's names and 40 blocks, narrower (two experts of 2.3 GB, FP32), and a LoRA. Then loads
-the high-noise expert in bf16 with the LoRA merged, in each of these ways:
+    python -m benchmarks.load                          # 1, 2 and 4 ranks
+    python -m benchmarks.load --ranks 2 --blocks 4     # quick: a tenth of the weights
 
-    sharded      one replica over all ranks: every rank reads and merges just its rows (the project's way)
-    whole        every rank loads the whole expert, then shards it (the usual way; what the first avoids)
-    replicas     one replica per rank, one of them reads for the node and broadcasts (the project's way)
-    separate     one replica per rank, each reads for itself (what ``share_reads`` avoids)
+The benchmark writes a checkpoint with A14B's names and 40 blocks, but narrower (two experts of 2.3 GB, FP32), and a
+LoRA. Then it loads the high-noise expert in bf16 and merges the LoRA, in each of these ways:
 
-    python benchmarks/load.py --ranks 1 2 4
+    sharded      one replica over all ranks; every rank reads and merges only its own rows (the project's way)
+    whole        every rank loads the whole expert, then shards it (the usual way, for comparison with "sharded")
+    replicas     one replica per rank; one rank reads for the node and broadcasts (the project's way)
+    separate     one replica per rank; each rank reads for itself (for comparison with "replicas")
 
-"over shard" is the peak of anonymous memory (mapped file pages do not count) above the parameters the rank keeps. The
-issue's bound for it is the largest tensor plus 200 MB; for "read" it is 1.1 times the rank's share.
+"over shard" is the peak of anonymous memory, less the parameters that the rank keeps. Pages of mapped files do not
+count. "allowed" is the largest tensor plus 200 MB. "most read / share" should be at most 1.1.
 """
 
 import argparse
-import math
 import os
 import tempfile
 import time
@@ -25,74 +25,55 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from harness import print_table, write_json
-from ranks import MemoryPeak, report, reporting_rank, run_ranks
-from safetensors.torch import save_file
 
+from benchmarks.harness import make_parser, print_table, write_json
+from benchmarks.narrow_model import LORA_FILE, write_narrow_model
+from benchmarks.ranks import MemoryPeak, report, reporting_rank, run_ranks
 from storymem_dist.models.wan.dit import WanDiT
-from storymem_dist.models.wan.presets import TINY, WAN22_A14B
 from storymem_dist.parallel.loading import build_expert, local_part
 from storymem_dist.parallel.parallelize import parallelize
 from storymem_dist.parallel.session import Session, start_session
 from storymem_dist.parallel.settings import ParallelSettings
-from storymem_dist.weights.checkpoints import WanCheckpoint, dit_shapes, open_checkpoint
+from storymem_dist.weights.checkpoints import WanCheckpoint, open_checkpoint
 from storymem_dist.weights.loading import LoadReport, load_dit_weights
 from storymem_dist.weights.lora import LoraSettings, ScaledLora, open_loras
-from storymem_dist.weights.tiny_checkpoint import LORA_TARGETS, generate_checkpoint
 
 EXPERT = "high_noise"
-LORA_RANK = 128
-NARROW = replace(WAN22_A14B.i2v, dim=1024, num_heads=8, ffn_dim=2816)
 MIB = 2**20
 ALLOWED_OVER_LARGEST = 200 * 10**6
 
 
 def main() -> None:
-    """Parse the command line; on a rank of ours, load one way and report."""
+    """Parse the command line; in a started rank, load in one way and report."""
     args = parse_arguments()
     if reporting_rank() is not None:
         report(load_on_this_rank(args.way, args.checkpoint))
         return
     with tempfile.TemporaryDirectory(prefix="load-benchmark-", dir=args.scratch) as folder:
-        checkpoint = args.checkpoint or write_checkpoint(Path(folder))
+        checkpoint = args.checkpoint or write_narrow_model(Path(folder), args.blocks)
         rows = []
         for num_ranks in args.ranks:
             ways = ("sharded", "whole", *(("replicas", "separate") if num_ranks > 1 else ()))
             for way in ways:
-                reports = run_ranks(__file__, num_ranks, ["--way", way, "--checkpoint", checkpoint])
+                reports = run_ranks("benchmarks.load", num_ranks, ["--way", way, "--checkpoint", checkpoint])
                 rows.append(summary(way, reports))
     print_table(rows)
-    write_json(args.json, {"rows": rows}, torch.device("cpu"))
+    write_json(args.json, "load", {"rows": rows}, torch.device("cpu"))
 
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser("load", __doc__)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--scratch", type=Path, help="folder for the generated checkpoint (needs 6 GB)")
-    parser.add_argument("--checkpoint", type=Path, help="a folder that an earlier run has kept; default: generate one")
-    parser.add_argument("--way", help=argparse.SUPPRESS)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--blocks", type=int, default=40, help="blocks of the generated experts")
+    parser.add_argument("--scratch", type=Path, help="folder for the generated checkpoint (6 GB with 40 blocks)")
+    for hidden, kind in (("--way", str), ("--checkpoint", Path)):
+        parser.add_argument(hidden, type=kind, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def write_checkpoint(folder: Path) -> Path:
-    """A narrow I2V base model in the native layout, and ``lora.safetensors`` beside it."""
-    generate_checkpoint(folder, replace(TINY, i2v=NARROW), "i2v")
-    shapes = dit_shapes(NARROW)
-    halves: dict[str, torch.Tensor] = {}
-    for block in range(NARROW.num_layers):
-        for target in LORA_TARGETS:
-            rows, columns = shapes[f"blocks.{block}.{target}.weight"]
-            key = f"base_model.model.blocks.{block}.{target}"
-            halves[f"{key}.lora_A.weight"] = torch.randn(LORA_RANK, columns) / math.sqrt(columns)
-            halves[f"{key}.lora_B.weight"] = torch.randn(rows, LORA_RANK) * 1e-3
-    save_file(halves, folder / "lora.safetensors")
-    return folder
-
-
 def summary(way: str, reports: list[dict[str, Any]]) -> dict[str, Any]:
-    """One row from the reports of all ranks; memory is that of the rank that needed most."""
+    """One row from the reports of all ranks; memory is that of the rank that needed the most."""
     largest = reports[0]["largest_tensor"]
     over = max(one["peak"] - one["shard"] for one in reports)
     read = [one["bytes_read"] for one in reports]
@@ -111,9 +92,9 @@ def summary(way: str, reports: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def load_on_this_rank(way: str, folder: Path) -> dict[str, Any]:
-    """Load the expert in one way; bytes and seconds of this rank."""
+    """Load the expert in one way; return bytes and seconds of this rank."""
     checkpoint = open_checkpoint(folder, "i2v")
-    loras = open_loras([LoraSettings(path=str(folder / "lora.safetensors"), scale_rule="rslora")], EXPERT)
+    loras = open_loras([LoraSettings(path=str(folder / LORA_FILE), scale_rule="rslora")], EXPERT)
     source = checkpoint.expert(EXPERT)
     keys = source.keys()
     sizes = [source.shape(key).numel() * source.dtype(key).itemsize for key in keys]
@@ -139,7 +120,7 @@ def settings_of(way: str) -> ParallelSettings:
 
 
 def load(way: str, checkpoint: WanCheckpoint, loras: list[ScaledLora], session: Session) -> tuple[WanDiT, LoadReport]:
-    """The expert, with this rank's part of the weights, and what loading it took."""
+    """The expert with this rank's part of the weights, and the report of its loading."""
     if way != "whole":
         return build_expert(
             checkpoint.dit_config, checkpoint.expert(EXPERT), loras, session=session, settings=settings_of(way)

@@ -1,16 +1,18 @@
-"""What each lossy setting costs: the error of whole denoises, and of one transformer block of A14B's full width.
+"""How large is the error of each lossy setting, in a whole denoise and in one transformer block of A14B's full width?
 
-    python benchmarks/lossy_errors.py                       # the generated tiny model, on the CPU
-    python benchmarks/lossy_errors.py --checkpoint weights/Wan2.2-I2V-A14B --lora weights/StoryMem \
+    python -m benchmarks.lossy_errors                       # the generated tiny model, on the CPU
+    python -m benchmarks.lossy_errors --parts denoise --steps 4 --thresholds 0.4      # quick
+    python -m benchmarks.lossy_errors --checkpoint weights/Wan2.2-I2V-A14B --lora weights/StoryMem \
         --device cuda --reference bfloat16 --frames 81 --size 480 832 --images a.png b.png
 
-Errors are |found - exact| / |exact|, exact being the same computation with exact layers in ``--reference``: of the
-clip's latents at the end of a denoise with the same noise, and of what a block adds to its tokens. The row "exact" is
-what the number format ``--dtype`` costs alone; it is part of all other rows. The block has random weights, and tokens
-either all alike or with a few channels 30 times larger, as trained transformers have them.
+An error is |found - exact| / |exact|. The exact value is the same computation with exact layers in ``--reference``.
+"latent error" compares the clip's latents at the end of a denoise with the same noise. "block error" compares the
+update that a block adds to its tokens. The row "exact" shows the error of the number format ``--dtype`` alone; all
+other rows include it. The block has random weights. Its tokens have channels of equal size, or a few outlier channels
+30 times larger, as in trained transformers.
 
-The tiny model's weights are random too, so its errors show that a setting works and how settings compare, not what a
-trained model loses. Times are shown for what a device computes natively: CPUs emulate float8.
+The tiny model also has random weights. Its errors show that a setting works and how settings compare; they do not show
+the loss of a trained model. Times are shown only for formats that the device computes natively: CPUs emulate float8.
 """
 
 import argparse
@@ -22,10 +24,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from harness import device_name, print_table, write_json
 from PIL import Image
 from torch import Tensor, nn
 
+from benchmarks.harness import device_name, make_parser, print_table, write_json
 from storymem_dist.diffusion.conditioning import ConditionBuilder
 from storymem_dist.diffusion.denoise import PromptEmbeds, StepInfo, denoise
 from storymem_dist.diffusion.experts import ExpertPair
@@ -54,7 +56,7 @@ STORED_FLOAT8 = "weights prepared as float8"
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """A way to compute that is compared with the exact one."""
+    """A way to compute, compared with the exact way."""
 
     name: str
     dtype: torch.dtype
@@ -64,32 +66,33 @@ class Variant:
 
     @property
     def quantizes(self) -> str:
-        """The format through which the weights of the blocks have gone."""
+        """The format that the weights of the blocks were quantized to."""
         return "float8" if self.stored_float8 else self.linears
 
 
 def main() -> None:
-    """Measure all variants; print and write what came out."""
+    """Measure all variants; print and write the results."""
     args = parse_arguments()
     device = torch.device(args.device)
     variants = make_variants(args)
     rows: dict[str, dict[str, Any]] = {variant.name: {"setting": variant.name} for variant in variants}
-    with tempfile.TemporaryDirectory() as folder:
-        if args.checkpoint is None:
-            tiny = generate_tiny_checkpoint(Path(folder) / "tiny")
-            args.checkpoint, args.lora = tiny.i2v_dir, tiny.lora_dir
-        measure_denoises(variants, args, rows)
-    for outliers in (False, True):
+    if "denoise" in args.parts:
+        with tempfile.TemporaryDirectory() as folder:
+            if args.checkpoint is None:
+                tiny = generate_tiny_checkpoint(Path(folder) / "tiny")
+                args.checkpoint, args.lora = tiny.i2v_dir, tiny.lora_dir
+            measure_denoises(variants, args, rows)
+    for outliers in (False, True) if "block" in args.parts else ():
         measure_block(variants, args, "block error, outliers" if outliers else "block error", outliers, rows)
     print(f"{device_name(device)}, torch {torch.__version__}, {args.dtype}, {args.solver}, {args.steps} steps")
     shown = {key for row in rows.values() for key in row if "error" in key}
     print_table([{**one, **{key: f"{one[key]:.1e}" for key in shown if key in one}} for one in rows.values()])
     facts = {"steps": args.steps, "dtype": args.dtype, "reference": args.reference}
-    write_json(args.json, {"benchmark": "lossy_errors", **facts, "rows": list(rows.values())}, device)
+    write_json(args.json, "lossy_errors", {**facts, "rows": list(rows.values())}, device)
 
 
 def make_variants(args: argparse.Namespace) -> list[Variant]:
-    """The exact one first."""
+    """All variants; the exact one is the first."""
     exact = Variant(name="exact", dtype=getattr(torch, args.dtype))
     return [
         exact,
@@ -184,11 +187,11 @@ def load(
     deltas: list[WeightDelta],
     device: torch.device,
 ) -> None:
-    """Fill ``model`` (on the meta device), whose ``blocks`` may be quantized, as ``variant`` says."""
+    """Load weights into ``model``, which is on the meta device, and quantize its ``blocks`` as ``variant`` says."""
     quantize_linears(blocks, variant.quantizes)
     model.to_empty(device=device)
     load_dit_weights(model, source, deltas)
-    if variant.stored_float8:  # what preparing stores and loading reads: the numbers without the products
+    if variant.stored_float8:  # as prepared weights: rounded numbers, products in the usual type
         for parent in list(blocks.modules()):
             for name, layer in list(parent.named_children()):
                 if isinstance(layer, QuantizedLinear):
@@ -205,13 +208,13 @@ def plain_linear(layer: QuantizedLinear, dtype: torch.dtype) -> nn.Linear:
 
 
 def encode(checkpoint: WanCheckpoint, prompt: str, negative: str, device: torch.device) -> PromptEmbeds:
-    """Embeddings from the checkpoint's own text encoder."""
+    """Prompt embeddings from the checkpoint's own text encoder."""
     embeds = load_text_encoder(checkpoint, device, torch.bfloat16).encode([prompt, negative])
     return PromptEmbeds(prompt_LE=embeds[0], negative_LE=embeds[1])
 
 
 def read_images(args: argparse.Namespace) -> list[Tensor]:
-    """The memory keyframes: files, or two colour gradients."""
+    """The memory keyframes: from files, or two colour gradients."""
     if args.images:
         return [torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1) for path in args.images]
     height, width = args.size
@@ -226,7 +229,7 @@ def read_images(args: argparse.Namespace) -> list[Tensor]:
 def measure_block(
     variants: list[Variant], args: argparse.Namespace, column: str, outliers: bool, rows: dict[str, dict[str, Any]]
 ) -> None:
-    """Error of what a block adds to its tokens, for each variant that changes a block."""
+    """Error of a block's update of its tokens, for each variant that changes a block."""
     reference = Variant(name="reference", dtype=getattr(torch, args.reference))
     exact = block_update(reference, args, outliers)
     for variant in variants:
@@ -236,7 +239,7 @@ def measure_block(
 
 @torch.no_grad()
 def block_update(variant: Variant, args: argparse.Namespace, outliers: bool) -> Tensor:
-    """What a block with A14B's sizes and random weights adds to ``--tokens`` random tokens."""
+    """The update that a block with A14B's sizes and random weights adds to ``--tokens`` random tokens."""
     config, device = WAN22_A14B.t2v, torch.device(args.device)
     with torch.device("meta"):
         block = WanBlock(config, variant.dtype, "auto").eval().requires_grad_(False)
@@ -262,7 +265,8 @@ def relative_error(found: Tensor, exact: Tensor) -> float:
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser("lossy_errors", __doc__)
+    parser.add_argument("--parts", nargs="+", default=["denoise", "block"], choices=["denoise", "block"])
     parser.add_argument(
         "--checkpoint", type=Path, help="Wan2.2-I2V-A14B, either layout (default: a generated tiny one)"
     )
@@ -275,12 +279,20 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--size", type=int, nargs=2, default=[96, 160], metavar=("HEIGHT", "WIDTH"))
     parser.add_argument("--images", type=Path, nargs="*", default=[], help="memory keyframes (default: two gradients)")
     parser.add_argument("--prompt", default="A lighthouse keeper climbs the stairs at dusk, lantern in hand.")
-    parser.add_argument("--tokens", type=int, nargs=3, default=[4, 8, 10], help="of the block: frames, height, width")
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        nargs=3,
+        default=[4, 8, 10],
+        metavar=("FRAMES", "HEIGHT", "WIDTH"),
+        help="size of the block's input",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
-    parser.add_argument("--reference", default="float32", choices=["float32", "bfloat16"], help="format of exact runs")
-    parser.add_argument("--json", type=Path, help="write the results here too")
+    parser.add_argument(
+        "--reference", default="float32", choices=["float32", "bfloat16"], help="number format of the exact runs"
+    )
     return parser.parse_args()
 
 

@@ -1,12 +1,14 @@
-"""Predicts the peak memory of each rank at full A14B size, without a GPU and without the memory.
+"""How much memory does each rank need for A14B? Predicted without a GPU and without that memory.
 
-The project's own transformer and VAE are parallelized over a process group that sends nothing and run on tensors that
-hold nothing, while torch's memory trackers add up what would be alive. Counted are weights, activations and what FSDP2
-gathers; not the CUDA context, NCCL's buffers, scratch space of kernels, and fragmentation.
+    python -m benchmarks.memory                       # 1, 2, 4, 8 ranks (FSDP2 + Ulysses), 480p and 720p, K = 0 and 10
+    python -m benchmarks.memory --ranks 1 --sizes 480p --memory 0      # quick: one row of the table
+    python -m benchmarks.memory --linears float8      # with layers in eight bits, not compiled
+    python -m benchmarks.memory --validate            # compare the prediction with a real small run on 2 gloo ranks
 
-    python benchmarks/memory.py                 # 1, 2, 4 and 8 ranks (FSDP2 + Ulysses), 480p and 720p, K = 0 and 10
-    python benchmarks/memory.py --linears float8   # with layers in eight bits, not compiled
-    python benchmarks/memory.py --validate      # the method against a real run of a small model on 2 gloo ranks
+The project's own transformer and VAE run on tensors without data, parallelized over a process group that sends nothing.
+torch's memory trackers add up the live bytes. They count weights, activations and the tensors that FSDP2 gathers. They
+do not count the CUDA context, NCCL's buffers, scratch space of kernels, and fragmentation. K is the number of memory
+keyframes.
 """
 
 import argparse
@@ -17,19 +19,20 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from diffusers import AutoencoderKLWan
-from harness import peak_gib, print_table, write_json
-from ranks import CPU, MemoryPeak, pretended_ranks, report, reporting_rank, run_ranks
+from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed._tools.mem_tracker import MemTracker
 
+from benchmarks.harness import make_parser, peak_gib, print_table, write_json
+from benchmarks.ranks import CPU, MemoryPeak, report, reporting_rank, run_ranks, simulated_ranks
 from storymem_dist.diffusion.latent_grid import LatentGrid
 from storymem_dist.models.quantized_linear import quantize_linears
 from storymem_dist.models.wan.dit import DiTConfig, WanDiT
 from storymem_dist.models.wan.presets import WAN22_A14B
 from storymem_dist.models.wan.vae import WanVae
 from storymem_dist.parallel.layout import Layout
+from storymem_dist.parallel.loading import local_part
 from storymem_dist.parallel.mesh import ReplicaMesh, build_mesh
 from storymem_dist.parallel.parallelize import parallelize
 from storymem_dist.parallel.settings import ParallelSettings
@@ -45,7 +48,7 @@ SMALL = DiTConfig(
 
 @dataclass(frozen=True, kw_only=True)
 class ForwardPeak:
-    """Peak of one forward on the rank that needs most, in bytes, and what it is made of."""
+    """Peak of one forward on the rank that needs the most, in bytes, and its parts."""
 
     weights: int
     gathered: int
@@ -54,7 +57,7 @@ class ForwardPeak:
 
 
 def main() -> None:
-    """Parse the command line and do what it asks."""
+    """Parse the command line; predict, or validate the prediction."""
     args = parse_arguments()
     warnings.filterwarnings("ignore")
     if reporting_rank() is not None:
@@ -67,18 +70,17 @@ def main() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser("memory", __doc__)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4, 8])
-    parser.add_argument("--memory", type=int, nargs="+", default=[0, 10], help="K; 0 is T2V, more is M2V")
+    parser.add_argument("--memory", type=int, nargs="+", default=[0, 10], help="memory keyframes, K (0: T2V, else M2V)")
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument(
         "--linears",
         choices=("exact", "float8"),
         default="exact",
-        help="model.linears (int8 weighs what float8 does; torch's tracker cannot follow integer weights)",
+        help="model.linears (int8 needs as much as float8; torch's tracker cannot follow integer weights)",
     )
-    parser.add_argument("--validate", action="store_true")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--validate", action="store_true", help="compare with a real run of a small model")
     return parser.parse_args()
 
 
@@ -109,17 +111,17 @@ def predict_all(args: argparse.Namespace) -> None:
                     }
                 )
     print_table(rows)
-    write_json(args.json, {"rows": rows}, CPU)
+    write_json(args.json, "memory", {"rows": rows}, CPU)
 
 
 def predict_forward(config: DiTConfig, grid: LatentGrid, num_ranks: int, linears: str = "exact") -> ForwardPeak:
     """One pass of one expert over ``num_ranks``: whole weights on one rank, FSDP2 and Ulysses on more."""
-    with pretended_ranks(num_ranks) as mesh, FakeTensorMode(allow_non_fake_inputs=True):
+    with simulated_ranks(num_ranks) as mesh, FakeTensorMode(allow_non_fake_inputs=True):
         return tracked_forward(config, grid, mesh, linears)
 
 
 def tracked_forward(config: DiTConfig, grid: LatentGrid, mesh: ReplicaMesh, linears: str = "exact") -> ForwardPeak:
-    """Run a forward under a tracker: on real tensors, or on fake ones inside ``FakeTensorMode``."""
+    """Run a forward under a tracker: on real tensors, or on fake tensors inside ``FakeTensorMode``."""
     num_ranks = mesh.shard.size
     settings = ParallelSettings(ulysses=num_ranks, weights="fsdp" if num_ranks > 1 else "replicated")
     dit = WanDiT(config)
@@ -130,7 +132,7 @@ def tracked_forward(config: DiTConfig, grid: LatentGrid, mesh: ReplicaMesh, line
         tracker: Any = FSDPMemTracker(dit)
         tracker.track_inputs(inputs)
     else:
-        dit.requires_grad_(True)  # the tracker hangs its hooks on gradients; no_grad keeps them from being computed
+        dit.requires_grad_(True)  # the tracker hooks gradients; no_grad below prevents their computation
         tracker = MemTracker()
         tracker.track_external(dit, *inputs)
     with torch.no_grad(), tracker:
@@ -152,7 +154,7 @@ def forward_inputs(config: DiTConfig, grid: LatentGrid) -> tuple[torch.Tensor, t
 def predict_vae(num_ranks: int, height: int, width: int) -> dict[str, int]:
     """Peak bytes of encoding and decoding a clip of ``NUM_FRAMES``, VAE weights and the input included."""
     grid = LatentGrid(num_frames=NUM_FRAMES, height=height, width=width)
-    with pretended_ranks(num_ranks) as mesh, FakeTensorMode(allow_non_fake_inputs=True):
+    with simulated_ranks(num_ranks) as mesh, FakeTensorMode(allow_non_fake_inputs=True):
         vae = WanVae(AutoencoderKLWan())
         if mesh.shard.group is not None:
             parallelize_vae(vae, mesh.shard.group)
@@ -164,7 +166,7 @@ def predict_vae(num_ranks: int, height: int, width: int) -> dict[str, int]:
 
 
 def peak_of(tracker: MemTracker) -> dict[Any, int]:
-    """A tracker's bytes by kind, at the moment of their highest sum."""
+    """A tracker's bytes by kind, at the moment of the highest sum."""
     return tracker.get_tracker_snapshot("peak")[CPU]
 
 
@@ -174,7 +176,7 @@ def peak_of(tracker: MemTracker) -> dict[Any, int]:
 def validate(json_file: Path | None) -> None:
     """Print predicted, tracked and resident peaks of a small model on 2 real ranks."""
     predicted = asdict(predict_forward(SMALL, small_grid(), 2))
-    first, _ = run_ranks(__file__, 2, ["--validate"])
+    first, _ = run_ranks("benchmarks.memory", 2, ["--validate"])
     mib = {name: round(num_bytes / 2**20, 1) for name, num_bytes in predicted.items()}
     rows = [
         {"how": "predicted with fake tensors", **mib},
@@ -184,7 +186,7 @@ def validate(json_file: Path | None) -> None:
     print_table(rows)
     ratio = first["resident"] / predicted["total"]
     print(f"resident / predicted: {ratio:.3f}")
-    write_json(json_file, {"unit": "MiB", "rows": rows, "resident_over_predicted": ratio}, CPU)
+    write_json(json_file, "memory", {"unit": "MiB", "rows": rows, "resident_over_predicted": ratio}, CPU)
 
 
 def small_grid() -> LatentGrid:
@@ -193,7 +195,7 @@ def small_grid() -> LatentGrid:
 
 
 def run_small_model() -> dict[str, Any]:
-    """On each of two real ranks: the same forward, once watched from outside and once by the tracker."""
+    """On each of two real ranks: run a forward while its resident memory is sampled, then one under the tracker."""
     dist.init_process_group("gloo")
     mesh = build_mesh(Layout(ulysses=2, ranks_per_node=2), CPU)
     settings = ParallelSettings(ulysses=2, weights="fsdp")
@@ -202,8 +204,8 @@ def run_small_model() -> dict[str, Any]:
         with torch.device("meta"):
             dit = WanDiT(SMALL)
         parallelize(dit, mesh, settings).to_empty(device=CPU)
-        for parameter in dit.parameters():
-            parameter.to_local().normal_(std=0.02)
+        for name, parameter in dit.named_parameters():
+            local_part(name, parameter).tensor.normal_(std=0.02)
         dit(*forward_inputs(SMALL, grid), grid.temporal_positions())
     del dit
     tracked = tracked_forward(SMALL, grid, mesh)

@@ -1,23 +1,25 @@
-"""What observing costs a render.
+"""How much does observing slow a render, also when a back end is faulty?
 
-    python benchmarks/observe.py                      # both tables, about five minutes
-    python benchmarks/observe.py --faults             # the second one alone
-    python benchmarks/observe.py --json observe.json
+    python -m benchmarks.observe
+    python -m benchmarks.observe --events 100 --rounds 1      # quick
+    python -m benchmarks.observe --faults                     # only the second table
 
-**Cost of a step.** Microseconds that the rendering thread spends in ``notify`` for one ``StepFinished`` (median over
-batches, events spaced as in a render rather than in a burst), with each set of back ends.
+**Cost of a step.** The microseconds that the rendering thread spends in ``notify`` for one ``StepFinished``, with each
+set of back ends. Two events are 5 ms from each other, because a render sends no bursts.
 
-**Faults.** What a back end that behaves badly costs a render: one that raises at its first event, one that hangs for a
-minute in it, and one that floods (it answers every event with a thousand, and computes whenever it is let). Clips of
-the tiny model are rendered from noise to pixels, with the events of a real shot, once with the event file alone and
-once with each bad back end, in turn; figures are medians over the rounds, of each round's ratio to its own clip with
-the event file alone. On a machine that does other things too, the clock says little (look at the quartiles) and
-processor times more: by how much that of the rendering thread grows, and how much of the clip's time all other threads
-compute, which they can at worst take from the render. Events lost are those missing from the event file. Starting up is
-left out. A step of the 14B model takes 10 times as long as the default one, or more.
+**Faults.** The cost of three faulty back ends. One raises at its first event. One hangs for a minute in its first
+event. One floods: it answers every event with 1,000 events, and it computes as often as it can. The benchmark renders
+clips of the tiny model from noise to pixels, with the events of a real shot. In each round it renders one clip with the
+event file alone and one clip with each faulty back end. Each figure compares a clip with the clip of the event file
+alone in the same round, and is the median over the rounds.
+
+On a busy machine the wall clock says little: see the quartiles. Processor times say more. One column shows how much the
+processor time of the rendering thread grows. Another column shows the processor time of all other threads, as a share
+of the clip's time; at worst they take this share from the render. "events lost" counts the events that the event file
+lacks. The start of a render is not measured. A step of the 14B model takes at least 10 times as long as the default
+step here.
 """
 
-import argparse
 import io
 import statistics
 import tempfile
@@ -29,9 +31,9 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from harness import print_table, write_json
 from rich.console import Console
 
+from benchmarks.harness import make_parser, print_table, write_json
 from storymem_dist.artifacts.run_folder import RunFolder
 from storymem_dist.diffusion.denoise import PromptEmbeds, StepInfo
 from storymem_dist.diffusion.settings import SamplerSettings
@@ -53,19 +55,19 @@ STEP = StepFinished(
 
 
 class WellBehaved:
-    """Listens and does nothing: what the fan-out itself costs."""
+    """Listens and does nothing: it shows the cost of the fan-out itself."""
 
     name, tick_seconds = "well behaved", 1.0
     observers: Observers
 
     def handle(self, stamped: StampedEvent) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def tick(self) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def close(self) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 class Raising(WellBehaved):
@@ -84,17 +86,17 @@ class Hanging(WellBehaved):
     name = "hanging"
 
     def handle(self, stamped: StampedEvent) -> None:
-        """Wait for something that does not come."""
+        """Wait for an event that never comes."""
         threading.Event().wait(60.0)
 
 
 class Flooding(WellBehaved):
-    """Computes in Python whenever it is let, and sends events of its own for every event it gets."""
+    """Computes in Python as often as it can, and sends events of its own for every event that it gets."""
 
     name, tick_seconds = "flooding", 1e-6
 
     def handle(self, stamped: StampedEvent) -> None:
-        """Send a thousand events back."""
+        """Send 1,000 events back."""
         for _ in range(1000):
             self.observers.notify(STEP)
 
@@ -107,14 +109,13 @@ class Flooding(WellBehaved):
 
 def main() -> None:
     """Measure, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--events", type=int, default=600, help="steps for the cost of a step, for each set")
-    parser.add_argument("--faults", action="store_true", help="measure faults alone")
-    parser.add_argument("--rounds", type=int, default=11, help="clips with each bad back end")
+    parser = make_parser("observe", __doc__)
+    parser.add_argument("--events", type=int, default=600, help="events for each row of the first table")
+    parser.add_argument("--faults", action="store_true", help="measure only faults")
+    parser.add_argument("--rounds", type=int, default=11, help="clips with each faulty back end")
     parser.add_argument("--steps", type=int, default=20, help="steps of a clip")
-    parser.add_argument("--width", type=int, default=480, help="pixels of a clip: decides how long a step takes")
+    parser.add_argument("--width", type=int, default=480, help="pixels of a clip; more pixels make a step longer")
     parser.add_argument("--height", type=int, default=288)
-    parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     values = {}
@@ -129,12 +130,11 @@ def main() -> None:
         clip = Clip(num_steps=arguments.steps, height=arguments.height, width=arguments.width)
         values["faults"] = faults(clip, Path(folder) / "faults", arguments.rounds)
         print_table(values["faults"])
-    if arguments.json:
-        write_json(arguments.json, values, torch.device("cpu"))
+    write_json(arguments.json, "observe", values, torch.device("cpu"))
 
 
 def plain(folder: Path) -> BackEnd:
-    """The console as in a log, with the interval that makes it write every step."""
+    """The console as in a log, set to write every step."""
     return PlainConsole(io.StringIO(), line_interval_seconds=0.0)
 
 
@@ -169,7 +169,7 @@ def start(root: Path, back_ends: list[BackEnd]) -> Observers:
 
 
 def cost_of_a_step(name: str, make: Callable[[Path], list[BackEnd]], root: Path, num_events: int) -> dict[str, object]:
-    """Time ``notify`` alone, 5 ms apart."""
+    """Time ``notify`` alone, for events 5 ms from each other."""
     RunFolder(root).open()
     observers = start(root, make(root))
     time.sleep(0.2)
@@ -191,7 +191,7 @@ def cost_of_a_step(name: str, make: Callable[[Path], list[BackEnd]], root: Path,
 
 
 def faults(clip: "Clip", root: Path, num_rounds: int) -> list[dict[str, object]]:
-    """Render a clip with the event file alone and with each bad back end, in turn; compare within rounds."""
+    """Render a clip with the event file alone and with each faulty back end, in turn; compare within rounds."""
     clip.render(Counting(None))
     kinds: list[type[WellBehaved] | None] = [None, Raising, Hanging, Flooding]
     rounds: list[dict[type[WellBehaved] | None, Rendered]] = []
@@ -205,7 +205,7 @@ def faults(clip: "Clip", root: Path, num_rounds: int) -> list[dict[str, object]]
         quartiles = statistics.quantiles(wall, n=4)[::2] if len(wall) > 1 else wall
         rows.append(
             {
-                "back end": kind.name if kind is not None else "none beside the event file",
+                "back end": kind.name if kind is not None else "event file alone",
                 "clip s": round(statistics.median(one[kind].wall for one in rounds), 2),
                 "step ms": round(1000 * statistics.median(one[kind].step for one in rounds), 1),
                 "slowdown %": round(100 * (statistics.median(wall) - 1), 2),
@@ -223,7 +223,7 @@ def faults(clip: "Clip", root: Path, num_rounds: int) -> list[dict[str, object]]
 
 @dataclass(frozen=True, kw_only=True)
 class Rendered:
-    """One clip: seconds by the clock, of one step, and of this thread's processor time; events sent and missing.
+    """One clip: its seconds, those of one step, this thread's processor time, events sent, and events lost.
 
     ``others``: processor time of all other threads of this process, as a share of the clip's time.
     """
@@ -237,7 +237,7 @@ class Rendered:
 
 
 def observed_clip(clip: "Clip", kind: type[WellBehaved] | None, folder: Path) -> Rendered:
-    """Render a clip that is watched by the event file and, unless None, by a back end of ``kind``."""
+    """Render a clip with the event file and, unless ``kind`` is None, with a back end of this kind."""
     back_ends = [] if kind is None else [kind()]
     observers = start(folder, list(back_ends))
     for back_end in back_ends:
@@ -275,7 +275,7 @@ class Counting:
 
 
 class Clip:
-    """A clip of the tiny model that can be rendered again and again."""
+    """A clip of the tiny model that can be rendered many times."""
 
     def __init__(self, *, num_steps: int, height: int, width: int) -> None:
         model = with_generated_weights(
@@ -292,7 +292,7 @@ class Clip:
         )
 
     def render(self, observer: Counting) -> list[float]:
-        """Render it, with the events of a shot; returns the seconds of each step."""
+        """Render it with the events of a shot; return the seconds of each step."""
         seconds = []
 
         def on_step(info: StepInfo) -> None:
@@ -315,7 +315,7 @@ class Clip:
 
 
 def count_own(root: Path) -> int:
-    """Events of the render in the event file, the warnings of the fan-out left out."""
+    """Number of the render's own events in the event file, without the warnings of the fan-out."""
     return sum(not isinstance(stamped.event, WarningIssued) for stamped in read_journal(root / "events"))
 
 

@@ -1,25 +1,26 @@
-"""How much of a shot is not denoising: text, conditioning, decoding, choosing keyframes, saving.
+"""What share of a shot's time is outside denoising (conditioning, decoding, choosing keyframes, saving)?
 
-    python benchmarks/outside_denoise.py                       # A14B, 480p and 720p, 40 and 4 steps, 1 and 8 GPUs
-    python benchmarks/outside_denoise.py --folder /data --json outside.json
+    python -m benchmarks.outside_denoise                    # A14B, 480p and 720p, 40 and 4 steps, 1 and 8 GPUs
+    python -m benchmarks.outside_denoise --sizes 480p --repeats 1                                  # quick
 
-**Predicted** (no GPU is used): FLOPs over speed. Denoising is the planner's cost of a step with ten memory keyframes at
-``--peak-tflops`` times ``--utilisation``; eight GPUs take an eighth of that, which no layout quite reaches, so their
-shares are upper bounds. The VAE is counted on fake tensors, at the planner's ``VAE_SLOWNESS``; with eight GPUs a rank
-does its columns and their halos. Conditioning is the dearest there is: ten keyframes, each encoded alone, and a first
-frame with its blank clip (MI2V). CLIP describes every frame of the clip and the keyframes of ten earlier shots, on one
-GPU, at the VAE's speed. Texts are encoded once a job and read from the cache: the encoder's FLOPs are shown, not added.
+**Predicted** without a GPU: FLOPs divided by speed. Denoising is the cost model's step with ten memory keyframes; its
+speed is ``--peak-tflops`` times ``--utilisation``. Eight GPUs are assumed to be eight times as fast. No layout quite
+reaches this, so the shares for eight GPUs are upper bounds. The VAE is counted on fake tensors, at the cost model's
+``VAE_SLOWNESS``; with eight GPUs a rank computes its own columns and their halos. Conditioning is the most expensive
+mode (MI2V): ten keyframes, each encoded alone, and a first frame with its blank clip. CLIP describes every frame of the
+clip and the keyframes of ten earlier shots, on one GPU, at the VAE's speed. A job encodes its texts once and caches
+them; the table shows the encoder's FLOPs, but the shares leave them out.
 
-**Measured** on this machine, with one thread: choosing keyframes without CLIP's forward (resizing, sharpness), and
-saving: an MP4 with the default settings, three keyframes and five tail frames as PNGs, hashes, record, and every flush
-to the disk. The clip is of full size and moves: smooth noise of several scales that drifts, with a little grain; 81
-frames. Both are processor work on a machine with GPUs as well, and are the leader's alone.
+**Measured** on this machine, with one thread. Choosing keyframes: resizing and sharpness, without CLIP's forward.
+Saving: an MP4 with the default settings, three keyframes and five tail frames as PNGs, hashes, the record, and every
+flush to the disk. The clip has full size and 81 frames: smooth noise of several scales that drifts, with a little
+grain. Both are work of the processor, also on a machine with GPUs, and only the leader does it.
 
-"apart": one after the other (``dispatch.overlap_saving=false``, or nothing else to render). "beside": the next shot of
-another story is rendered while one is saved, so saving takes none of the GPUs' time unless it takes longer than a shot.
+"in turn": a shot is saved before the next one begins (``dispatch.overlap_saving=false``, or no other shot is ready).
+"overlapped": the next shot of another story is rendered while one is saved. Saving then takes no time of the GPUs,
+unless it takes longer than a shot.
 """
 
-import argparse
 import statistics
 import tempfile
 import time
@@ -30,13 +31,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from harness import print_table, write_json
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
-from vae_parallel import CPU_ATTENTION, count
 
+from benchmarks.harness import make_parser, print_table, write_json
+from benchmarks.vae_parallel import CPU_ATTENTION, count
 from storymem_dist.artifacts.records import ShotRecord
 from storymem_dist.artifacts.shot_folder import ClipFiles, ShotFolder, new_attempt_id
 from storymem_dist.artifacts.video import VideoSettings
@@ -59,15 +60,14 @@ _TERA = 1e12
 
 def main() -> None:
     """Count, measure, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peak-tflops", type=float, default=989.0, help="dense bf16 peak of a GPU (an H100's)")
-    parser.add_argument("--utilisation", type=float, default=0.65, help="part of it that denoising reaches")
+    parser = make_parser("outside_denoise", __doc__)
+    parser.add_argument("--peak-tflops", type=float, default=989.0, help="dense bf16 peak of a GPU (default: an H100)")
+    parser.add_argument("--utilisation", type=float, default=0.65, help="share of the peak that denoising reaches")
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument(
-        "--folder", type=Path, help="where to write clips; the default is the system's temporary folder"
+        "--folder", type=Path, help="folder for the saved clips (default: the system's temporary folder)"
     )
-    parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
 
@@ -82,13 +82,14 @@ def main() -> None:
                 speed = arguments.peak_tflops * arguments.utilisation
                 seconds = predict(SIZES[size], work, num_gpus, num_steps, num_passes, speed)
                 rows.append({"size": size, "GPUs": num_gpus, "sampler": sampler, **shares(seconds, times)})
-    print("Counted TFLOP (the planner's decode beside the counted one)")
+    print('Counted TFLOP ("decode, planner": the cost model\'s estimate)')
     print_table(counted)
     print("\nMeasured seconds on this machine, one thread")
     print_table(measured)
-    print("\nA shot with ten memory keyframes: predicted seconds, save and half of choose measured")
+    print('\nA shot with ten memory keyframes: predicted seconds; "save" and a part of "choose" are measured')
     print_table(rows)
-    write_json(arguments.json, {"counted": counted, "measured": measured, "shares": rows}, torch.device("cpu"))
+    results = {"counted": counted, "measured": measured, "shares": rows}
+    write_json(arguments.json, "outside_denoise", results, torch.device("cpu"))
 
 
 # -- predicted ---------------------------------------------------------------------------------------------------------
@@ -96,7 +97,7 @@ def main() -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """TFLOP of one shot outside denoising; those of the VAE by number of GPUs, for the busiest of them."""
+    """TFLOP of one shot outside denoising; for the VAE by number of GPUs, of the busiest GPU."""
 
     condition: dict[int, float]
     decode: dict[int, float]
@@ -105,7 +106,7 @@ class Work:
     text: float
 
     def row(self) -> dict[str, Any]:
-        """For the table."""
+        """The columns of the table."""
         row: dict[str, Any] = {}
         for num_gpus in NUM_GPUS:
             row[f"condition, {num_gpus} GPU"] = round(self.condition[num_gpus], 1)
@@ -147,8 +148,16 @@ def _count(make: Callable[[], Any], run: Callable[[Any], object]) -> float:
 
 
 def _umt5_xxl() -> UMT5EncoderModel:
-    sizes = {"d_model": 4096, "d_ff": 10240, "num_layers": 24, "num_heads": 64, "d_kv": 64, "vocab_size": 256384}
-    return UMT5EncoderModel(UMT5Config(**sizes, feed_forward_proj="gated-gelu"))
+    config = UMT5Config(
+        d_model=4096,
+        d_ff=10240,
+        num_layers=24,
+        num_heads=64,
+        d_kv=64,
+        vocab_size=256384,
+        feed_forward_proj="gated-gelu",
+    )
+    return UMT5EncoderModel(config)
 
 
 def predict(
@@ -169,10 +178,10 @@ def shares(seconds: dict[str, float], measured: dict[str, float]) -> dict[str, A
     """Seconds of all stages, and the share of a shot that is not denoising."""
     save = measured["save"]
     seconds = seconds | {"choose": seconds["choose"] + measured["choose without CLIP"], "save": save}
-    beside = sum(seconds.values()) - seconds["denoise"] - save
+    others = sum(seconds.values()) - seconds["denoise"] - save
     row: dict[str, Any] = {f"{name} s": round(value, 1) for name, value in seconds.items()}
-    row["apart %"] = round(100 * (beside + save) / (seconds["denoise"] + beside + save), 1)
-    row["beside %"] = round(100 * beside / (seconds["denoise"] + beside), 1)
+    row["in turn %"] = round(100 * (others + save) / (seconds["denoise"] + others + save), 1)
+    row["overlapped %"] = round(100 * others / (seconds["denoise"] + others), 1)
     return row
 
 
@@ -180,7 +189,7 @@ def shares(seconds: dict[str, float], measured: dict[str, float]) -> dict[str, A
 
 
 def measure(height: int, width: int, folder: Path | None, repeats: int) -> dict[str, float]:
-    """Medians of the seconds that choosing and saving take here."""
+    """Median seconds of choosing and saving on this machine."""
     clip = moving_clip(height, width)
     files = ClipFiles(
         clip=clip,
@@ -213,7 +222,7 @@ def moving_clip(height: int, width: int) -> Tensor:
 
 
 def _save(folder: ShotFolder, files: ClipFiles) -> dict[str, float]:
-    """Save and publish as a job does; seconds by the wall clock and of the processor."""
+    """Save and publish as a job does; return seconds of the wall clock and of the processor."""
     attempt_id = new_attempt_id("0" * 64, "benchmark")
     began, began_computing = time.perf_counter(), time.thread_time()
     stored = folder.save_attempt(attempt_id, files, VideoSettings())
@@ -256,7 +265,7 @@ def _record(attempt_id: str, files: ClipFiles, stored: dict[str, Any]) -> ShotRe
 
 
 class _NoForward:
-    """Similarity of vectors made up in no time, where CLIP would run."""
+    """Stands in for CLIP: similarity of made-up vectors, which take no time."""
 
     def describe(self, frames_NCHW: Tensor) -> Tensor:
         """Unit vectors, all different."""
@@ -269,7 +278,7 @@ class _NoForward:
 
 
 def _choose(clip: Tensor) -> float:
-    """Seconds of choosing keyframes, but for CLIP."""
+    """Seconds of choosing keyframes, without CLIP."""
     kept = [Keyframe(image=clip[0], shot_index=shot, slot=0, frame_index=0) for shot in range(SHOTS_BEFORE)]
     began = time.perf_counter()
     choose_keyframes(clip, MemoryBank(tuple(kept)), _NoForward(), SharpnessQuality(), MemorySettings(), shot_index=1)

@@ -1,58 +1,54 @@
-"""What preparing weights costs, and what it saves at every start.
+"""How much time does it take to prepare weights, compared with the time saved at every start?
 
-Writes an I2V base model with A14B's names and 40 blocks, narrower (two experts of 2.3 GB, FP32), and a LoRA of rank 128
-for both experts. Prepares it in each format, then loads the high-noise expert from the original (LoRA merged while
-loading) and from each prepared folder, every time in a fresh process, once with the files dropped from the page
-cache ("cold") and once with them in it ("warm").
+    python -m benchmarks.prepare
+    python -m benchmarks.prepare --blocks 4 --dtypes bfloat16      # quick: a tenth of the weights, one format
 
-    python benchmarks/prepare.py --json prepare.json
+The benchmark writes an I2V base model with A14B's names and 40 blocks, but narrower (two experts of 2.3 GB, FP32), and
+a LoRA of rank 128 for both experts. It prepares this model in each format. Then it loads the high-noise expert from the
+original (and merges the LoRA) and from each prepared folder. Every load runs in a new process. A "cold" load reads from
+the disk: the files are dropped from the page cache first. A "warm" load reads from the page cache.
 
-"over model" is the peak of anonymous memory above the loaded parameters; for preparing, above the start. "equal"
-compares every loaded weight with those of the original, loaded in the same type.
+"over model" is the peak of anonymous memory, less the loaded parameters; when preparing, less the memory at the start.
+"equal" compares every loaded weight with the weight of the original, loaded in the same type.
 """
 
 import argparse
 import hashlib
-import math
 import os
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from harness import print_table, write_json
-from ranks import MemoryPeak, report, reporting_rank, run_ranks
-from safetensors.torch import save_file
 
+from benchmarks.harness import make_parser, print_table, write_json
+from benchmarks.narrow_model import LORA_FILE, write_narrow_model
+from benchmarks.ranks import MemoryPeak, report, reporting_rank, run_ranks
 from storymem_dist.models.wan.dit import WanDiT
-from storymem_dist.models.wan.presets import EXPERTS, TINY, WAN22_A14B
-from storymem_dist.weights.checkpoints import dit_shapes, open_checkpoint
+from storymem_dist.models.wan.presets import EXPERTS
+from storymem_dist.weights.checkpoints import open_checkpoint
 from storymem_dist.weights.loading import load_dit_weights
 from storymem_dist.weights.lora import LoraSettings, ScaledLora, open_loras
 from storymem_dist.weights.prepare import prepare_checkpoint
 from storymem_dist.weights.prepared import STORED_DTYPES
-from storymem_dist.weights.tiny_checkpoint import LORA_TARGETS, generate_checkpoint
 
 EXPERT = "high_noise"
-LORA_RANK = 128
-NARROW = replace(WAN22_A14B.i2v, dim=1024, num_heads=8, ffn_dim=2816)
 MIB = 2**20
 COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float8": torch.bfloat16}
 
 
 def main() -> None:
-    """Parse the command line; in a process of ours, do one step and report."""
+    """Parse the command line; in a started process, do one step and report."""
     args = parse_arguments()
     if reporting_rank() is not None:
         report(prepare(args) if args.step == "prepare" else load(args))
         return
     with tempfile.TemporaryDirectory(prefix="prepare-benchmark-", dir=args.scratch) as scratch:
         folder = Path(scratch)
-        original = write_checkpoint(folder / "original")
+        original = write_narrow_model(folder / "original", args.blocks)
         rows = []
-        for dtype in STORED_DTYPES:
+        for dtype in args.dtypes:
             prepared = folder / dtype
             (written,) = step("prepare", original, dtype, "--output", prepared)
             rows.append({"what": f"prepare {dtype}", **written, "equal": ""})
@@ -66,42 +62,28 @@ def main() -> None:
                     rows.append({"what": f"load {dtype if source == prepared else 'original'} ({cache})", **found})
             rows[-1]["equal"] = loaded[original] == loaded[prepared]
     print_table(rows)
-    write_json(args.json, {"rows": rows}, torch.device("cpu"))
+    write_json(args.json, "prepare", {"rows": rows}, torch.device("cpu"))
 
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scratch", type=Path, help="folder for the checkpoints (needs 14 GB)")
-    parser.add_argument("--json", type=Path)
+    parser = make_parser("prepare", __doc__)
+    parser.add_argument("--blocks", type=int, default=40, help="blocks of the generated experts")
+    parser.add_argument("--dtypes", nargs="+", default=list(STORED_DTYPES), choices=STORED_DTYPES, help="formats")
+    parser.add_argument("--scratch", type=Path, help="folder for the checkpoints (14 GB with 40 blocks)")
     for hidden in ("--step", "--source", "--dtype", "--output"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def step(name: str, source: Path, dtype: str, *further: object) -> list[dict[str, Any]]:
-    """Run one step in a process of its own; what it reported."""
-    return run_ranks(__file__, 1, ["--step", name, "--source", source, "--dtype", dtype, *further])
-
-
-def write_checkpoint(folder: Path) -> Path:
-    """A narrow I2V base model in the native layout, and ``lora.safetensors`` inside it."""
-    generate_checkpoint(folder, replace(TINY, i2v=NARROW), "i2v")
-    shapes = dit_shapes(NARROW)
-    halves: dict[str, torch.Tensor] = {}
-    for block in range(NARROW.num_layers):
-        for target in LORA_TARGETS:
-            rows, columns = shapes[f"blocks.{block}.{target}.weight"]
-            key = f"base_model.model.blocks.{block}.{target}"
-            halves[f"{key}.lora_A.weight"] = torch.randn(LORA_RANK, columns) / math.sqrt(columns)
-            halves[f"{key}.lora_B.weight"] = torch.randn(rows, LORA_RANK) * 1e-3
-    save_file(halves, folder / "lora.safetensors")
-    return folder
+    """Run one step in a new process; return its report."""
+    return run_ranks("benchmarks.prepare", 1, ["--step", name, "--source", source, "--dtype", dtype, *further])
 
 
 def loras_of(folder: Path) -> dict[str, list[ScaledLora]]:
-    """The original's LoRA for each expert; nothing for a prepared folder."""
-    path = folder / "lora.safetensors"
+    """The original's LoRA for each expert; an empty list for a prepared folder."""
+    path = folder / LORA_FILE
     settings = [LoraSettings(path=str(path), scale_rule="rslora")] if path.exists() else []
     return {expert: open_loras(settings, expert) for expert in EXPERTS}
 
@@ -123,7 +105,7 @@ def prepare(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def load(args: argparse.Namespace) -> dict[str, Any]:
-    """Load one expert as a job would, in the type it computes with."""
+    """Load one expert as a job does, in the type that it computes with."""
     source = Path(args.source)
     start = time.perf_counter()
     checkpoint, loras = open_checkpoint(source, "i2v"), loras_of(source)

@@ -1,7 +1,7 @@
-"""For benchmarks on several ranks, real or pretended.
+"""For benchmarks on several ranks, real or simulated.
 
-Real ones: start a script under torchrun, collect what each rank reports, watch its memory. Pretended ones: one process
-that takes itself for a rank of many and sends nothing, to count what a rank would do.
+Real ranks: start a benchmark under torchrun, collect the report of each rank, watch its memory. Simulated ranks: one
+process acts as one rank of N and sends nothing; it counts the work of that rank.
 """
 
 import contextlib
@@ -28,10 +28,10 @@ CPU = torch.device("cpu")
 _FOLDER = "STORYMEM_BENCHMARK_REPORTS"
 
 
-def run_ranks(script: str, num_ranks: int, arguments: Sequence[object]) -> list[dict[str, Any]]:
-    """What every rank of ``script`` reported, started under torchrun on this machine with one thread a rank.
+def run_ranks(module: str, num_ranks: int, arguments: Sequence[object]) -> list[dict[str, Any]]:
+    """Start ``module`` under torchrun on this machine, with one thread per rank; return the report of every rank.
 
-    Memory that is freed goes back to the system at once (glibc keeps none), so that resident memory means live memory.
+    Freed memory goes back to the system at once (glibc keeps none), so resident memory is live memory.
     """
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         variables = {
@@ -42,7 +42,7 @@ def run_ranks(script: str, num_ranks: int, arguments: Sequence[object]) -> list[
             _FOLDER: folder,
         }
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
-        subprocess.run([*torchrun, script, *map(str, arguments)], env=os.environ | variables, check=True)
+        subprocess.run([*torchrun, "-m", module, *map(str, arguments)], env=os.environ | variables, check=True)
         return [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(num_ranks)]
 
 
@@ -52,13 +52,13 @@ def reporting_rank() -> int | None:
 
 
 def report(values: dict[str, Any]) -> None:
-    """Hand this rank's results to ``run_ranks``."""
+    """Report this rank's results to ``run_ranks``."""
     (Path(os.environ[_FOLDER]) / f"{reporting_rank()}.json").write_text(json.dumps(values))
 
 
 @contextlib.contextmanager
-def pretended_ranks(num_ranks: int, rank: int = 0, layout: Layout | None = None) -> Iterator[ReplicaMesh]:
-    """This process as ``rank`` of ``num_ranks`` that do not exist: one replica, all Ulysses unless told otherwise.
+def simulated_ranks(num_ranks: int, rank: int = 0, layout: Layout | None = None) -> Iterator[ReplicaMesh]:
+    """Act as ``rank`` of ``num_ranks`` in one replica; the other ranks do not exist. The default layout is all Ulysses.
 
     Rank 0 holds the uneven remainders of sharded weights.
     """
@@ -73,7 +73,7 @@ def pretended_ranks(num_ranks: int, rank: int = 0, layout: Layout | None = None)
 
 
 class MemoryPeak:
-    """Peak of this process's anonymous resident memory while the block runs, sampled every 2 ms, over its start.
+    """Peak of this process's anonymous resident memory while the block runs, sampled every 2 ms.
 
     Pages of mapped files are not counted: the system takes them back when it needs them.
     """
@@ -94,7 +94,7 @@ class MemoryPeak:
 
     @property
     def grown_bytes(self) -> int:
-        """How far memory rose above where it was when the block began."""
+        """The peak, less the memory at the start of the block."""
         return self.peak_bytes - self.start_bytes
 
     def _sample(self) -> None:

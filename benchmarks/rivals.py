@@ -1,11 +1,11 @@
-"""Our transformer and diffusers', built with the same random weights, for the benchmarks that compare them."""
+"""Our transformer and diffusers' transformer with the same random weights, for the benchmarks that compare them."""
 
 import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from diffusers import WanTransformer3DModel
+from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from torch import Tensor, nn
 
 from storymem_dist.models.quantized_linear import QuantizedLinear, quantize_linears
@@ -15,7 +15,7 @@ from storymem_dist.weights.key_maps import diffusers_dit_key
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """One step's inputs: latents ``[1, in_dim, T, h, w]``, timestep, two texts (full length), contiguous positions."""
+    """The inputs of one step: latents ``[1, in_dim, T, h, w]``, timestep, two texts of full length, positions."""
 
     latents: Tensor
     timestep: Tensor
@@ -29,26 +29,26 @@ class Inputs:
         return self.latents.shape[2] * (self.latents.shape[3] // 2) * (self.latents.shape[4] // 2)
 
     def with_context(self, context: Tensor) -> "Inputs":
-        """The same with another text."""
+        """The same inputs with another text."""
         return replace(self, context=context)
 
 
-def small_config(dim: int, num_heads: int, num_layers: int, in_dim: int = 36) -> DiTConfig:
-    """A14B's proportions at another width and depth."""
+def small_config(dim: int, num_heads: int, num_layers: int) -> DiTConfig:
+    """A14B's proportions (image to video) at another width and depth."""
     return DiTConfig(
         dim=dim,
         ffn_dim=int(dim * 2.7) // 16 * 16,  # float8 needs multiples of 16
         freq_dim=256,
         num_heads=num_heads,
         num_layers=num_layers,
-        in_dim=in_dim,
+        in_dim=36,
         text_dim=dim,
         text_len=512,
     )
 
 
 def make_ours(config: DiTConfig, dtype: torch.dtype, device: torch.device, seed: int = 0) -> WanDiT:
-    """Our transformer with random weights of the usual size, made on the device."""
+    """Our transformer with random weights of usual size, made on the device."""
     with torch.device("meta"):
         dit = WanDiT(config, dtype=dtype)
     dit.to_empty(device=device).requires_grad_(False).eval()
@@ -62,7 +62,7 @@ def make_ours(config: DiTConfig, dtype: torch.dtype, device: torch.device, seed:
 
 
 def make_quantized(ours: WanDiT, linears: str) -> WanDiT:
-    """Ours with layers of another format (``model.linears``); whatever else there is, is shared."""
+    """Our transformer with layers of another format (``model.linears``); it shares all other weights."""
     variant = share_weights(ours)
     quantize_linears(variant.blocks, linears)
     exact = dict(ours.named_modules())
@@ -82,9 +82,9 @@ def share_weights(module: nn.Module) -> Any:
 
 
 def make_diffusers(ours: WanDiT) -> WanTransformer3DModel:
-    """diffusers' transformer with the weights of ``ours``, in the types its own loader would give them.
+    """diffusers' transformer with the weights of ``ours``, in the types that its own loader uses.
 
-    Weights of the same type are shared, so that both fit on one device.
+    Weights of the same type are shared, so both models fit on one device.
     """
     config = ours.config
     with torch.device("meta"):
@@ -108,7 +108,7 @@ def make_diffusers(ours: WanDiT) -> WanTransformer3DModel:
     state = {diffusers_dit_key(key): value for key, value in ours.state_dict().items()}
     theirs.load_state_dict({key: value.to(type_of(key)) for key, value in state.items()}, strict=True, assign=True)
     device = ours.head.modulation.device
-    with torch.device(device):  # rotary tables are buffers, computed when the module is built
+    with torch.device(device):  # the module computes its rotary tables when it is built
         theirs.rope = type(theirs.rope)(config.head_dim, config.patch_size, theirs.config.rope_max_seq_len)
     return theirs.requires_grad_(False).eval()
 
@@ -127,13 +127,13 @@ def make_inputs(config: DiTConfig, latent_size: tuple[int, int, int], device: to
 
 
 def run_ours(dit: nn.Module, inputs: Inputs) -> Tensor:
-    """One forward of ours."""
+    """One forward of our transformer."""
     with torch.no_grad():
         return dit(inputs.latents, inputs.timestep, inputs.context, inputs.positions)
 
 
 def run_diffusers(transformer: nn.Module, inputs: Inputs, dtype: torch.dtype) -> Tensor:
-    """One forward of diffusers', fed as its pipeline feeds it (latents and text in the model's type)."""
+    """One forward of diffusers' transformer, with latents and text in the model's type, as its pipeline does it."""
     with torch.no_grad():
         latents, context = inputs.latents.to(dtype), inputs.context.to(dtype)
         return transformer(latents, inputs.timestep, context, return_dict=False)[0]

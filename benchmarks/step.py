@@ -1,32 +1,37 @@
-"""One denoising step (both guidance passes), ours and diffusers', eager and compiled: seconds, utilisation, memory.
+"""How fast is one denoising step (both guidance passes), compared with diffusers' transformer, eager and compiled?
 
-    python benchmarks/step.py                                     # small, on the CPU: 4,000 tokens
-    python benchmarks/step.py --memory 0 10 --repeats 3           # with and without memory frames
-    python benchmarks/step.py --device cuda --preset wan22_a14b --dtype bfloat16 --latents 21 60 104 --memory 0 10
+    python -m benchmarks.step                                     # small, on the CPU: 4,000 tokens
+    python -m benchmarks.step --dim 512 --layers 2 --latents 4 16 24 --no-compile --repeats 2      # quick
+    python -m benchmarks.step --memory 0 10 --repeats 3           # with and without memory frames
+    python -m benchmarks.step --device cuda --preset wan22_a14b --dtype bfloat16 --latents 21 60 104 --memory 0 10
 
-All rivals have the same weights and inputs and run in turn in one process. Compiled rivals are compiled block by
-block, before the first number of memory frames is timed. Utilisation is over the device's published bf16 peak, or where
-that is unknown over what a large matrix product reaches on it. "Other time" is the share of a profiled step spent
-outside matrix products and attention; "kernels" is what one block launches. CPUs emulate float8 (``--linears float8``):
-there its seconds say nothing.
+All rivals have the same weights and inputs, and run in turn in one process. Compiled rivals are compiled block by
+block, before the first timing. "speed-up" is the time of diffusers divided by the rival's time (median of the rounds);
+"difference" compares the rival's velocity with that of diffusers. "utilisation" is relative to the device's published
+bf16 peak; where this is unknown, to the speed of a large matrix product. "other time" is the share of a profiled step
+outside matrix products and attention. "kernels" counts the launches of one block. With ``--linears float8`` on a CPU,
+the seconds say nothing: CPUs emulate float8.
 """
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from harness import (
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+
+from benchmarks.harness import (
     device_name,
     interleaved_seconds,
+    make_parser,
     median_ratio,
     peak_gib,
     print_table,
     profile_run,
     write_json,
 )
-from rivals import (
+from benchmarks.rivals import (
     Inputs,
     make_diffusers,
     make_inputs,
@@ -37,9 +42,6 @@ from rivals import (
     share_weights,
     small_config,
 )
-from torch import Tensor, nn
-from torch._dynamo.utils import counters
-
 from storymem_dist.hardware import peak_tflops
 from storymem_dist.models.attention import BACKENDS, Attend
 from storymem_dist.models.compile import compile_blocks
@@ -52,12 +54,12 @@ STORY = (1, 3, 6, 9, 10)  # memory frames of the shots of one story
 
 
 def main() -> None:
-    """Build the rivals, time them for each number of memory frames, print and write what came out."""
+    """Build the rivals, time them for each number of memory frames, print and write the results."""
     args = parse_arguments()
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     if args.threads:
         torch.set_num_threads(args.threads)
-    torch._inductor.config.cpp.enable_kernel_profile = True  # lets the profiler see fused loops on the CPU
+    torch._inductor.config.cpp.enable_kernel_profile = True  # shows the profiler fused loops on the CPU
     config = PRESETS[args.preset].i2v if args.preset else small_config(args.dim, args.heads, args.layers)
     rivals = make_rivals(config, args, dtype, device)
     peak = peak_tflops(device_name(device)) or measured_tflops(dtype, device, args.clock)
@@ -72,7 +74,6 @@ def main() -> None:
         print(f"\n{num_memory} memory frames, {inputs.num_tokens} tokens")
         print_table([{key: value for key, value in row.items() if key != "num_tokens"} for row in rows[-len(rivals) :]])
     results: dict[str, Any] = {
-        "benchmark": "step",
         "dtype": args.dtype,
         "clock": args.clock,
         "peak_tflops": peak,
@@ -81,7 +82,7 @@ def main() -> None:
     if "ours compiled" in rivals:
         results["recompilations"] = count_recompilations(rivals["ours compiled"], config, args.latents, device)
         print(f"\nrecompilations over a story with {STORY} memory frames: {results['recompilations']}")
-    write_json(args.json, results, device)
+    write_json(args.json, "step", results, device)
 
 
 class Rival:
@@ -101,9 +102,9 @@ class Rival:
         return torch.lerp(unconditional, conditional, GUIDANCE_SCALE)
 
     def block_call(self, inputs: Inputs) -> Callable[[], Any]:
-        """A call of the first block, with the arguments it gets in a forward."""
+        """A call of the first block, with the arguments that it gets in a forward."""
         captured: dict[str, Any] = {}
-        block = self.module.blocks[0]
+        block = self.module.get_submodule("blocks.0")
         hook = block.register_forward_pre_hook(
             lambda _module, args, kwargs: captured.update(args=args, kwargs=kwargs), with_kwargs=True
         )
@@ -154,7 +155,7 @@ def make_rivals(
 def measure(
     rivals: dict[str, Rival], inputs: Inputs, tflop: float, peak: float, args: argparse.Namespace, device: torch.device
 ) -> list[dict[str, Any]]:
-    """One row per rival; speed-up and difference are against the first."""
+    """One row per rival; speed-up and difference are relative to the first rival."""
     steps = [lambda rival=rival: rival.step(inputs) for rival in rivals.values()]
     rounds = interleaved_seconds(steps, repeats=args.repeats, device=device, clock=args.clock)
     rows: list[dict[str, Any]] = []
@@ -164,7 +165,7 @@ def measure(
         other_ratio = profile_run(steps[index], device).other_ratio
         num_kernels = profile_run(rival.block_call(inputs), device).num_kernels
         velocities.append(steps[index]())
-        # Live tensors cannot be watched inside compiled code on the CPU: torch would compile it no more.
+        # On the CPU, live tensors are not counted in compiled code: the dispatch mode would turn compilation off.
         peak_memory = "" if rival.compiled and device.type == "cpu" else peak_gib(steps[index], device)
         rows.append(
             {
@@ -183,10 +184,11 @@ def measure(
 
 
 def count_recompilations(rival: Rival, config: DiTConfig, latents: list[int], device: torch.device) -> int:
-    """Graphs that are compiled while the number of memory frames changes from shot to shot."""
+    """Number of graphs compiled while the number of memory frames changes from shot to shot."""
     before = counters["stats"]["unique_graphs"]
+    frames, height, width = latents
     for num_memory in STORY:
-        rival.step(make_inputs(config, (latents[0] + num_memory, *latents[1:]), device))
+        rival.step(make_inputs(config, (frames + num_memory, height, width), device))
     return counters["stats"]["unique_graphs"] - before
 
 
@@ -201,7 +203,7 @@ def step_tflop(config: DiTConfig, num_tokens: int) -> float:
 
 
 def measured_tflops(dtype: torch.dtype, device: torch.device, clock: str, size: int = 1536) -> float:
-    """What a large matrix product reaches, in TFLOP/s: the best of a few."""
+    """Best speed of a large matrix product, in TFLOP/s."""
     a = torch.randn(size, size, device=device).to(dtype)
     rounds = interleaved_seconds([lambda: torch.mm(a, a)], repeats=10, device=device, clock=clock)
     return 2 * size**3 / min(rounds)[0] / 1e12
@@ -209,7 +211,7 @@ def measured_tflops(dtype: torch.dtype, device: torch.device, clock: str, size: 
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser("step", __doc__)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--preset", choices=sorted(PRESETS), help="full sizes instead of --dim, --heads, --layers")
@@ -217,14 +219,15 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--latents", type=int, nargs=3, default=[10, 32, 50], metavar=("FRAMES", "HEIGHT", "WIDTH"))
-    parser.add_argument("--memory", type=int, nargs="+", default=[0], metavar="FRAMES", help="memory frames in front")
+    parser.add_argument(
+        "--memory", type=int, nargs="+", default=[0], metavar="FRAMES", help="memory frames before the clip"
+    )
     parser.add_argument("--backends", nargs="*", default=[], choices=BACKENDS, help="attention backends to add")
     parser.add_argument("--linears", nargs="*", default=[], choices=LINEARS[1:], help="formats of layers to add")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's own choice)")
-    parser.add_argument("--clock", default="wall", choices=["wall", "cpu"], help="cpu: this process's own seconds")
-    parser.add_argument("--json", type=Path, help="write the results here too")
+    parser.add_argument("--clock", default="wall", choices=["wall", "cpu"], help="cpu: processor time of this process")
     return parser.parse_args()
 
 

@@ -1,30 +1,31 @@
-"""What splitting the VAE over ranks costs and gains.
+"""How much faster is the VAE when N ranks share a picture?
 
-Counted at full size, without a GPU: FLOPs of a rank (ghost columns and the shared part of attention included), its
-messages and the bytes it sends, for encoding or decoding a clip of 81 frames. "efficiency" is one rank's FLOPs over all
-ranks' together; time adds the latency of the messages, which ``--latency-us`` and ``--tflops`` model.
+    python -m benchmarks.vae_parallel                              # 1, 2, 4, 8 and 16 ranks, 480p and 720p
+    python -m benchmarks.vae_parallel --sizes 480p --ranks 1 8     # quick
+    python -m benchmarks.vae_parallel --measure --ranks 1 2        # seconds of real gloo ranks here, with a small clip
 
-    python benchmarks/vae_parallel.py                          # 1, 2, 4, 8 and 16 ranks, 480p and 720p
-    python benchmarks/vae_parallel.py --measure --ranks 1 2    # seconds of real gloo ranks on this machine, small clip
+Without a GPU, the benchmark counts for a clip of 81 frames at full size: the FLOPs of a rank, its messages, and the
+bytes that it sends. The FLOPs include ghost columns and the part of attention that every rank repeats. "efficiency" is
+the FLOPs of one rank alone, divided by the FLOPs of all ranks together. The modelled time is the FLOPs at ``--tflops``
+plus the messages at ``--latency-us``.
 """
 
 import argparse
 import time
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from diffusers import AutoencoderKLWan
-from harness import print_table, write_json
-from ranks import CPU, pretended_ranks, report, reporting_rank, run_ranks
+from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from benchmarks.harness import make_parser, print_table, write_json
+from benchmarks.ranks import CPU, report, reporting_rank, run_ranks, simulated_ranks
 from storymem_dist.models.wan.vae import WanVae
 from storymem_dist.parallel.vae import parallelize_vae
 
@@ -35,25 +36,24 @@ REPEATS = 3
 
 
 def main() -> None:
-    """Parse the command line; count, or on real ranks measure."""
+    """Parse the command line; count, or measure on real ranks."""
     args = parse_arguments()
     if reporting_rank() is not None:
         report(measure_on_this_rank())
         return
     rows = measure(args.ranks) if args.measure else count_all(args)
     print_table(rows)
-    write_json(args.json, {"rows": rows}, CPU)
+    write_json(args.json, "vae_parallel", {"rows": rows}, CPU)
 
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser("vae_parallel", __doc__)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4, 8, 16])
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
-    parser.add_argument("--latency-us", type=float, default=30.0, help="modelled cost of one message")
+    parser.add_argument("--latency-us", type=float, default=30.0, help="modelled time of one message")
     parser.add_argument("--tflops", type=float, default=300.0, help="modelled speed of a rank (TF32 on an H100)")
-    parser.add_argument("--measure", action="store_true")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--measure", action="store_true", help="measure real ranks instead of counting")
     return parser.parse_args()
 
 
@@ -93,7 +93,7 @@ def count_all(args: argparse.Namespace) -> list[dict[str, Any]]:
 def count(what: str, num_ranks: int, height: int, width: int, num_frames: int = NUM_FRAMES) -> Counter[str]:
     """FLOPs, messages and sent bytes of rank 1 (it has two neighbours) for one clip."""
     counts: Counter[str] = Counter()
-    with pretended_ranks(num_ranks, rank=min(1, num_ranks - 1)) as mesh, FakeTensorMode(allow_non_fake_inputs=True):
+    with simulated_ranks(num_ranks, rank=min(1, num_ranks - 1)) as mesh, FakeTensorMode(allow_non_fake_inputs=True):
         vae = WanVae(AutoencoderKLWan())
         if mesh.shard.group is not None:
             parallelize_vae(vae, mesh.shard.group)
@@ -124,7 +124,7 @@ CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _at
 
 
 class _MessageCounter(TorchDispatchMode):
-    """Counts collectives and the bytes this rank sends in them."""
+    """Counts collectives, and the bytes that this rank sends in them."""
 
     def __init__(self, counts: Counter[str]) -> None:
         super().__init__()
@@ -144,11 +144,11 @@ class _MessageCounter(TorchDispatchMode):
 
 
 def measure(ranks: list[int]) -> list[dict[str, Any]]:
-    """Of the slowest rank, for a small clip: seconds, and seconds of processor time (fair on a busy machine)."""
+    """For a small clip, of the slowest rank: seconds, and processor time, which other processes disturb less."""
     rows: list[dict[str, Any]] = []
     alone: dict[str, float] = {}
     for num_ranks in ranks:
-        reports = run_ranks(__file__, num_ranks, ["--measure"])
+        reports = run_ranks("benchmarks.vae_parallel", num_ranks, ["--measure"])
         slowest = {name: max(one[name] for one in reports) for name in reports[0]}
         alone = alone or slowest
         rows.append(
@@ -157,7 +157,7 @@ def measure(ranks: list[int]) -> list[dict[str, Any]]:
             | {f"{name}: speed-up": round(alone[name] / slowest[name], 2) for name in slowest}
         )
     frames, height, width = SMALL_CLIP
-    print(f"one thread a rank, {frames} frames of {height} x {width}")
+    print(f"one thread per rank, {frames} frames of {height} x {width}")
     return rows
 
 
@@ -166,7 +166,9 @@ def measure_on_this_rank() -> dict[str, float]:
     dist.init_process_group("gloo")
     torch.manual_seed(0)
     vae = WanVae(AutoencoderKLWan())
-    parallelize_vae(vae, dist.group.WORLD)
+    everyone = dist.group.WORLD
+    assert everyone is not None
+    parallelize_vae(vae, everyone)
     best = {}
     for what in ("encode", "decode"):
         run = runner(vae, what, *SMALL_CLIP)
