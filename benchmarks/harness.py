@@ -16,6 +16,8 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from storymem_dist.hardware import GIB
+
 _MATMULS = {
     "aten::addmm",
     "aten::mm",
@@ -107,10 +109,10 @@ def peak_gib(run: Callable[[], Any], device: torch.device) -> float:
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         run()
-        return (torch.cuda.max_memory_allocated(device) - before) / 2**30
+        return (torch.cuda.max_memory_allocated(device) - before) / GIB
     with _LiveTensors() as live:
         run()
-    return live.peak_bytes / 2**30
+    return live.peak_bytes / GIB
 
 
 def profile_run(run: Callable[[], Any], device: torch.device) -> "Profile":

@@ -27,6 +27,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from benchmarks.harness import make_parser, peak_gib, print_table, write_json
 from benchmarks.ranks import CPU, MemoryPeak, report, reporting_rank, run_ranks, simulated_ranks
 from storymem_dist.diffusion.latent_grid import LatentGrid
+from storymem_dist.hardware import GIB
 from storymem_dist.models.quantized_linear import quantize_linears
 from storymem_dist.models.wan.dit import DiTConfig, WanDiT
 from storymem_dist.models.wan.presets import WAN22_A14B
@@ -40,7 +41,6 @@ from storymem_dist.parallel.vae import parallelize_vae
 
 SIZES = {"480p": (480, 832), "720p": (720, 1280)}
 NUM_FRAMES = 81
-GIB = 2**30
 SMALL = DiTConfig(
     dim=1024, ffn_dim=4096, freq_dim=256, num_heads=8, num_layers=6, in_dim=36, text_dim=1024, text_len=512
 )

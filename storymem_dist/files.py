@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 TEMPORARY_PREFIX = ".tmp-"
 """Prefix of the name of every half-written file. Such files are never read."""
@@ -48,6 +48,12 @@ def fsync_folder(path: Path) -> None:
         fsync_file(path)
 
 
+def rename_durably(source: Path, path: Path) -> None:
+    """Flush a finished file, then rename it to ``path`` on the same file system. Raises ``OSError``."""
+    fsync_file(source)
+    source.replace(path)
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path to write; on success it is flushed and renamed to ``path``, on failure it is removed.
@@ -57,8 +63,7 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = temporary_name(path)
     try:
         yield temporary
-        fsync_file(temporary)
-        temporary.replace(path)
+        rename_durably(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -149,6 +154,21 @@ def locked_folder(root: Path) -> Iterator[None]:
     root.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(root.with_name(f".{root.name}.lock")):
         yield
+
+
+def hold_lock(path: Path) -> FileLock | None:
+    """Try to lock the file ``path`` for as long as the returned lock lives; None when another process holds it.
+
+    A file system without locks never refuses.
+    """
+    lock = FileLock(path)
+    try:
+        lock.acquire(blocking=False)
+    except (Timeout, PermissionError):  # PermissionError: the lock file of another user
+        return None
+    except (OSError, NotImplementedError):
+        pass
+    return lock
 
 
 def replace_folder(root: Path, fresh: Path) -> None:

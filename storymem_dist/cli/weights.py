@@ -26,7 +26,7 @@ from rich.progress import (
 from rich.table import Column, Table
 
 from storymem_dist.errors import ConfigError, StoryMemError
-from storymem_dist.models.wan.presets import EXPERTS
+from storymem_dist.models.wan.presets import EXPERTS, HIGH_NOISE
 from storymem_dist.resources import PACKAGE_FOLDER
 from storymem_dist.story.modes import CONTINUATIONS, MI2V, T2V
 from storymem_dist.weights.checkpoints import open_checkpoint
@@ -189,7 +189,7 @@ def _prepare(args: argparse.Namespace) -> None:
         if kind == T2V:
             raise ConfigError("--storymem-lora: the StoryMem LoRA belongs to the I2V base model; this one is T2V")
         storymem = storymem_lora(args.storymem_lora, args.continuation)
-        folder = storymem["high_noise"].file.path.resolve().parent.name
+        folder = storymem[HIGH_NOISE].file.path.resolve().parent.name
         loras = {expert: [storymem[expert], *loras[expert]] for expert in EXPERTS}
     with _bytes_bar("prepare", console) as (on_total, on_done):
         totals: dict[str, int] = {}

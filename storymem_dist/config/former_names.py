@@ -1,4 +1,4 @@
-"""Former names of presets: they go on working, and no list shows them.
+"""Former names of presets: they keep working, and no list shows them.
 
 Hydra asks the sources of its search path for each name in turn. This one knows the former names and lists none of them,
 so ``--help``, a typo's message and shell completion show what lies in ``conf/`` alone.

@@ -65,6 +65,7 @@ class DebugSettings:
     log_level: str = "warning"
 
     def __post_init__(self) -> None:
+        self.log_level = self.log_level.lower()
         require_one_of("debug.log_level", self.log_level, LOG_LEVELS)
 
 

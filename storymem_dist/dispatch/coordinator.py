@@ -204,7 +204,7 @@ class Coordinator:
 
     def should_stop(self) -> bool:
         """Whether to stop the running shot between two steps: a stop was requested, another replica has taken it over,
-        or saving the shot before it failed in a way that ends the batch.
+        or the save of the previous shot ended with an error that ends the batch.
         """
         if self._saving is not None and self._saving.has_crashed:
             return True  # a later call raises the error, so that the running shot is not blamed for it

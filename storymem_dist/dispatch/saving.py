@@ -1,8 +1,8 @@
 """Commits a rendered shot in a thread, while the replica renders the next one.
 
 ``BackgroundSave`` encodes and writes the files, publishes the record, updates the views, releases the lease, notifies
-the observers and, after a story's last shot, makes the story video. Queue and graph belong to the thread that renders,
-which handles the outcome (``Saved``) later.
+the observers and, after a story's last shot, makes the story video. Of the queue it uses this shot's lease only. The
+states of shots change in the thread that renders, which handles the outcome (``Saved``) later.
 
 Knows files only: decoding and choosing keyframes need the device and come before, in the thread that renders.
 """

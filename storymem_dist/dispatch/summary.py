@@ -71,10 +71,6 @@ class BatchSummary:
         """0 when done or stopped; that of ``ShotError`` when something failed."""
         return ShotError.exit_code if self.state == FAILED else 0
 
-    def clips_per_device_hour(self, num_devices: int) -> float:
-        """Return the clips that this replica of ``num_devices`` rendered, per hour and device."""
-        return 3600 * self.num_rendered / max(self.elapsed_seconds * num_devices, 1e-9)
-
 
 def summarize(
     state: str,

@@ -161,7 +161,7 @@ class StoryStarted(Event):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoryFinished(Event):
-    """The chain of a story has ended. ``outcome``: ``finished`` or ``failed``; ``video``: path of the joined MP4."""
+    """The chain of a story has ended. ``outcome``: ``finished`` or ``failed``; ``video``: path of ``story.mp4``."""
 
     story_id: str
     outcome: str = "finished"

@@ -37,7 +37,7 @@ from storymem_dist.weights.loading import (
 OFFLOADED = ("fsdp_offload", "zero3")
 """Values of ``ParallelSettings.weights`` that keep weights in host memory."""
 
-Progress = Callable[[int, int], None]
+BytesProgress = Callable[[int, int], None]
 
 
 def build_expert(
@@ -52,7 +52,7 @@ def build_expert(
     linears: str = "exact",
     cache_text_keys: bool = False,
     share_reads: bool | None = None,
-    progress: Progress | None = None,
+    progress: BytesProgress | None = None,
 ) -> tuple[WanDiT, LoadReport]:
     """An expert with its weights, ready for forwards on every rank of the replica. Collective over the replica.
 
@@ -145,7 +145,7 @@ def _readers_agree(name: str, session: Session) -> bool:
 
 
 def _read_for_all(
-    dit: WanDiT, source: TensorSource, deltas: Sequence[WeightDelta], session: Session, progress: Progress | None
+    dit: WanDiT, source: TensorSource, deltas: Sequence[WeightDelta], session: Session, progress: BytesProgress | None
 ) -> LoadReport:
     """One rank reads and merges, the others of its team receive finished parameters; an error reaches all of them."""
     report: LoadReport = session.readers.decide(

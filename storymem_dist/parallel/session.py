@@ -204,7 +204,7 @@ def choose_backend(choice: str, device: torch.device) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Place:
+class _StartedRank:
     """Which rank this process is, according to its launcher."""
 
     rank: int
@@ -213,14 +213,14 @@ class _Place:
     ranks_per_node: int
 
 
-def _place_from_environment() -> _Place:
+def _place_from_environment() -> _StartedRank:
     if dist.is_initialized():
         world_size, rank = dist.get_world_size(), dist.get_rank()
     elif "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         world_size, rank = _number("WORLD_SIZE", 1), _number("RANK", 0)
     else:
-        return _Place(rank=0, world_size=1, local_rank=0, ranks_per_node=1)
-    return _Place(
+        return _StartedRank(rank=0, world_size=1, local_rank=0, ranks_per_node=1)
+    return _StartedRank(
         rank=rank,
         world_size=world_size,
         local_rank=_number("LOCAL_RANK", rank),
@@ -243,7 +243,7 @@ def _require_deepspeed() -> None:
         )
 
 
-def _start_default_group(place: _Place, backend: str, device: torch.device, timeout: timedelta) -> None:
+def _start_default_group(place: _StartedRank, backend: str, device: torch.device, timeout: timedelta) -> None:
     on_gpu = device if backend == "nccl" else None
     if place.world_size == 1:
         alone = dist.HashStore()  # type: ignore[attr-defined]  # public, but missing from torch's stubs

@@ -19,7 +19,7 @@ from storymem_dist.parallel.settings import ParallelSettings
 from storymem_dist.weights.settings import ModelSettings
 
 _FORWARD_BYTES, _DECODE_BYTES, _MORE_BYTES = 14 * GIB, 18 * GIB, 4 * GIB
-"""Working memory of a rank besides weights: for a forward and for a decode (1280x720, ten keyframes, measured by
+"""Working memory of a rank besides weights: for a forward and for a decode (1280x720, ten keyframes, predicted by
 ``benchmarks/memory.py``), and headroom for all-gathers, libraries and fragmentation."""
 
 

@@ -6,8 +6,8 @@ all ranks get the same value or the same exception. So this module checks no ran
 methods are called on each rank: ``close``, which does nothing where the coordinator is not open, and
 ``note_out_of_memory``.
 
-A *chain* is the shots of a story in order, a *kind* names the experts that a shot needs (t2v or m2v), a *part* is the
-stories with one set of settings: a job has one part, a joined sweep one for each point.
+A *chain* is the shots of a story in order. A *kind* names the pair of experts that a shot needs: t2v or m2v. A *part*
+is the stories with one set of settings: a job has one part, a joined sweep one for each point.
 
 To resume, make the same call again: it skips committed shots and continues a stopped shot at its last saved step.
 """
@@ -74,7 +74,7 @@ def render_batch(
                 leader_decides(partial(coordinator.note_prepared, elapsed, swapped=loaded is not None))
                 loaded = kind
             _render_shot(assignment, parts[assignment.job.part], renderer, coordinator, settings, leader_decides)
-    except StoryMemError:  # from the coordinator; an error of a shot does not get here (see _render_shot)
+    except StoryMemError:  # from the coordinator or from loading experts; an error of a shot stays in _render_shot
         coordinator.close()
         raise
     except KeyboardInterrupt:

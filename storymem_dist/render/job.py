@@ -1,6 +1,6 @@
 """One render job on one rank: from settings to an exit code.
 
-The order matters: storyboards, layout, weights and run folder are checked before the first byte of weights is read.
+The order matters: storyboards, layout, weight files and run folders are checked before the first weight is read.
 Knows how the parts fit together, not how they work.
 """
 
@@ -53,8 +53,8 @@ def render_job(points: Sequence[Point], *, sweep: str | None = None) -> int:
     folder, stories, sampler, memory, video and tracking; all other settings are those of the first point. ``sweep`` is
     the name of their sweep.
 
-    Raises ``StoryMemError`` for what is wrong with the job: mostly found before weights are read, some at the first use
-    of a part (a scorer's weights, the run folder).
+    Raises ``StoryMemError`` for what is wrong with the job. Most of it is found before weights are read; scorers and
+    the contents of the run folders are checked after that.
     """
     checked = check_job(points)
     settings, weights = points[0].settings, checked.weights

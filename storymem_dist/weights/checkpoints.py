@@ -19,7 +19,7 @@ import torch
 from storymem_dist.errors import CheckpointError, StoryMemError, WeightsNotFound, require_one_of
 from storymem_dist.files import file_identity, folder_identity
 from storymem_dist.models.wan.dit import DiTConfig, WanDiT
-from storymem_dist.models.wan.presets import EXPERTS, I2V_IN_DIM, T2V_IN_DIM
+from storymem_dist.models.wan.presets import EXPERTS, HIGH_NOISE, I2V_IN_DIM, LOW_NOISE, T2V_IN_DIM
 from storymem_dist.story.modes import M2V, T2V
 from storymem_dist.weights.key_maps import native_dit_key
 from storymem_dist.weights.loading import SafetensorsSource, TensorSource, WeightDelta, check_deltas, check_keys
@@ -54,7 +54,7 @@ class CheckpointLayout:
 
 NATIVE = CheckpointLayout(
     name="native",
-    expert_folders={"high_noise": "high_noise_model", "low_noise": "low_noise_model"},
+    expert_folders={HIGH_NOISE: "high_noise_model", LOW_NOISE: "low_noise_model"},
     vae="Wan2.1_VAE.pth",
     text_encoder="models_t5_umt5-xxl-enc-bf16.pth",
     tokenizer="google/umt5-xxl",
@@ -62,7 +62,7 @@ NATIVE = CheckpointLayout(
 )
 DIFFUSERS = CheckpointLayout(
     name="diffusers",
-    expert_folders={"high_noise": "transformer", "low_noise": "transformer_2"},
+    expert_folders={HIGH_NOISE: "transformer", LOW_NOISE: "transformer_2"},
     vae="vae",
     text_encoder="text_encoder",
     tokenizer="tokenizer",
@@ -275,7 +275,7 @@ def _common_config(root: Path, folders: Mapping[str, Path], kind: str) -> DiTCon
         path = folder / "config.json"
         _refuse_other_models(path, kind)
         configs[expert] = DiTConfig.from_json(read_json(path), where=str(path))
-    config, wanted = configs["high_noise"], IN_DIMS[kind]
+    config, wanted = configs[HIGH_NOISE], IN_DIMS[kind]
     for expert, found in configs.items():
         if found.in_dim != wanted:
             described = next((name.upper() for name, in_dim in IN_DIMS.items() if in_dim == found.in_dim), "other")
@@ -283,8 +283,8 @@ def _common_config(root: Path, folders: Mapping[str, Path], kind: str) -> DiTCon
                 f"{folders[expert]}: these are {described} weights (in_dim {found.in_dim}); here {kind.upper()} "
                 f"weights are needed (in_dim {wanted}): {REPOS[kind]}"
             )
-    if configs["low_noise"] != config:
-        raise CheckpointError(f"{root}: the two experts have different sizes: {configs['low_noise']} and {config}")
+    if configs[LOW_NOISE] != config:
+        raise CheckpointError(f"{root}: the two experts have different sizes: {configs[LOW_NOISE]} and {config}")
     return config
 
 

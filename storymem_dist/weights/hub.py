@@ -29,7 +29,7 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import build_hf_headers, disable_progress_bars  # type: ignore[attr-defined]
 
 from storymem_dist.errors import CheckpointError, ConfigError, StoryMemError, WeightsNotFound
-from storymem_dist.files import locked_folder, write_bytes
+from storymem_dist.files import locked_folder, rename_durably, write_bytes
 
 STATE_NAME = "storymem_download.json"
 _PARTIAL_FOLDER = ".storymem_partial"
@@ -338,7 +338,7 @@ def _fetch_and_check(hub: Hub, plan: DownloadPlan, file: RemoteFile, on_bytes: C
                 "is not the published one) and was removed; download again, or use another mirror"
             )
         target.parent.mkdir(parents=True, exist_ok=True)
-        partial.replace(target)
+        rename_durably(partial, target)
     return target.stat().st_mtime_ns
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from storymem_dist.errors import CheckpointError, WeightsNotFound
+from storymem_dist.models.wan.presets import HIGH_NOISE
 from storymem_dist.weights.checkpoints import (
     DIFFUSERS,
     IN_DIMS,
@@ -60,7 +61,7 @@ def kind_of(root: Path) -> str:
     if is_prepared(root):
         return read_manifest(root).kind
     for layout in (NATIVE, DIFFUSERS):
-        config = root / layout.expert_folders["high_noise"] / "config.json"
+        config = root / layout.expert_folders[HIGH_NOISE] / "config.json"
         if config.is_file():
             values = read_json(config)
             in_dim = values.get("in_dim", values.get("in_channels"))

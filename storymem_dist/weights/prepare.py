@@ -29,7 +29,7 @@ from storymem_dist.weights.lora import ScaledLora
 from storymem_dist.weights.prepared import SCALE_SUFFIX, STORED_DTYPES, PreparedManifest, is_prepared, sha256_of
 from storymem_dist.weights.safetensors_file import SafetensorsWriter, write_safetensors
 
-Progress = Callable[[str, int, int], None]
+ExpertProgress = Callable[[str, int, int], None]
 """Called with an expert's name, the bytes read so far and the total bytes of that expert."""
 
 _BLOCK = re.compile(r"blocks\.(\d+)\.")
@@ -43,7 +43,7 @@ def prepare_checkpoint(
     *,
     dtype: str = "bfloat16",
     storymem_folder: str | None = None,
-    progress: Progress | None = None,
+    progress: ExpertProgress | None = None,
 ) -> PreparedManifest:
     """Merge, cast and write both experts to the new folder ``output``, which appears only when it is complete.
 
@@ -114,7 +114,7 @@ def _write_expert(
     expert: str,
     loras: Sequence[ScaledLora],
     dtype: str,
-    progress: Progress | None,
+    progress: ExpertProgress | None,
 ) -> dict[str, Mapping[str, Any]]:
     """One safetensors file per block, one for the rest, an index and ``config.json``; returns name -> facts."""
     folder.mkdir()

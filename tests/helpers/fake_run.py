@@ -9,9 +9,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 import storymem_dist.events as ev
 from storymem_dist.artifacts.fingerprint import fingerprint
 from storymem_dist.artifacts.records import ShotRecord, StoredKeyframe
@@ -19,21 +16,14 @@ from storymem_dist.artifacts.run_folder import RunFolder
 from storymem_dist.artifacts.shot_folder import ClipFiles, keyframe_name, new_attempt_id, tail_name
 from storymem_dist.artifacts.video import VideoSettings, concat_clips
 from storymem_dist.memory.bank import Keyframe, MemoryBank
-from storymem_dist.memory.keyframes import FrameDecision
 from storymem_dist.memory.settings import MemorySettings
 from storymem_dist.observe.journal import JournalWriter
 from storymem_dist.observe.observers import BackEnd, Observers
-from storymem_dist.story.schema import Scene, Shot, Story
+from storymem_dist.story.schema import Shot, Story
+from tests.helpers.fake_story import FPS, HEIGHT, NUM_FRAMES, WIDTH, choose, draw_clip, make_story
 
 START_TIME = 1_760_000_000.0
-HEIGHT, WIDTH, NUM_FRAMES, FPS = 96, 160, 17, 16
 NUM_STEPS = 4
-PROMPTS = (
-    "A lighthouse keeper climbs a spiral staircase, lantern in hand, as the storm beats against the “glass”.",
-    "Close-up of weathered hands trimming the wick; warm light spills over brass.",
-    "Wide shot: the beam sweeps across a black sea and finds a small fishing boat.",
-    "The boat turns towards the light. Spray, ropes, a child asleep under a tarpaulin.",
-)
 
 
 @dataclass
@@ -78,7 +68,7 @@ class FakeRun:
         self.folder = RunFolder(self.root)
         self.run_id = self.folder.open()
         self.folder.write_config("c0ffee", "model:\n  dtype: float32\nsampler:\n  num_inference_steps: 4\n")
-        self.stories = [_story(number, self.num_shots) for number in range(self.num_stories)]
+        self.stories = [make_story(number, self.num_shots) for number in range(self.num_stories)]
         for story in self.stories:
             self.folder.write_storyboard(story)
             self.banks[story.story_id] = MemoryBank()
@@ -201,7 +191,7 @@ class FakeRun:
         seconds["denoise"] = (NUM_STEPS - resume_at) * took
         notify(ev.StageFinished(stage="denoise", elapsed_seconds=seconds["denoise"], **names))
         self._stage(replica, "decode", 1.1, seconds, **names)
-        keyframes, decisions = _choose(shot.index, len(bank), story_number)
+        keyframes, decisions = choose(shot.index, len(bank), story_number)
         self._stage(replica, "keyframes", 0.3, seconds, **names)
         memory = {"recalled": [asdict(d) for d in recall.decisions], "decisions": [asdict(d) for d in decisions]}
         for event in ev.memory_events(story.story_id, shot.shot_id, shot.index, memory):
@@ -265,7 +255,7 @@ class FakeRun:
         replica: FakeReplica,
     ) -> ShotRecord:
         place = self.folder.shot(story.story_id, shot.shot_id)
-        clip = _clip(self.stories.index(story), shot.index)
+        clip = draw_clip(self.stories.index(story), shot.index)
         files = place.save_attempt(
             attempt_id,
             ClipFiles(
@@ -347,62 +337,3 @@ def whole_run(
             run.wait(replica, 3.0)
             run.finish(replica)
     return run
-
-
-def _story(number: int, num_shots: int) -> Story:
-    names = ("The lighthouse", "Paper cranes", "Night market", "Glacier")
-    shots = [
-        Shot(
-            index=index,
-            index_in_scene=index % 2,
-            scene_num=index // 2 + 1,
-            prompt=PROMPTS[(index + number) % len(PROMPTS)],
-            cut=index % 2 == 0,
-        )
-        for index in range(num_shots)
-    ]
-    scenes = tuple(
-        Scene(scene_num=first // 2 + 1, shots=tuple(shots[first : first + 2])) for first in range(0, num_shots, 2)
-    )
-    return Story(story_id=f"story_{number}", name=names[number % 4], overview="A short film.", scenes=scenes)
-
-
-def _clip(story_number: int, shot_index: int) -> Tensor:
-    """uint8 ``[F, 3, H, W]``: a disc that moves over a sky of the story's colour."""
-    rows, columns = torch.meshgrid(torch.arange(HEIGHT), torch.arange(WIDTH), indexing="ij")
-    colour = torch.tensor([(40, 70, 110), (120, 60, 50), (50, 100, 70), (90, 90, 130)][story_number % 4])
-    frames = []
-    for frame in range(NUM_FRAMES):
-        sky = colour[:, None, None] + (rows * 60 // HEIGHT)[None]
-        x, y = WIDTH * (frame + 4) // (NUM_FRAMES + 8), HEIGHT * (2 + shot_index % 4) // 8
-        disc = (rows - y) ** 2 + (columns - x) ** 2 < 200
-        frames.append(torch.where(disc[None], torch.tensor([250, 220, 160])[:, None, None], sky).clamp(0, 255))
-    return torch.stack(frames).to(torch.uint8)
-
-
-def _choose(shot_index: int, bank_size: int, story_number: int) -> tuple[list[Keyframe], list[FrameDecision]]:
-    """Keep the first frame (every third shot also a second one), refuse one as duplicate and one for its quality."""
-    clip = _clip(story_number, shot_index)
-    verdicts = [(0, 0, "kept"), (3, None, "low_quality"), (8, 1, "kept" if shot_index % 3 == 0 else "duplicate")]
-    keyframes, decisions = [], []
-    for frame_index, slot, verdict in verdicts:
-        if verdict == "kept":
-            image = clip[frame_index].clone()
-            keyframes.append(Keyframe(image=image, shot_index=shot_index, slot=slot or 0, frame_index=frame_index))
-        decisions.append(
-            FrameDecision(
-                frame_index=frame_index,
-                slot=slot,
-                verdict=verdict,
-                similarity=None if slot in (None, 0) else 0.84,
-                bank_similarity=round(0.7 + 0.01 * shot_index, 3) if bank_size and slot is not None else None,
-                against="shot_01 keyframe 0" if bank_size and slot is not None else None,
-                quality=1.2 if verdict == "low_quality" else 4.5,
-                why={
-                    "kept": "differs from everything in the bank",
-                    "duplicate": "more similar than 0.9 to a keyframe of the bank",
-                    "low_quality": "quality 1.2 is below 3.0",
-                }[verdict],
-            )
-        )
-    return keyframes, decisions

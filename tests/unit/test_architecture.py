@@ -1,12 +1,18 @@
 """Who may import what, where import-linter (see pyproject.toml) cannot look: submodules of other packages."""
 
 import ast
+import tomllib
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import yaml
 
-PACKAGE = Path(__file__).parents[2] / "storymem_dist"
+import storymem_dist
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "storymem_dist"
 
 RULES = {
     "torch.distributed": ("parallel/", "selftest/", "launch/torchrun.py"),
@@ -51,3 +57,22 @@ def test_the_check_sees_imports_of_every_form(tmp_path: Path) -> None:
 def test_every_module_says_what_it_does() -> None:
     silent = [str(path) for path in PACKAGE.rglob("*.py") if not ast.get_docstring(ast.parse(path.read_text()))]
     assert not silent
+
+
+def test_the_root_of_the_package_holds_at_most_eight_files() -> None:
+    files = sorted(path.name for path in PACKAGE.iterdir() if path.is_file())
+    assert len(files) <= 8, files
+
+
+@pytest.mark.parametrize("folder", ["storymem_dist", "tests", "benchmarks"])
+def test_no_module_is_longer_than_400_lines(folder: str) -> None:
+    sizes = {path: len(path.read_text().splitlines()) for path in (ROOT / folder).rglob("*.py")}
+    assert sizes, "nothing was found"
+    assert not {path: size for path, size in sizes.items() if size > 400}
+
+
+def test_the_version_has_one_source_and_the_citation_agrees() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert str(citation["version"]) == project["version"]
+    assert storymem_dist.__version__ == version("storymem_dist")

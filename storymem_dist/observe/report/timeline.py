@@ -18,7 +18,7 @@ SMALLEST_SHARE = 0.0004
 CHARACTERS_ACROSS = 95
 """Characters of a label that fit across the whole picture at its smallest width."""
 
-KINDS = (*STAGES, "wait")
+SPAN_KINDS = (*STAGES, "wait")
 MAX_ROWS = 64
 
 
@@ -93,7 +93,7 @@ def stage_totals(row: Row) -> dict[str, float]:
 def _track(state: RunState, key: RowKey, row: Row, attempts: list[Attempt], axis: TimeAxis) -> str:
     label = state.row_label(key)
     totals = stage_totals(row)
-    times = ", ".join(f"{kind} {fmt.duration(totals[kind])}" for kind in KINDS if kind in totals)
+    times = ", ".join(f"{kind} {fmt.duration(totals[kind])}" for kind in SPAN_KINDS if kind in totals)
     name = f"{label}: {fmt.count(row.num_finished, 'shot')} finished, {row.num_failed} failed. {times}"
     shots = "".join(_shot_block(attempt, axis, state.last_time) for attempt in attempts)
     merged = _merged(row, axis, state.last_time)
@@ -133,7 +133,7 @@ def _stage_block(span: Span, axis: TimeAxis, *, overlaps: bool) -> str:
     end = span.end if span.end is not None else span.start
     shot = f"{span.story_id}/{span.shot_id} " if span.shot_id else ""
     tip = f"{shot}{span.kind}, {fmt.duration(end - span.start)}"
-    kind = span.kind if span.kind in KINDS else "other"
+    kind = span.kind if span.kind in SPAN_KINDS else "other"
     overlap = " overlap" if overlaps else ""
     return f'<span class="k-{kind}{overlap}" style="{_place(span.start, end, axis)}" data-tip="{esc(tip)}"></span>'
 
@@ -184,13 +184,13 @@ def _pause(state: RunState, axis: TimeAxis, number: int) -> str:
 
 def _legend(state: RunState) -> str:
     seen = {span.kind for row in state.rows.values() for span in row.spans}
-    items = "".join(f'<li><span class="swatch k-{kind}"></span>{kind}</li>' for kind in KINDS if kind in seen)
+    items = "".join(f'<li><span class="swatch k-{kind}"></span>{kind}</li>' for kind in SPAN_KINDS if kind in seen)
     return f'<ul class="legend" aria-label="Stages">{items}</ul>'
 
 
 def _stage_table(state: RunState) -> str:
     seen = {span.kind for row in state.rows.values() for span in row.spans}
-    kinds = [kind for kind in KINDS if kind in seen]
+    kinds = [kind for kind in SPAN_KINDS if kind in seen]
     rows = []
     for key, row in sorted(state.rows.items()):
         totals = stage_totals(row)

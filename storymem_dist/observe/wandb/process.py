@@ -22,10 +22,9 @@ from dataclasses import asdict
 from pathlib import Path
 from urllib.parse import urlparse
 
-from filelock import FileLock, Timeout
-
 import storymem_dist.events as ev
 from storymem_dist.errors import StoryMemError
+from storymem_dist.files import hold_lock
 from storymem_dist.observe.journal import JournalWriter, new_writer_id
 from storymem_dist.observe.observers import Observers
 from storymem_dist.observe.run.files import RunFiles
@@ -110,17 +109,6 @@ class WandbProcess:
         self.tick()
 
 
-def _is_taken(lock: FileLock) -> bool:
-    """Try to take the lock; return whether another process holds it. False on a file system without locks."""
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        return True
-    except OSError:
-        return False
-    return False
-
-
 def feed(
     run_folder: Path, settings: WandbSettings, *, should_finish: threading.Event, process_id: int | None = None
 ) -> None:
@@ -139,8 +127,8 @@ def feed(
     Path(os.environ["WANDB_DATA_DIR"]).mkdir(parents=True, exist_ok=True)
     if mode == "offline":
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-    lock = FileLock(run_folder / "wandb" / "feed.lock")  # held until this process ends, however it ends
-    while _is_taken(lock):
+    lock_file = run_folder / "wandb" / "feed.lock"
+    while (lock := hold_lock(lock_file)) is None:
         if should_finish.wait(settings.poll_interval_seconds):
             return
     from storymem_dist.observe.wandb.feed import WandbFeed  # takes a second; a waiting feeder does not need it
@@ -151,6 +139,7 @@ def feed(
     while not should_finish.wait(settings.poll_interval_seconds):
         feeder.poll()
     feeder.finish()
+    lock.release()
 
 
 def _warn(run_folder: Path, message: str) -> None:

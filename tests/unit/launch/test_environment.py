@@ -1,0 +1,52 @@
+"""What ``launch=torchrun`` puts into the environment of its ranks."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from storymem_dist.dispatch.stop import STOP_FILES_VARIABLE, own_stop_files
+from storymem_dist.launch.environment import set_rank_environment
+
+NAMES = (
+    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE",
+    "PYTORCH_CUDA_ALLOC_CONF",
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING",
+    "TORCH_NCCL_TRACE_BUFFER_SIZE",
+    "TORCH_NCCL_DUMP_ON_TIMEOUT",
+    "NCCL_DEBUG",
+    "TOKENIZERS_PARALLELISM",
+    "OMP_NUM_THREADS",
+    "STORYMEM_JOB_ID",
+    STOP_FILES_VARIABLE,
+)
+
+
+@pytest.fixture(autouse=True)
+def empty_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in NAMES:
+        monkeypatch.setenv(name, "")  # so that monkeypatch restores it
+        monkeypatch.delenv(name)
+
+
+def test_every_variable_is_set_for_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 48)
+    set_rank_environment(num_processes=8, stop_file=Path("/x/STOP"))
+    assert all(os.environ.get(name) for name in NAMES)
+    assert os.environ["OMP_NUM_THREADS"] == "6"
+    assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
+    assert own_stop_files() == [Path("/x/STOP")]
+
+
+def test_more_ranks_than_cores_compute_with_one_thread_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    set_rank_environment(num_processes=8, stop_file=Path("/x/STOP"))
+    assert os.environ["OMP_NUM_THREADS"] == "1"
+
+
+def test_a_variable_that_is_set_stays_except_the_one_that_restarts_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in NAMES:
+        monkeypatch.setenv(name, "0")
+    set_rank_environment(num_processes=1, stop_file=Path("/x/STOP"))
+    changed = {name: os.environ[name] for name in NAMES if os.environ[name] != "0"}
+    assert changed == {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", STOP_FILES_VARIABLE: "0:/x/STOP"}
