@@ -4,7 +4,6 @@ Importing the package does no work; the public names are loaded on first use.
 """
 
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -52,6 +51,8 @@ def __getattr__(name: str) -> Any:
 
 def _version() -> str:
     """The installed version, from the package's metadata; ``unknown`` in a checkout that is not installed."""
+    from importlib.metadata import PackageNotFoundError, version  # costs more than the rest of this module
+
     try:
         return version("storymem_dist")
     except PackageNotFoundError:

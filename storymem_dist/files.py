@@ -55,26 +55,30 @@ def rename_durably(source: Path, path: Path) -> None:
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, *, durable: bool = True) -> Iterator[Path]:
     """Yield a temporary path to write; on success it is flushed and renamed to ``path``, on failure it is removed.
 
-    Does not fsync the folder; callers that write several files do that once, with ``fsync_folder``.
+    Without ``durable`` it is not flushed. Does not fsync the folder; callers that write several files do that once,
+    with ``fsync_folder``.
     """
     temporary = temporary_name(path)
     try:
         yield temporary
-        rename_durably(temporary, path)
+        if durable:
+            fsync_file(temporary)
+        temporary.replace(path)
     except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write ``data`` to ``path`` atomically and durably."""
-    with replacing(path) as temporary:
+def write_bytes(path: Path, data: bytes, *, durable: bool = True) -> None:
+    """Write ``data`` to ``path`` atomically and, with ``durable``, flushed to the disk. Raises ``OSError``."""
+    with replacing(path, durable=durable) as temporary:
         temporary.write_bytes(data)
-    fsync_folder(path.parent)
+    if durable:
+        fsync_folder(path.parent)
 
 
 def publish_exclusively(source: Path, path: Path) -> bool:
@@ -152,23 +156,30 @@ def names_in(folder: Path) -> list[str]:
 def locked_folder(root: Path) -> Iterator[None]:
     """Hold an exclusive lock on ``root``, which need not exist; the system releases it when the process ends."""
     root.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(root.with_name(f".{root.name}.lock")):
+    with _lock(root.with_name(f".{root.name}.lock")):
         yield
 
 
 def hold_lock(path: Path) -> FileLock | None:
     """Try to lock the file ``path`` for as long as the returned lock lives; None when another process holds it.
 
-    A file system without locks never refuses.
+    A file system without locks never refuses. Raises ``PermissionError`` when the file cannot be opened for writing.
     """
-    lock = FileLock(path)
+    lock = _lock(path)
     try:
         lock.acquire(blocking=False)
-    except (Timeout, PermissionError):  # PermissionError: the lock file of another user
+    except Timeout:
         return None
-    except (OSError, NotImplementedError):
+    except PermissionError:
+        raise
+    except (OSError, NotImplementedError):  # no locks here
         pass
     return lock
+
+
+def _lock(path: Path) -> FileLock:
+    """A lock that ends with its process. filelock's own fallback is a file, which a killed process leaves behind."""
+    return FileLock(path, fallback_to_soft=False)
 
 
 def replace_folder(root: Path, fresh: Path) -> None:

@@ -1,3 +1,4 @@
+import errno
 import os
 import threading
 from pathlib import Path
@@ -73,3 +74,45 @@ def test_names_leaves_out_hidden_files_and_takes_a_missing_folder_for_empty(tmp_
         (tmp_path / name).touch()
     assert files.names_in(tmp_path) == ["a", "b"]
     assert files.names_in(tmp_path / "absent") == []
+
+
+def test_a_lock_is_held_by_one_until_it_is_released(tmp_path: Path) -> None:
+    first = files.hold_lock(tmp_path / "x.lock")
+    assert first is not None
+    assert files.hold_lock(tmp_path / "x.lock") is None
+    first.release()
+    assert files.hold_lock(tmp_path / "x.lock") is not None
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_never_refuses_and_leaves_no_lock_that_outlives_its_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def no_locks(*arguments: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    assert files.hold_lock(tmp_path / "x.lock") is not None
+    assert files.hold_lock(tmp_path / "x.lock") is not None
+
+
+def test_a_lock_file_that_may_not_be_written_is_an_error_not_a_lock_of_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: object, **options: object) -> None:
+        raise PermissionError(errno.EACCES, "not yours")
+
+    monkeypatch.setattr("filelock.FileLock.acquire", refuse)
+    with pytest.raises(PermissionError):
+        files.hold_lock(tmp_path / "x.lock")
+
+
+@pytest.mark.parametrize(("durable", "num_flushed"), [(True, 2), (False, 0)])
+def test_only_a_durable_write_flushes_the_file_and_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, durable: bool, num_flushed: int
+) -> None:
+    flushed: list[int] = []
+    monkeypatch.setattr(os, "fsync", flushed.append)
+    files.write_bytes(tmp_path / "x", b"new", durable=durable)
+    assert len(flushed) == num_flushed
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"new"]

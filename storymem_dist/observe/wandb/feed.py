@@ -333,4 +333,4 @@ class WandbFeed:
 
     def _save_progress(self) -> None:
         values = {"logged": self._logged, "videos": self._media.num_videos, "row": self._row}
-        write_bytes(self._progress_file, json.dumps(values).encode())
+        write_bytes(self._progress_file, json.dumps(values).encode(), durable=False)  # written often, cheap to lose
