@@ -2,6 +2,7 @@
 
     python -m benchmarks.dispatch
     python -m benchmarks.dispatch --replicas 8 --large-replicas 0 --claim-stories 300      # quick
+    python -m benchmarks.dispatch --first-shot 500                                         # only the third table
 
 **Makespan.** The project's own choice (``choose_shot``) drives simulated replicas over 30 stories (300 shots, 7 to 12
 per story, as ST-Bench has) and over 3,000 stories. The cost model gives the time of a shot for its number of memory
@@ -21,20 +22,30 @@ time it loads other experts, also for its first experts.
 
 **Claims.** The real queue runs with leases in memory: every claim, commit and scan of a job of 30,000 shots. The times
 are processor time of this thread, so waiting for the file system does not count.
+
+**First shot.** A real job of the tiny model in this process, with N stories of ten shots: seconds from its start (after
+the imports) to its first shot, and the prompts that it encoded before. "all first" encodes every prompt before the
+first shot, for comparison.
 """
 
 import heapq
+import json
 import statistics
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
+from hydra import compose, initialize_config_dir
 
 from benchmarks.harness import make_parser, print_table, write_json
 from storymem_dist.artifacts.run_folder import RunFolder
 from storymem_dist.artifacts.video import VideoSettings
+from storymem_dist.config.composing import register_schema, to_plain, to_settings
+from storymem_dist.config.points import Point
 from storymem_dist.diffusion.settings import SamplerSettings
 from storymem_dist.dispatch.cost import CostModel
 from storymem_dist.dispatch.graph import ShotGraph, ShotStatus, choose_shot
@@ -42,6 +53,10 @@ from storymem_dist.dispatch.leases import Lease, LeaseFolder, Owner
 from storymem_dist.dispatch.plan import BatchPart, PlannedShot, plan_story
 from storymem_dist.dispatch.queue import ShotQueue, lease_key
 from storymem_dist.dispatch.settings import DispatchSettings
+from storymem_dist.render import prompts as prompts_module
+from storymem_dist.render.job import render_job
+from storymem_dist.render.shot import StoryShotRenderer
+from storymem_dist.resources import config_folder
 from storymem_dist.story.schema import Scene, Shot, Story
 
 # 30 stories, 300 shots, 7 to 12 a story, as ST-Bench has.
@@ -59,7 +74,13 @@ def main() -> None:
         "--save-ratio", type=float, default=0.0086, help="time of a save divided by the time of the shortest clip"
     )
     parser.add_argument("--claim-stories", type=int, default=3000, help="stories of the job that claims are timed on")
+    parser.add_argument("--first-shot", type=int, default=0, metavar="N", help="only time the start of N stories")
     arguments = parser.parse_args()
+    if arguments.first_shot:
+        starts = [time_to_first_shot(arguments.first_shot, all_first=all_first) for all_first in (False, True)]
+        print_table(starts)
+        write_json(arguments.json, "dispatch", {"first shot": starts}, torch.device("cpu"))
+        return
 
     cases = [(30, replicas) for replicas in arguments.replicas]
     if arguments.large_replicas:
@@ -279,6 +300,43 @@ def measure_claims(num_stories: int) -> dict[str, object]:
         "scan median ms": round(1e3 * statistics.median(scans), 2),
         "scans per s": round(len(scans) / elapsed, 2),
     }
+
+
+# -- first shot --------------------------------------------------------------------------------------------------------
+
+
+class _FirstShot(Exception):
+    """The job has come to its first shot."""
+
+
+def time_to_first_shot(num_stories: int, *, all_first: bool) -> dict[str, object]:
+    """Start a job of ``num_stories`` stories of ten shots, and end it at its first shot."""
+    with tempfile.TemporaryDirectory() as name, ExitStack() as changes:
+        root = Path(name)
+        (root / "stories").mkdir()
+        for number in range(num_stories):
+            prompts = [f"story {number}, shot {index}" for index in range(10)]
+            scene = {"scene_num": 1, "video_prompts": prompts, "cut": [True] * 10}
+            story = {"story_name": f"s{number}", "story_overview": "", "scenes": [scene]}
+            (root / "stories" / f"s{number:04d}.json").write_text(json.dumps(story))
+        quiet = ["tracking.console.mode=off", "tracking.wandb.mode=off", "tracking.report=false", "parallel.device=cpu"]
+        register_schema()
+        with initialize_config_dir(version_base="1.3", config_dir=str(config_folder())):
+            paths = [f"stories.path='{root / 'stories'}'", f"output='{root / 'run'}'"]
+            config = compose("render", overrides=["model=tiny", "memory.quality=none", *quiet, *paths])
+        changes.enter_context(patch.object(StoryShotRenderer, "_request", side_effect=_FirstShot))
+        if all_first:
+            changes.enter_context(patch.object(prompts_module, "FIRST_PER_RANK", 10 * num_stories))
+        point = Point(settings=to_settings(config), plain=to_plain(config))
+        began = time.monotonic()
+        with suppress(_FirstShot):
+            render_job([point])
+        return {
+            "stories": num_stories,
+            "prompts": "all first" if all_first else "as needed",
+            "to the first shot s": round(time.monotonic() - began, 1),
+            "encoded before it": len(list((root / "run" / "cache" / "prompts").iterdir())),
+        }
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
     python -m benchmarks.lossy_errors                       # the generated tiny model, on the CPU
     python -m benchmarks.lossy_errors --parts denoise --steps 4 --thresholds 0.4      # quick
+    python -m benchmarks.lossy_errors --parts pictures      # a trained model: what do its pictures still show?
     python -m benchmarks.lossy_errors --checkpoint weights/Wan2.2-I2V-A14B --lora weights/StoryMem \
         --device cuda --reference bfloat16 --frames 81 --size 480 832 --images a.png b.png
 
@@ -12,7 +13,10 @@ other rows include it. The block has random weights. Its tokens have channels of
 30 times larger, as in trained transformers.
 
 The tiny model also has random weights. Its errors show that a setting works and how settings compare; they do not show
-the loss of a trained model. Times are shown only for formats that the device computes natively: CPUs emulate float8.
+the loss of a trained model. "pictures" do: memory shots of the nano model, whose memory is drawn. "right" is the share
+of what they should show (colour, shape, motion, background) that a judge with fixed rules sees; "dB" compares their
+pixels with those of the exact computation. Times are shown only for formats that the device computes natively: CPUs
+emulate float8.
 """
 
 import argparse
@@ -28,6 +32,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from benchmarks.harness import device_name, make_parser, print_table, write_json
+from benchmarks.lossy_pictures import GUIDANCE, Pictures
 from storymem_dist.diffusion.conditioning import ConditionBuilder
 from storymem_dist.diffusion.denoise import PromptEmbeds, StepInfo, denoise
 from storymem_dist.diffusion.experts import ExpertPair
@@ -42,6 +47,7 @@ from storymem_dist.models.quantized_linear import QuantizedLinear, quantize_line
 from storymem_dist.models.rope import rope_tables
 from storymem_dist.models.wan.dit import WanBlock, WanDiT
 from storymem_dist.models.wan.presets import EXPERTS, WAN22_A14B
+from storymem_dist.weights.bundle import packed_model
 from storymem_dist.weights.checkpoints import WanCheckpoint, open_checkpoint
 from storymem_dist.weights.loading import StateDictSource, TensorSource, WeightDelta, load_dit_weights
 from storymem_dist.weights.lora import storymem_lora
@@ -82,6 +88,8 @@ def main() -> None:
                 tiny = generate_tiny_checkpoint(Path(folder) / "tiny")
                 args.checkpoint, args.lora = tiny.i2v_dir, tiny.lora_dir
             measure_denoises(variants, args, rows)
+    if "pictures" in args.parts:
+        measure_pictures(variants, args, rows)
     for outliers in (False, True) if "block" in args.parts else ():
         measure_block(variants, args, "block error, outliers" if outliers else "block error", outliers, rows)
     print(f"{device_name(device)}, torch {torch.__version__}, {args.dtype}, {args.solver}, {args.steps} steps")
@@ -145,6 +153,21 @@ def measure_denoises(variants: list[Variant], args: argparse.Namespace, rows: di
         row["steps reused"] = f"{num_reused} of {args.steps}"
         if device.type != "cpu" or variant.linears == "exact":
             row |= {"s": seconds, "speed-up": exact_seconds / seconds}
+
+
+def measure_pictures(variants: list[Variant], args: argparse.Namespace, rows: dict[str, dict[str, Any]]) -> None:
+    """What clips of the nano model still show with each variant, and how near they are to the exact ones."""
+    folders = packed_model("nano")
+    checkpoint = open_checkpoint(folders.i2v_dir, "i2v")
+    args = argparse.Namespace(**{**vars(args), "lora": folders.lora_dir, "guidance": GUIDANCE})
+    pictures = Pictures(checkpoint, args.pictures, args.seed, torch.device(args.device))
+    experts = load_experts(Variant(name="reference", dtype=torch.float32), args, checkpoint)
+    pictures.render_exact(with_threshold(experts, 0.0, args))
+    experts.release()
+    for variant in variants:
+        experts = load_experts(variant, args, checkpoint)
+        rows[variant.name] |= pictures.compare(with_threshold(experts, variant.step_cache_threshold, args))
+        experts.release()
 
 
 def with_threshold(experts: ExpertPair, threshold: float, args: argparse.Namespace) -> ExpertPair:
@@ -266,7 +289,9 @@ def relative_error(found: Tensor, exact: Tensor) -> float:
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = make_parser("lossy_errors", __doc__)
-    parser.add_argument("--parts", nargs="+", default=["denoise", "block"], choices=["denoise", "block"])
+    parts = ["denoise", "block", "pictures"]
+    parser.add_argument("--parts", nargs="+", default=parts, choices=parts)
+    parser.add_argument("--pictures", type=int, default=10, metavar="CLIPS", help="clips of the part pictures")
     parser.add_argument(
         "--checkpoint", type=Path, help="Wan2.2-I2V-A14B, either layout (default: a generated tiny one)"
     )

@@ -31,7 +31,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from rich.console import Console
 
 from benchmarks.harness import make_parser, print_table, write_json
 from storymem_dist.artifacts.run_folder import RunFolder
@@ -46,6 +45,7 @@ from storymem_dist.observe.wandb.process import WandbProcess
 from storymem_dist.parallel.settings import ParallelSettings
 from storymem_dist.render.build import Engine
 from storymem_dist.render.clip import ClipRequest, ClipSampler
+from storymem_dist.terminal.rich_console import SafeConsole
 from storymem_dist.weights.bundle import open_weights, with_generated_weights
 from storymem_dist.weights.settings import ModelSettings
 
@@ -140,7 +140,7 @@ def plain(folder: Path) -> BackEnd:
 
 def live(folder: Path) -> BackEnd:
     """The console as on a terminal."""
-    return LiveConsole(Console(file=io.StringIO(), force_terminal=True, width=120))
+    return LiveConsole(SafeConsole(io.StringIO(), force_terminal=True, width=120))
 
 
 def feeder(folder: Path) -> BackEnd:

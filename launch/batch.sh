@@ -16,6 +16,9 @@ if [ -z "$output" ]; then
   exit 2
 fi
 mkdir -p "$output/logs"
+# What the job names as the next command when it ends early: launch=slurm sets it; else this script, as it was submitted.
+submitted=$(scontrol show job "$SLURM_JOB_ID" 2>/dev/null | sed -n 's/^ *Command=\([^ ]*\).*/\1/p' | head -n 1)
+export STORYMEM_COMMAND=${STORYMEM_COMMAND:-$(storymem_quoted sbatch "${submitted:-slurm/render.sbatch}" "$@")}
 own_stop=$output/logs/STOP.$SLURM_JOB_ID
 rm -f "$own_stop" # from before this job was requeued
 export STORYMEM_STOP_FILES=$own_stop
@@ -28,7 +31,7 @@ unset STORYMEM_NODE # each node sets its own
 times_up=0
 trap 'times_up=1; touch "$own_stop"; echo "time is up: stopping after the running step"' USR1
 # Preemption and scancel: the same, but SLURM decides whether the job is requeued.
-trap 'touch "$own_stop"' TERM
+trap 'touch "$own_stop"' TERM USR2 HUP
 
 echo "job $SLURM_JOB_ID, start ${SLURM_RESTART_COUNT:-0}, on $SLURM_JOB_NODELIST: $*"
 "${START[@]}" bash "$here/node.sh" "$@" &

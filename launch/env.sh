@@ -38,6 +38,13 @@ storymem_state() {
   esac
 }
 
+# storymem_quoted WORDS...: print a command as one line that a shell reads back.
+storymem_quoted() {
+  local line
+  printf -v line '%q ' "$@"
+  echo "${line% }"
+}
+
 # storymem_output ARGUMENTS: print the output folder of a command line.
 storymem_output() {
   local argument found=${STORYMEM_OUTPUT:-}

@@ -7,6 +7,8 @@
 # a second Ctrl-C at once; the same command continues. ATTEMPTS=3 starts the group up to three times if it is lost.
 set -uo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+# What the job names as the next command when it ends early.
+export STORYMEM_COMMAND=${STORYMEM_COMMAND:-$(printf '%q ' bash "$0" "$@")}
 for ((attempt = 1; attempt <= ${ATTEMPTS:-1}; attempt++)); do
   bash "$here/node.sh" "$@"
   code=$?

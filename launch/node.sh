@@ -12,6 +12,9 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=launch/env.sh
 source "$here/env.sh"
 
+# What the job names as the next command when it ends early.
+export STORYMEM_COMMAND=${STORYMEM_COMMAND:-$(storymem_quoted bash "$0" "$@")}
+
 output=$(storymem_output "$@")
 across=()
 if [ "${SLURM_NNODES:-1}" -gt 1 ] && [ -n "${STORYMEM_HEAD:-}" ]; then
@@ -23,7 +26,7 @@ fi
 "$STORYMEM_PYTHON" -m storymem_dist.cli "$@" launch=torchrun "${across[@]}" &
 render=$!
 # The launcher turns these signals into a stop between two denoising steps, which takes at most one step.
-trap 'kill -TERM "$render" 2>/dev/null' TERM USR1
+trap 'kill -TERM "$render" 2>/dev/null' TERM USR1 USR2 HUP
 trap 'kill -INT "$render" 2>/dev/null' INT
 while :; do
   wait "$render"

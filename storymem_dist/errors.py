@@ -50,6 +50,15 @@ class RunFolderError(StoryMemError):
     exit_code = 5
 
 
+class MachineError(StoryMemError):
+    """The machine failed, not the job: a full or broken disk, a lost permission. The same command continues.
+
+    No shot is marked as failed for it. ``hardware.machine_fault`` recognises these errors.
+    """
+
+    exit_code = 5
+
+
 class ShotError(StoryMemError):
     """One shot cannot be rendered; the job continues without it and without the shots that depend on it."""
 
@@ -69,10 +78,26 @@ class ExtraNotInstalled(StoryMemError):
 def require_one_of(name: str, value: object, allowed: Collection[object]) -> None:
     """Raise ``ConfigError`` unless ``value`` is one of ``allowed``. ``name`` is the setting's dotted path."""
     if value not in allowed:
-        raise ConfigError(f"{name}={value!r} is not allowed; use one of: {', '.join(map(str, allowed))}")
+        raise ConfigError(f"{name}={shown(value)} is not allowed; use one of: {', '.join(map(str, allowed))}")
 
 
-def require_at_least(name: str, value: float, minimum: float) -> None:
-    """Raise ``ConfigError`` unless ``value >= minimum`` (NaN is refused)."""
-    if not value >= minimum:
-        raise ConfigError(f"{name}={value!r} is not allowed; it must be at least {minimum}")
+def require_between(name: str, value: float, minimum: float, maximum: float) -> None:
+    """Raise ``ConfigError`` unless ``value`` is a number and ``minimum <= value <= maximum`` (NaN is refused)."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ConfigError(f"{name}={shown(value)} is not allowed; it must be a number")
+    if not minimum <= value <= maximum:
+        raise ConfigError(f"{name}={shown(value)} is not allowed; it must be between {minimum} and {maximum}")
+
+
+def shown(value: object, most: int = 200) -> str:
+    """Return ``repr(value)`` as it fits into a message; Python writes no integer of more than 4,300 digits."""
+    try:
+        return shortened(repr(value), most)
+    except ValueError:
+        return f"(a {type(value).__name__} of thousands of digits)"
+
+
+def shortened(text: object, most: int = 200) -> str:
+    """Return ``str(text)`` as it fits into a message: its beginning and its length if it is longer than ``most``."""
+    whole = str(text)
+    return whole if len(whole) <= most else f"{whole[:most]}... ({len(whole):,} characters)"

@@ -1,8 +1,13 @@
-"""Durable file operations: write a temporary file, flush it, rename it; publish under a name that must be free.
+"""File operations: durable writes, and reads that trust neither names nor contents.
 
 Every file of a run folder is written by these functions. A process that is killed at any moment leaves either the old
 file or the new one; a half-written file only has a temporary name. This is safe on NFS: it relies on ``link`` and
 ``rename`` being atomic on the server, not on locks. (Only folders of weights are locked.)
+
+Temporary files have random names and are created, never opened: a link that somebody left in a folder is not followed.
+
+A run folder may come from somebody else. ``resolve_inside`` is the one place where a name found in a run folder becomes
+a path; ``open_regular`` never waits for a pipe or a device; ``parse_json`` is bounded in size, depth and numbers.
 
 Also computes the identity of large files. Knows nothing of their contents.
 """
@@ -10,27 +15,48 @@ Also computes the identity of large files. Knows nothing of their contents.
 import contextlib
 import hashlib
 import json
+import math
 import os
 import secrets
 import shutil
+import stat
 import uuid
 from collections.abc import Iterable, Iterator
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
+
+from storymem_dist.errors import ConfigError
 
 TEMPORARY_PREFIX = ".tmp-"
 """Prefix of the name of every half-written file. Such files are never read."""
 
+MAX_JSON_BYTES = 16 * 2**20
+"""Largest JSON file of a run folder that is read. A record of a shot has about 10 kB."""
+
+MAX_JSON_DEPTH = 64
+"""Deepest nesting of JSON that is read."""
+
 _EDGE_BYTES = 256 * 1024
-_SAMPLE_BYTES = 4096
 _NUM_SAMPLES = 64
+_SAMPLE_BYTES = 4096
+_QUICK_EDGE_BYTES = 64 * 1024
+_QUICK_NUM_SAMPLES = 16
+
+
+class UnsafePath(OSError):
+    """A name found in a folder leads out of it, or what it names is no regular file or too large."""
 
 
 def temporary_name(path: Path) -> Path:
     """Return an unused temporary name next to ``path``: on the same file system, so that a rename is atomic."""
     return path.with_name(f"{TEMPORARY_PREFIX}{secrets.token_hex(6)}-{path.name[-80:]}")
+
+
+def create_file(path: Path) -> int:
+    """Create ``path`` and return its descriptor, for writing. Raises ``FileExistsError`` for a file or link there."""
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
 
 
 def fsync_file(path: Path) -> None:
@@ -62,12 +88,14 @@ def replacing(path: Path, *, durable: bool = True) -> Iterator[Path]:
     with ``fsync_folder``.
     """
     temporary = temporary_name(path)
+    os.close(create_file(temporary))
     try:
         yield temporary
         if durable:
             fsync_file(temporary)
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
+        _name_file(error, path)
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
@@ -79,6 +107,12 @@ def write_bytes(path: Path, data: bytes, *, durable: bool = True) -> None:
         temporary.write_bytes(data)
     if durable:
         fsync_folder(path.parent)
+
+
+def _name_file(error: BaseException, path: Path) -> None:
+    """Put ``path`` into the error of a write: the system names no file there."""
+    if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+        error.filename = str(path)
 
 
 def publish_exclusively(source: Path, path: Path) -> bool:
@@ -102,10 +136,14 @@ def create_exclusively(path: Path, data: bytes, *, durable: bool = True) -> bool
     """Create ``path`` with ``data`` unless it exists; return whether it was created. Never seen half-written."""
     temporary = temporary_name(path)
     try:
-        temporary.write_bytes(data)
+        with os.fdopen(create_file(temporary), "wb") as file:
+            file.write(data)
         if durable:
             fsync_file(temporary)
         return publish_exclusively(temporary, path)
+    except OSError as error:
+        _name_file(error, path)
+        raise
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -117,7 +155,7 @@ def link_or_replace(source: Path, path: Path) -> None:
     Does nothing if it is one already: renaming a hard link over another one of the same file leaves both names.
     """
     with contextlib.suppress(FileNotFoundError):
-        if os.path.samestat(source.stat(), path.stat()):
+        if os.path.samestat(source.stat(), path.lstat()):
             return
     temporary = temporary_name(path)
     os.link(source, temporary)
@@ -133,9 +171,128 @@ def canonical_json(value: Any) -> bytes:
     return text.encode() + b"\n"
 
 
-def read_json(path: Path) -> Any:
-    """Parse a JSON file. Raises ``OSError`` when it cannot be read and ``ValueError`` when it is not JSON."""
-    return json.loads(path.read_bytes())
+def resolve_inside(root: Path, path: str | Path) -> Path:
+    """Return where ``path``, a name relative to ``root`` that was found inside ``root``, really is.
+
+    ``root`` may be a link itself or lie under links, and a link inside may lead to another place inside. Raises
+    ``UnsafePath`` for an absolute path, for ``..``, for a name that no file can have and for a link that leads out;
+    ``FileNotFoundError`` when nothing is there. Check and use are two steps: no protection against a process that
+    exchanges links at the same time.
+    """
+    text = str(path)
+    if text.startswith("/") or ".." in PurePosixPath(text).parts:
+        raise UnsafePath(f"{text!r} leads out of {root}")
+    try:
+        base = Path(os.path.realpath(root, strict=True))
+        place = Path(os.path.realpath(base / text, strict=True))
+    except ValueError as error:  # a null character, a lone surrogate
+        raise UnsafePath(f"{text!r} is not a file name: {error}") from None
+    if not place.is_relative_to(base):
+        raise UnsafePath(f"{text!r} is a link that leads out of {root}")
+    return place
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a regular file for reading. Never waits. Raises ``UnsafePath`` for a folder, pipe, socket or device."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise UnsafePath(f"{path} is not a regular file")
+    file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise UnsafePath(f"{path} is not a regular file")
+    return file
+
+
+def read_limited(path: Path, max_bytes: int) -> bytes:
+    """Return the contents of a regular file of at most ``max_bytes``. Raises ``OSError``, ``UnsafePath`` among them."""
+    with open_regular(path) as file:
+        data = file.read(max_bytes + 1)
+    if len(data) > max_bytes:
+        raise UnsafePath(f"{path} is larger than {max_bytes:,} bytes")
+    return data
+
+
+def parse_json(data: bytes | str) -> Any:
+    """Parse JSON of any origin. Raises ``ValueError`` alone: not JSON or UTF-8, or nested too deeply.
+
+    Also refused: keys that appear twice, NaN, Infinity, 1e999, integers of more than 4,300 digits, and text that no
+    file or terminal can hold (half of a surrogate pair).
+    """
+    text = data if isinstance(data, str) else data.decode()
+    try:
+        value = _DECODER.decode(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if text.count("[") + text.count("{") > MAX_JSON_DEPTH:
+        _check_depth(value)
+    if "\\ud" in text or "\\uD" in text:
+        json.dumps(value, ensure_ascii=False).encode()
+    return value
+
+
+def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> Any:
+    """Parse a JSON file. Raises ``OSError`` when it cannot be read (``UnsafePath`` when it is no regular file, or it is
+    larger than ``max_bytes``), and ``ValueError`` as ``parse_json`` does.
+    """
+    return parse_json(read_limited(path, max_bytes))
+
+
+def safetensors_metadata(data: bytes) -> dict[str, str]:
+    """Return the metadata of a valid safetensors file: part of the JSON header, whose length comes first."""
+    length = int.from_bytes(data[:8], "little")
+    metadata: dict[str, str] = json.loads(data[8 : 8 + length]).get("__metadata__", {})
+    return metadata
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a number of JSON")
+
+
+def _finite_float(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"the number {text[:20]} is too large")
+    return value
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        raise ValueError("a key appears twice in one object")
+    return values
+
+
+def _check_depth(value: Any) -> None:
+    level = [value]
+    for _ in range(MAX_JSON_DEPTH):
+        level = [
+            item
+            for outer in level
+            if isinstance(outer, dict | list)
+            for item in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+        if not level:
+            return
+    if any(isinstance(value, dict | list) for value in level):
+        raise ValueError(f"it is nested more than {MAX_JSON_DEPTH} levels deep")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_finite_float, object_pairs_hook=_unique_keys)
+
+
+def expand_home(path: str, what: str) -> str:
+    """Return a path that a person gave with ``~`` and ``~user`` replaced. ``what`` names the setting in the message.
+
+    Raises ``ConfigError`` when there is no such home folder.
+    """
+    if not path.startswith("~"):
+        return path
+    expanded = os.path.expanduser(path)  # noqa: PTH111 - pathlib would normalize the rest, which may be a glob
+    if expanded.startswith("~"):
+        raise ConfigError(
+            f"{what}={path!r}: there is no home folder {path.partition('/')[0]}; write ./{path} for a name"
+        )
+    return expanded
 
 
 def temporaries_in(folder: Path, name: str = "*") -> list[Path]:
@@ -163,7 +320,8 @@ def locked_folder(root: Path) -> Iterator[None]:
 def hold_lock(path: Path) -> FileLock | None:
     """Try to lock the file ``path`` for as long as the returned lock lives; None when another process holds it.
 
-    A file system without locks never refuses. Raises ``PermissionError`` when the file cannot be opened for writing.
+    A file system without locks never refuses. Raises ``PermissionError`` when the file cannot be opened for writing and
+    ``UnsafePath`` when a link, a second name of another file, or no regular file has its name.
     """
     lock = _lock(path)
     try:
@@ -179,6 +337,10 @@ def hold_lock(path: Path) -> FileLock | None:
 
 def _lock(path: Path) -> FileLock:
     """A lock that ends with its process. filelock's own fallback is a file, which a killed process leaves behind."""
+    with contextlib.suppress(FileNotFoundError):
+        found = path.lstat()
+        if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+            raise UnsafePath(f"{path} is not a lock file: it is a link or not a regular file; remove it")
     return FileLock(path, fallback_to_soft=False)
 
 
@@ -198,15 +360,27 @@ def file_identity(path: Path) -> str:
     checksums of its tensors there) and evenly spaced samples between: at most 0.8 MB are read. The name does not
     matter. No protection against a deliberate change.
     """
-    num_bytes = path.stat().st_size
-    digest = hashlib.sha256(str(num_bytes).encode())
-    with path.open("rb") as file:
-        digest.update(file.read(_EDGE_BYTES))
-        between = max(0, num_bytes - 2 * _EDGE_BYTES)
-        for index in range(_NUM_SAMPLES if between else 0):
-            file.seek(_EDGE_BYTES + between * index // _NUM_SAMPLES)
+    return _sampled(path, _EDGE_BYTES, _NUM_SAMPLES)
+
+
+def quick_digest(path: Path) -> str:
+    """Return a hex digest of a file's size and of at most 192 KiB of its content, read in 18 pieces.
+
+    A smaller file is covered whole. Does not depend on times. Raises ``OSError``.
+    """
+    return _sampled(path, _QUICK_EDGE_BYTES, _QUICK_NUM_SAMPLES)
+
+
+def _sampled(path: Path, edge_bytes: int, num_samples: int) -> str:
+    with open_regular(path) as file:
+        num_bytes = os.fstat(file.fileno()).st_size
+        digest = hashlib.sha256(str(num_bytes).encode())
+        digest.update(file.read(edge_bytes))
+        between = max(0, num_bytes - 2 * edge_bytes)
+        for index in range(num_samples if between else 0):
+            file.seek(edge_bytes + between * index // num_samples)
             digest.update(file.read(_SAMPLE_BYTES))
-        file.seek(max(0, num_bytes - _EDGE_BYTES))
+        file.seek(max(0, num_bytes - edge_bytes))
         digest.update(file.read())
     return digest.hexdigest()
 

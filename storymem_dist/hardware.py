@@ -1,15 +1,18 @@
-"""Peak throughput of known devices, and the memory of device and host.
+"""Peak throughput of known devices, the memory of device and host, processes, and errors that the machine caused.
 
 Works without a GPU, and without torch in the process (device values are then None). Knows nothing of ranks or models.
 """
 
 import contextlib
+import errno
 import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from storymem_dist.errors import MachineError, StoryMemError
 
 GIB = 2**30
 
@@ -95,3 +98,111 @@ def _memory_groups(proc: Path, cgroups: Path) -> Iterator[tuple[Path, str]]:
                 yield cgroups / path.lstrip("/"), "memory.max"
             elif "memory" in controllers.split(","):
                 yield cgroups / "memory" / path.lstrip("/"), "memory.limit_in_bytes"
+
+
+_SPACE = "free space there"
+_WRITABLE = "make it writable again"
+_BROKEN = "bring that file system back"
+_IN_THE_WAY = "remove what has that name"
+_CURES = {
+    errno.ENOSPC: _SPACE,
+    errno.EDQUOT: _SPACE,
+    errno.EFBIG: "raise the limit on file sizes (ulimit -f)",
+    errno.EMFILE: "raise the limit on open files (ulimit -n)",
+    errno.ENFILE: "close files of other programs",
+    errno.EROFS: _WRITABLE,
+    errno.EIO: _BROKEN,
+    errno.ENXIO: _BROKEN,
+    errno.ENODEV: _BROKEN,
+    errno.ESTALE: _BROKEN,
+    errno.ENOLCK: _BROKEN,
+}
+"""By error number, what a person must do. These errors are faults of the machine wherever they come from."""
+
+_CURES_OF_WRITING = {
+    **dict.fromkeys((errno.EACCES, errno.EPERM), _WRITABLE),
+    **dict.fromkeys((errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.ENOTEMPTY, errno.ELOOP), _IN_THE_WAY),
+}
+_OF_THE_INPUT = {errno.EINVAL, errno.ENAMETOOLONG, errno.EDOM, errno.ERANGE, errno.ENOMEM, errno.ENOSYS}
+_WORDS_OF_LIBRARIES = {"iostream error": errno.ENOSPC, "PytorchStreamWriter failed": errno.ENOSPC}
+
+
+def machine_fault(error: BaseException, *, while_writing: bool = False, what: str = "") -> MachineError | None:
+    """Return ``error`` as a ``MachineError`` if a full disk, a broken file system or a limit of the system caused it.
+
+    Looks at the error and at all errors behind it, at their error numbers and, for libraries that have none
+    (safetensors, torch), at their words. ``while_writing``: the error ended a write into the run folder or the
+    temporary folder, so a lost permission or a missing folder is the machine's fault, too. ``what`` replaces the words
+    of the error. None for other errors.
+    """
+    if isinstance(error, MachineError):
+        return error
+    if not isinstance(error, Exception):
+        return None
+    for one in _with_causes(error):
+        if isinstance(one, MachineError):
+            return one
+        number = _error_number(one)
+        cure = _CURES.get(number)
+        if cure is None and while_writing and number in errno.errorcode and number not in _OF_THE_INPUT:
+            cure = _CURES_OF_WRITING.get(number, _BROKEN)
+        if cure is not None:
+            what = what or (str(error) if isinstance(error, StoryMemError) else _in_words(one))
+            return MachineError(f"{what}; {cure}, then give the same command again (no shot is marked as failed)")
+    return None
+
+
+def _with_causes(error: BaseException) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    left: list[BaseException | None] = [error]
+    while left:
+        one = left.pop()
+        if one is not None and id(one) not in seen:
+            seen.add(id(one))
+            yield one
+            left += [one.__context__, one.__cause__]
+
+
+def _error_number(error: BaseException) -> int:
+    """The error number of an ``OSError``, or of another error by its attribute or its words; 0: none."""
+    number = getattr(error, "errno", None)
+    if isinstance(number, int) and number in errno.errorcode:
+        return number
+    if isinstance(error, StoryMemError):  # its words may quote a file
+        return 0
+    text = str(error)
+    words = {os.strerror(code): code for code in _CURES} | _WORDS_OF_LIBRARIES
+    return next((code for some, code in words.items() if some in text), 0)
+
+
+def _in_words(error: BaseException) -> str:
+    name, reason = getattr(error, "filename", None), getattr(error, "strerror", None)
+    name = getattr(error, "filename2", None) or name  # of a rename: the final name, not the temporary one
+    if name is not None and reason:
+        return f"{os.fsdecode(name) if isinstance(name, bytes) else name}: {reason}"
+    return reason or str(error) or type(error).__name__
+
+
+def boot_id() -> str:
+    """Return an id of this start of this machine; empty where it is not known."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
+def pid_namespace() -> str:
+    """Return the namespace in which process ids of this process count; empty where it is not known."""
+    try:
+        return str(Path("/proc/self/ns/pid").readlink())
+    except OSError:
+        return ""
+
+
+def process_start(pid: int) -> str | None:
+    """Start time of a running process in clock ticks since boot; None when it is gone or only a zombie."""
+    try:
+        after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if after_name[0] in "ZX" else after_name[19]

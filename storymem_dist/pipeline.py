@@ -5,9 +5,11 @@ and replicas on several GPUs need the command line. Videos are float32 ``[B, C, 
 B = 1; ``storymem_to_comfyui`` and ``comfyui_to_storymem`` convert from and to ComfyUI's ``[B, F, H, W, C]`` in [0, 1].
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +23,10 @@ from storymem_dist.parallel.settings import ParallelSettings
 from storymem_dist.render.build import Engine
 from storymem_dist.render.clip import ClipRequest
 from storymem_dist.story.modes import KIND_OF_MODE, M2V, MI2V, MM2V, NO_CONTINUATION, NUM_GIVEN_FRAMES, T2V
-from storymem_dist.weights.bundle import open_weights
+from storymem_dist.weights.bundle import open_weights, packed_model
+from storymem_dist.weights.checkpoints import IN_DIMS, require_folder
+from storymem_dist.weights.lora.storymem import find_storymem_folder
+from storymem_dist.weights.prompt_lengths import CutText, cut_text_of
 from storymem_dist.weights.settings import ModelSettings
 
 ImageLike = Tensor | np.ndarray | Image.Image
@@ -46,8 +51,9 @@ class StoryMemPipeline:
         dtype: "bfloat16" or "float32": number format of matrix products and attention.
         linears: "exact", or "float8" or "int8" for faster, smaller and lossy layers inside the transformer blocks.
 
-    Nothing is read before the first ``generate_*`` call. These calls raise ``ConfigError`` for bad arguments and
-    ``WeightsNotFound`` for missing weights, naming the download and its command.
+    A folder that is not there raises ``WeightsNotFound`` at once, naming the download and its command. Nothing is read
+    before the first ``generate_*`` call. These calls raise ``ConfigError`` for bad arguments, and ``WeightsNotFound``
+    or ``CheckpointError`` for what is missing or wrong in the folders.
     """
 
     def __init__(
@@ -72,11 +78,27 @@ class StoryMemPipeline:
             linears=linears,
             text_encoder_dtype=dtype,
         )
+        for base in IN_DIMS:
+            if path := getattr(self._model, f"{base}_checkpoint"):
+                require_folder(path, base)
+        if m2v_lora_path:
+            find_storymem_folder(m2v_lora_path)
         self._parallel = ParallelSettings(device=device, weights="fsdp" if use_fsdp else "replicated")
         self._keep_text_encoder = not enable_offload
         self._engine: Engine | None = None
+        self._cut_text: CutText = lambda text: None
         self._engine_key: tuple[str, str] | None = None
         self._embeds: dict[str, Tensor] = {}
+
+    @classmethod
+    def from_packed(cls, name: str = "nano", dtype: str = "float32", **options: Any) -> "StoryMemPipeline":
+        """A pipeline with a small model from one file: the one that comes with the package, or the file ``name``.
+
+        ``options`` are those of the constructor. nano is made for 17 frames of 96x64, 16 steps and ``cfg_scale=2.0``.
+        """
+        folders = packed_model(name)
+        paths = str(folders.t2v_dir), str(folders.i2v_dir), str(folders.lora_dir)
+        return cls(*paths, dtype=dtype, **options)
 
     def generate_t2v(
         self,
@@ -195,12 +217,18 @@ class StoryMemPipeline:
         texts = [prompt, sampler.negative_prompt] if sampler.needs_negative_prompt else [prompt]
         missing = [text for text in texts if text not in self._embeds]
         if missing:
+            self._warn_of_cut_texts(missing)
             self._embeds.update(engine.encode_texts(missing, keep_encoder=self._keep_text_encoder))
         embeds = PromptEmbeds(
             prompt_LE=self._embeds[prompt],
             negative_LE=self._embeds[sampler.negative_prompt] if sampler.needs_negative_prompt else None,
         )
         return engine.clips.sample(replace(request, prompt=embeds))[None]
+
+    def _warn_of_cut_texts(self, texts: Sequence[str]) -> None:
+        for text in texts:
+            if (problem := self._cut_text(text)) is not None:
+                warnings.warn(f"the prompt {text[:40]!r}... has {problem}", stacklevel=4)
 
     def _engine_for(self, mode: str, sampler: SamplerSettings) -> Engine:
         """Return the engine whose LoRA fits ``mode``; closes an engine with another LoRA."""
@@ -213,6 +241,7 @@ class StoryMemPipeline:
             self._engine = None
             weights = open_weights(self._model, [kind], continuation)
             self._engine = Engine.start(self._model, weights, self._parallel, sampler)
+            self._cut_text = cut_text_of(weights.any_checkpoint)
             self._engine_key = key
         return self._engine
 
@@ -288,11 +317,25 @@ def is_storymem_available(
     t2v_checkpoint_dir: str | None = "weights/Wan2.2-T2V-A14B",
     i2v_checkpoint_dir: str | None = "weights/Wan2.2-I2V-A14B",
     m2v_lora_path: str | None = "weights/StoryMem",
+    packed: str | None = None,
 ) -> Availability:
-    """Check weights without loading them (headers only), for both base models and both StoryMem LoRAs."""
+    """Check weights without loading them (headers only), for both base models and both StoryMem LoRAs.
+
+    ``packed``: check this packed model instead ("nano", which comes with the package, or a file).
+    """
     settings = ModelSettings(
         t2v_checkpoint=t2v_checkpoint_dir, i2v_checkpoint=i2v_checkpoint_dir, storymem_lora=m2v_lora_path
     )
+    if packed is not None:
+        try:
+            folders = packed_model(packed)
+        except StoryMemError as error:
+            return Availability(missing=(str(error),))
+        settings = ModelSettings(
+            t2v_checkpoint=str(folders.t2v_dir),
+            i2v_checkpoint=str(folders.i2v_dir),
+            storymem_lora=str(folders.lora_dir),
+        )
     missing = []
     for kind, continuation in ((T2V, NO_CONTINUATION), (M2V, MI2V), (M2V, MM2V)):
         try:

@@ -1,4 +1,4 @@
-"""Where the files that belong to the program lie: ``conf/``, ``examples/``, ``launch/`` and ``slurm/``."""
+"""Where the files that belong to the program lie: ``conf/``, ``examples/``, ``launch/``, ``slurm/``, packed weights."""
 
 from pathlib import Path
 
@@ -15,3 +15,8 @@ def assets_folder(name: str) -> Path:
 def config_folder() -> Path:
     """The folder ``conf/``."""
     return assets_folder("conf")
+
+
+def packed_weights(name: str) -> Path:
+    """The file of a model that comes with the package (``nano.safetensors``)."""
+    return PACKAGE_FOLDER / "weights" / "packed_files" / name

@@ -1,11 +1,14 @@
 """Settings that every test shares: few threads (so that timings and bytes repeat), quiet libraries, no network."""
 
+import logging
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -14,6 +17,15 @@ from storymem_dist.errors import ConfigError
 from storymem_dist.models.quantized_linear import check_linears
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def loggers_stay_enabled() -> Iterator[None]:
+    """Enable all loggers again: Hydra disables those that exist when it starts a job in this process."""
+    yield
+    for logger in logging.root.manager.loggerDict.values():
+        if isinstance(logger, logging.Logger):
+            logger.disabled = False
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

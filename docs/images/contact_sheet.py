@@ -1,17 +1,21 @@
-"""The picture of the README: first and last frame of every shot of a run folder.
+"""The picture of the README: three frames of every shot of a run folder, under the shot's prompt.
 
 python docs/images/contact_sheet.py runs/demo docs/images/demo.jpg
 """
 
 import json
 import sys
+import textwrap
 from pathlib import Path
 
 import av
 from PIL import Image, ImageDraw, ImageFont
 
-TITLE, LABEL = ImageFont.load_default(14), ImageFont.load_default(11)
-GAP, HEAD = 6, 44
+TITLE, LABEL, PROMPT = ImageFont.load_default(15), ImageFont.load_default(11), ImageFont.load_default(10)
+GAP, HEAD, WIDTH = 6, 70, 144
+SHOWN = (0, 0.5, 1)
+"""Which frames are shown: the first, the middle and the last one."""
+PROMPT_LETTERS, PROMPT_LINES = 27, 2
 
 
 def frames_of(clip: Path) -> list[Image.Image]:
@@ -21,20 +25,25 @@ def frames_of(clip: Path) -> list[Image.Image]:
 
 
 def band_of(story: Path, columns: int) -> Image.Image:
-    """One story: a column for each shot, with its mode and the number of keyframes that it added to the memory."""
+    """One story: a column for each shot, with its mode, the keyframes that it added to the memory, and its prompt."""
     name = json.loads((story / "storyboard.json").read_text())["name"]
     clips = sorted(story.glob("shot_*.mp4"))
-    width, height = frames_of(clips[0])[0].size
-    band = Image.new("RGB", (GAP + columns * (width + GAP), HEAD + 2 * height + 12), "white")
+    first = frames_of(clips[0])[0]
+    height = WIDTH * first.height // first.width
+    band = Image.new("RGB", (GAP + columns * (WIDTH + GAP), HEAD + len(SHOWN) * (height + 2) + 12), "white")
     draw = ImageDraw.Draw(band)
     draw.text((GAP, 5), name, font=TITLE, fill="black")
     for number, clip in enumerate(clips, start=1):
         record, frames = json.loads(clip.with_suffix(".json").read_text()), frames_of(clip)
-        left, count = GAP + (number - 1) * (width + GAP), len(record["keyframes"])
-        added = f"+{count} keyframe{'' if count == 1 else 's'}"
+        left, count = GAP + (number - 1) * (WIDTH + GAP), len(record["keyframes"])
         draw.text((left, 27), f"{number}  {record['mode'].upper()}", font=LABEL, fill="#333")
-        draw.text((left + width - draw.textlength(added, font=LABEL), 27), added, font=LABEL, fill="#777")
-        for row, frame in enumerate((frames[0], frames[-1])):
+        if count:
+            added = f"+{count} keyframe{'' if count == 1 else 's'}"
+            draw.text((left + WIDTH - draw.textlength(added, font=LABEL), 27), added, font=LABEL, fill="#777")
+        lines = textwrap.wrap(record["prompt"], PROMPT_LETTERS, max_lines=PROMPT_LINES, placeholder=" ...")
+        draw.multiline_text((left, 42), "\n".join(lines), font=PROMPT, fill="#555", spacing=1)
+        for row, share in enumerate(SHOWN):
+            frame = frames[round(share * (len(frames) - 1))].resize((WIDTH, height), Image.Resampling.LANCZOS)
             band.paste(frame, (left, HEAD + row * (height + 2)))
     return band
 
@@ -49,7 +58,7 @@ def main(run: Path, picture: Path) -> None:
     for band in bands:
         sheet.paste(band, (0, top))
         top += band.height
-    sheet.save(picture, quality=62, optimize=True)
+    sheet.save(picture, quality=72, optimize=True)
 
 
 if __name__ == "__main__":

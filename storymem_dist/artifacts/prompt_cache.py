@@ -8,7 +8,6 @@ Knows nothing of how embeddings are made or for which shots.
 """
 
 import hashlib
-import json
 import logging
 from pathlib import Path
 
@@ -18,13 +17,15 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from storymem_dist.errors import RunFolderError
-from storymem_dist.files import write_bytes
+from storymem_dist.files import UnsafePath, read_limited, safetensors_metadata, write_bytes
+from storymem_dist.hardware import machine_fault
 from storymem_dist.models.wan.text_encoder import clean_prompt
 
 FORMAT_VERSION = 1
 """Part of every entry's name: entries of another format are not found."""
 
 _TENSOR = "prompt_embeds"
+_MAX_BYTES = 256 * 2**20
 
 logger = logging.getLogger(__name__)
 
@@ -45,21 +46,26 @@ class PromptCache:
     def find(self, prompt: str) -> Tensor | None:
         """Return the embedding ``[num_tokens, text_dim]`` on the CPU, in the encoder's dtype.
 
-        None when the entry is missing or damaged. Raises ``RunFolderError`` when the cache cannot be read at all.
+        None when the entry is missing or damaged. Raises ``MachineError`` when the cache cannot be read at all.
         """
         path = self.path(prompt)
         try:
-            data = path.read_bytes()  # one read: safe_open opens the file twice, and it may be replaced between
+            # One read: safe_open opens the file twice, and it may be replaced between.
+            data = read_limited(path, _MAX_BYTES)
         except FileNotFoundError:
             return None
+        except UnsafePath as error:
+            _report_damaged(path, error.strerror or str(error))
+            return None
         except OSError as error:
-            raise RunFolderError(f"{path}: the prompt cache cannot be read ({error})") from error
+            what = f"{path}: the prompt cache cannot be read ({error.strerror or error})"
+            raise machine_fault(error, while_writing=True, what=what) or RunFolderError(what) from error
         try:
             embeds = load(data)[_TENSOR]
         except (SafetensorError, KeyError) as error:
             _report_damaged(path, str(error))
             return None
-        if _metadata(data).get("sha256") != _checksum(embeds):
+        if safetensors_metadata(data).get("sha256") != _checksum(embeds):
             _report_damaged(path, "its checksum does not match")
             return None
         return embeds
@@ -67,23 +73,17 @@ class PromptCache:
     def store(self, prompt: str, embeds: Tensor) -> None:
         """Write the entry of ``prompt``: ``embeds`` is ``[num_tokens, text_dim]`` on any device.
 
-        Raises ``RunFolderError`` when it cannot be written (full disk, no permission).
+        Raises ``MachineError`` when it cannot be written (full disk, no permission).
         """
         embeds = embeds.detach().cpu().contiguous()
         metadata = {"prompt": clean_prompt(prompt), "sha256": _checksum(embeds)}
         path = self.path(prompt)
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            write_bytes(path, save({_TENSOR: embeds}, metadata))
+            write_bytes(path, save({_TENSOR: embeds}, metadata), durable=False)  # a damaged entry is written again
         except OSError as error:
-            raise RunFolderError(f"{path}: the prompt cache cannot be written ({error})") from error
-
-
-def _metadata(data: bytes) -> dict[str, str]:
-    """The metadata of a valid safetensors file: part of the JSON header, whose length comes first."""
-    length = int.from_bytes(data[:8], "little")
-    metadata: dict[str, str] = json.loads(data[8 : 8 + length]).get("__metadata__", {})
-    return metadata
+            what = f"{path}: the prompt cache cannot be written ({error.strerror or error})"
+            raise machine_fault(error, while_writing=True, what=what) or RunFolderError(what) from error
 
 
 def _checksum(embeds: Tensor) -> str:

@@ -1,19 +1,31 @@
 """The record of a committed shot: its inputs, what the memory decided, and the files of the result.
 
 A record is one JSON file. Except for ``timing`` and ``host`` it depends on the shot's inputs and pixels alone: two
-undisturbed runs write the same bytes. Knows the schema and how to check a record against its files, not where records
+undisturbed runs write the same bytes. A checksum in ``host`` covers the whole record, so a changed bit is found;
+records of earlier versions have none. Knows the schema and how to check a record against its files, not where records
 are.
 """
 
+import hashlib
+import re
+import reprlib
+import stat
+import types
+import typing
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from storymem_dist.artifacts.fingerprint import file_digest
-from storymem_dist.files import canonical_json
+from storymem_dist.files import canonical_json, quick_digest
 
 RECORD_FORMAT = 1
+
+_CHECKSUM = "checksum"
+_MAX_NUMBER = 2**63 - 1
+_NAME = re.compile(r"[^/\x00.][^/\x00]*")
+"""Names of files, shots and stories: no path, not hidden."""
 
 
 class DamagedRecord(Exception):
@@ -46,7 +58,8 @@ class ShotRecord:
     JSON (``recalled``: which keyframes the shot saw and why; ``decisions``: which frames were kept, duplicate or
     dropped, with scores). ``inputs`` are all inputs of ``fingerprint``, ``predecessor`` is the fingerprint of the shot
     before. ``files`` maps names in the attempt's folder to size and content; ``clip`` and ``tail`` (the last frames, in
-    order) are names among them.
+    order) are names among them. ``clip_sample`` is the ``quick_digest`` of the clip; None in records of earlier
+    versions.
 
     ``timing``: seconds per stage and when it was committed. ``host``: attempt, machine, versions. Both may differ
     between equal runs.
@@ -77,6 +90,7 @@ class ShotRecord:
     files: Mapping[str, StoredFile]
     timing: Mapping[str, Any]
     host: Mapping[str, Any]
+    clip_sample: str | None = None
 
     @property
     def attempt_id(self) -> str:
@@ -85,44 +99,92 @@ class ShotRecord:
 
     def to_json(self) -> bytes:
         """Return the canonical JSON text."""
-        return canonical_json({"format": RECORD_FORMAT, **asdict(self)})
+        value = {"format": RECORD_FORMAT, **asdict(self)}
+        return canonical_json({**value, "host": {**self.host, _CHECKSUM: _checksum(value)}})
 
     @classmethod
     def from_json(cls, value: Any) -> "ShotRecord":
-        """Rebuild a record from parsed JSON. Raises ``DamagedRecord`` when something is missing or has another type."""
+        """Rebuild a record from parsed JSON of any origin.
+
+        Raises ``DamagedRecord`` when something is missing, has another type or changed since it was written.
+        """
         if not isinstance(value, dict):
             raise DamagedRecord(f"it holds a {type(value).__name__}, not an object")
         if value.get("format") != RECORD_FORMAT:
-            raise DamagedRecord(f"format={value.get('format')!r}; this version reads {RECORD_FORMAT}")
-        missing = sorted({field.name for field in fields(cls)} - set(value))
+            raise DamagedRecord(f"format={reprlib.repr(value.get('format'))}; this version reads {RECORD_FORMAT}")
+        missing = sorted({field.name for field in fields(cls) if field.default is MISSING} - set(value))
         if missing:
             raise DamagedRecord(f"it lacks {', '.join(missing)}")
-        parts = {field.name: value[field.name] for field in fields(cls)}
+        parts = {field.name: value[field.name] for field in fields(cls) if field.name in value}
         try:
             parts["keyframes"] = tuple(StoredKeyframe(**keyframe) for keyframe in parts["keyframes"])
             parts["files"] = {str(name): StoredFile(**stored) for name, stored in parts["files"].items()}
-            parts["tail"] = tuple(map(str, parts["tail"]))
+            parts["tail"] = tuple(parts["tail"])
             record = cls(**parts)
+            for part in (record, *record.keyframes, *record.files.values()):
+                _check_types(part)
+            if not all(isinstance(name, str) for name in record.tail):
+                raise TypeError("tail")
             named = {record.clip, *record.tail, *(keyframe.file for keyframe in record.keyframes)}
             if not named <= set(record.files):
                 raise DamagedRecord(f"it names files without size: {', '.join(sorted(named - set(record.files)))}")
-            if any("/" in name or name.startswith(".") for name in (*record.files, record.attempt_id)):
+            names = (*record.files, record.attempt_id, record.story_id, record.shot_id)
+            if not all(_NAME.fullmatch(name) for name in names):
                 raise DamagedRecord("it names files outside its folder")
         except (TypeError, AttributeError, KeyError) as error:
-            raise DamagedRecord(f"a part has the wrong type: {error}") from error
-        return record
+            raise DamagedRecord(f"a part has the wrong type: {str(error)[:200]}") from error
+        return replace(record, host=_checked_host(value))
 
     def check_files(self, folder: Path, *, contents: bool) -> None:
-        """Raise ``DamagedRecord`` unless every file is in ``folder`` with its size (``contents``: and its hash)."""
+        """Raise ``DamagedRecord`` unless every file is in ``folder`` with its size (``contents``: and its hash).
+
+        Without ``contents`` a sample of the clip is compared, which finds most damage in milliseconds. (Images are
+        compared when they are read.)
+        """
         for name, stored in self.files.items():
+            path = folder / name
             try:
-                num_bytes = (folder / name).stat().st_size
-                if num_bytes != stored.num_bytes:
-                    raise DamagedRecord(f"{name} has {num_bytes} bytes instead of {stored.num_bytes}")
-                if contents and file_digest(folder / name) != stored.sha256:
+                found = path.lstat()
+                if not stat.S_ISREG(found.st_mode):
+                    raise DamagedRecord(f"{name} is a link or not a regular file")
+                if found.st_size != stored.num_bytes:
+                    raise DamagedRecord(f"{name} has {found.st_size} bytes instead of {stored.num_bytes}")
+                if contents and file_digest(path) != stored.sha256:
                     raise DamagedRecord(f"the contents of {name} have changed")
-            except FileNotFoundError:
+                if name == self.clip and self.clip_sample not in (None, quick_digest(path)):
+                    raise DamagedRecord(f"the contents of {name} have changed")
+            except (FileNotFoundError, NotADirectoryError):
                 raise DamagedRecord(f"{name} is missing") from None
+
+
+def _checksum(value: Mapping[str, Any]) -> str:
+    """SHA-256 of a record without its checksum, in hex digits."""
+    return hashlib.sha256(canonical_json(value)).hexdigest()
+
+
+def _checked_host(value: Mapping[str, Any]) -> dict[str, Any]:
+    """``host`` of a record without its checksum, which must match. Only records of an earlier version have none."""
+    host = {key: part for key, part in value["host"].items() if key != _CHECKSUM}
+    if _CHECKSUM not in value["host"]:
+        known = {"format", *(field.name for field in fields(ShotRecord) if field.default is MISSING)}
+        if unknown := sorted(set(value) - known):
+            raise DamagedRecord(f"it lacks its checksum and has {', '.join(unknown)[:200]}")
+    elif value["host"][_CHECKSUM] != _checksum({**value, "host": host}):
+        raise DamagedRecord("its checksum does not match: it has changed since it was written")
+    return host
+
+
+def _check_types(part: Any) -> None:
+    """Raise ``TypeError`` unless the fields of ``part`` have the types of their annotations (containers: outside)."""
+    hints = typing.get_type_hints(type(part))
+    for name, hint in hints.items():
+        value = getattr(part, name)
+        allowed = typing.get_args(hint) if typing.get_origin(hint) is types.UnionType else (hint,)
+        kinds = tuple(typing.get_origin(kind) or kind for kind in allowed)
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            raise TypeError(f"{name} is a {type(value).__name__}")
+        if isinstance(value, int) and abs(value) > _MAX_NUMBER:
+            raise TypeError(f"{name} is out of range")
 
 
 def describe_file(path: Path) -> StoredFile:

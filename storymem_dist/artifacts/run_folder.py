@@ -3,6 +3,7 @@
     storymem_run.json                     marker: format, run id; a folder without it is used only if it is empty
     config/<config hash>.yaml             resolved configurations that were used
     stories/<story>/storyboard.json       the story as it was read
+    stories/<story>/references/           small copies of its reference images, for reports
     stories/<story>/<shot>/...            attempts and records (``shot_folder.py``)
     stories/<story>/<shot>.mp4, .json     the current clip and record of a shot
     stories/<story>/keyframes/            its current keyframes
@@ -20,19 +21,30 @@ Knows names and how to write files safely; does not decide what is rendered.
 """
 
 import contextlib
-import json
+import io
 import re
 import secrets
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from storymem_dist.artifacts.records import ShotRecord
 from storymem_dist.artifacts.shot_folder import ShotFolder
-from storymem_dist.errors import RunFolderError
-from storymem_dist.files import TEMPORARY_PREFIX, canonical_json, create_exclusively, names_in, read_json, write_bytes
+from storymem_dist.errors import RunFolderError, StoryboardError
+from storymem_dist.events import json_ready
+from storymem_dist.files import (
+    TEMPORARY_PREFIX,
+    UnsafePath,
+    canonical_json,
+    create_exclusively,
+    names_in,
+    read_json,
+    read_limited,
+    write_bytes,
+)
+from storymem_dist.story.images import open_reference_image
 from storymem_dist.story.schema import Story
 
 RUN_FORMAT = 1
@@ -42,8 +54,11 @@ STOP_FILE = "STOP"
 SMALL_FOLDERS = ("config", "seeds", "rerender")
 """Folders with a few files each, written at the start of jobs."""
 
+_REFERENCE_PIXELS = 512
+"""Longest side of the copy of a reference image."""
+
 # Names that a folder may hold before it becomes a run folder: launchers and people put them there.
-_HARMLESS = {"logs", "STOP"}
+_HARMLESS = {"logs", "STOP", "cache"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -151,8 +166,9 @@ class RunFolder:
             for folder in (self.stories_folder, self.leases_folder, self.failures_folder, self.events_folder):
                 folder.mkdir(exist_ok=True)
         except OSError as error:
+            where = "" if error.filename in (None, str(self.root)) else f"{error.filename}: "
             raise RunFolderError(
-                f"output={self.root} cannot be used as a run folder: {error.strerror or error}; "
+                f"output={self.root} cannot be used as a run folder: {where}{error.strerror or error}; "
                 "it must be writable and on a file system with hard links"
             ) from error
         return self.run_id()
@@ -174,8 +190,9 @@ class RunFolder:
             ) from error
 
     def _refuse_foreign_folder(self) -> None:
-        with_dots = [path.name for path in self.root.iterdir() if not path.name.startswith(TEMPORARY_PREFIX)]
-        foreign = sorted(name for name in with_dots if name not in _HARMLESS and not name.startswith(".hydra"))
+        """Refuse a folder that holds files of somebody else. Empty folders are what a job leaves that lost its own."""
+        named = [path for path in self.root.iterdir() if not path.name.startswith((TEMPORARY_PREFIX, ".hydra"))]
+        foreign = sorted(path.name for path in named if path.name not in _HARMLESS and _holds_files(path))
         if foreign and not (self.root / MARKER).exists():  # another job may just have made it a run folder
             shown = ", ".join(foreign[:3]) + (", ..." if len(foreign) > 3 else "")
             raise RunFolderError(
@@ -191,15 +208,21 @@ class RunFolder:
             write_bytes(path, text.encode())
 
     def write_storyboard(self, story: Story) -> None:
-        """Write a story as it was read, if it is new or has changed. Raises ``OSError``."""
+        """Write a story as it was read, with small copies of its images, if it is new or has changed.
+
+        Raises ``OSError``.
+        """
         path = self.story_folder(story.story_id) / "storyboard.json"
-        data = canonical_json(json.loads(json.dumps(asdict(story), default=str)))
+        data = canonical_json(json_ready(asdict(story)))
         try:
-            if path.read_bytes() == data:
-                return
-        except FileNotFoundError:
+            is_written = read_limited(path, len(data)) == data
+        except OSError:
+            is_written = False
             path.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(path, data)
+        if not is_written:
+            write_bytes(path, data)
+        for position, image in enumerate(story.reference_images):
+            _write_small_copy(image, path.parent / "references" / f"reference_{position}.jpg")
 
     # -- decisions that are made once per run --------------------------------------------------------------------------
 
@@ -208,14 +231,21 @@ class RunFolder:
         path = self._seed_path(name)
         path.parent.mkdir(exist_ok=True)
         create_exclusively(path, canonical_json({"seed": secrets.randbelow(2**31)}))
-        return int(read_json(path)["seed"])
+        return self._read_seed(path)
 
     def known_seed(self, name: str) -> int | None:
         """Return the seed drawn for ``name`` in this run, or None. Draws none."""
         try:
-            return int(read_json(self._seed_path(name))["seed"])
+            return self._read_seed(self._seed_path(name))
         except FileNotFoundError:
             return None
+
+    @staticmethod
+    def _read_seed(path: Path) -> int:
+        value = _read_values(path, "it is drawn anew").get("seed")
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**31:
+            raise RunFolderError(f"{path} holds no seed; remove it, and it is drawn anew")
+        return value
 
     def _seed_path(self, name: str) -> Path:
         return self.root / "seeds" / f"{name}.json"
@@ -229,7 +259,7 @@ class RunFolder:
             while True:
                 path = folder / f"{story_id}.{shot_id}.{number}.json"
                 made = create_exclusively(path, canonical_json({"request_id": request_id}))
-                if made or read_json(path)["request_id"] == request_id:
+                if made or _read_values(path, "the shot is rendered again").get("request_id") == request_id:
                     break
                 number += 1
 
@@ -250,15 +280,22 @@ class RunFolder:
         write_bytes(self._failure_path(failure.story_id, failure.shot_id, failure.fingerprint), failure_json(failure))
 
     def read_failure(self, story_id: str, shot_id: str, fingerprint: str) -> FailureRecord | None:
-        """Return the failure mark of a shot, if there is one. A damaged mark counts as none and is removed."""
+        """Return the failure mark of a shot, if there is one. A damaged mark counts as none and is removed.
+
+        Raises ``OSError`` when it cannot be read.
+        """
         path = self._failure_path(story_id, shot_id, fingerprint)
         try:
-            return FailureRecord(**read_json(path))
+            failure = FailureRecord(**read_json(path))
+            if all(type(getattr(failure, field.name)) is field.type for field in fields(FailureRecord)):
+                return failure
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, TypeError):
+        except (UnsafePath, ValueError, TypeError):
+            pass
+        with contextlib.suppress(IsADirectoryError):
             path.unlink(missing_ok=True)
-            return None
+        return None
 
     def remove_failure(self, story_id: str, shot_id: str, fingerprint: str) -> None:
         """Remove the failure mark of a shot, if there is one."""
@@ -279,8 +316,39 @@ class RunFolder:
         write_bytes(self.root / "stop.json", canonical_json({"state": state, "written": time.time(), **details}))
 
     def remove_outcome(self) -> None:
-        """Remove ``stop.json`` of an earlier job, so that it is not read as the end of this one."""
-        (self.root / "stop.json").unlink(missing_ok=True)
+        """Remove ``stop.json`` of an earlier job, so that it is not read as the end of this one.
+
+        Raises ``RunFolderError`` when something else has that name or the folder cannot be written.
+        """
+        path = self.root / "stop.json"
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise RunFolderError(f"{path} cannot be removed: {error.strerror or error}") from error
+
+
+def _read_values(path: Path, then: str) -> dict[str, Any]:
+    """The object in a small JSON file of a run folder.
+
+    Raises ``FileNotFoundError``, and ``RunFolderError`` when it cannot be used; ``then`` says what removing it does.
+    """
+    try:
+        values = read_json(path)
+        if isinstance(values, dict):
+            return values
+        problem = f"it holds a {type(values).__name__}"
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError) as error:
+        problem = str(error)
+    raise RunFolderError(f"{path} cannot be used ({problem}); remove it, and {then}")
+
+
+def _holds_files(path: Path, max_depth: int = 8) -> bool:
+    """Whether ``path`` is anything but a folder of empty folders, ``max_depth`` levels at most."""
+    if path.is_symlink() or not path.is_dir() or not max_depth:
+        return True
+    return any(_holds_files(inside, max_depth - 1) for inside in path.iterdir())
 
 
 def failure_json(failure: FailureRecord) -> bytes:
@@ -308,6 +376,22 @@ def shot_ids(names: Sequence[str], known: Iterable[tuple[str, Sequence[str]]]) -
             )
         resolved.append((story_id, shot_id))
     return resolved
+
+
+def _write_small_copy(image: Path, copy: Path) -> None:
+    """Write a small JPEG of a reference image unless it is there and newer. None of an image that cannot be read."""
+    with contextlib.suppress(OSError):
+        if copy.stat().st_mtime >= image.stat().st_mtime:
+            return
+    try:
+        small = open_reference_image(image)
+    except StoryboardError:
+        return  # whoever plans the story refuses it
+    small.thumbnail((_REFERENCE_PIXELS, _REFERENCE_PIXELS))
+    buffer = io.BytesIO()
+    small.save(buffer, format="JPEG", quality=85)
+    copy.parent.mkdir(exist_ok=True)
+    write_bytes(copy, buffer.getvalue(), durable=False)
 
 
 def _utc_now() -> str:

@@ -9,7 +9,8 @@ each fingerprint is committed exactly once, even if processes die or resume late
 """
 
 import contextlib
-import json
+import hashlib
+import io
 import re
 import secrets
 import shutil
@@ -23,7 +24,18 @@ from torch import Tensor
 from storymem_dist.artifacts.records import DamagedRecord, ShotRecord, StoredFile, describe_file
 from storymem_dist.artifacts.video import VideoSettings, read_png, write_clip, write_png
 from storymem_dist.errors import RunFolderError
-from storymem_dist.files import fsync_folder, link_or_replace, names_in, publish_exclusively, read_json, write_bytes
+from storymem_dist.files import (
+    MAX_JSON_BYTES,
+    UnsafePath,
+    fsync_folder,
+    link_or_replace,
+    names_in,
+    parse_json,
+    publish_exclusively,
+    read_json,
+    read_limited,
+    write_bytes,
+)
 
 _RECORD_NAME = re.compile(r"[0-9a-f]{16}\.json")
 
@@ -100,17 +112,17 @@ class ShotFolder:
         """Remove an attempt unless a record names it.
 
         Removes its ``record.json`` first, so that its owner, if still alive, can no longer publish it. If it was
-        published before that, puts ``record.json`` back and removes nothing else.
+        published before that, puts ``record.json`` back and removes nothing else. Raises ``OSError`` where a record
+        cannot be read, which may be the one that names it.
         """
         folder = self.attempt_folder(attempt_id)
         own = folder / "record.json"
         with contextlib.suppress(FileNotFoundError):
             own.unlink()
         for name in self.record_names():
-            with contextlib.suppress(OSError, ValueError, DamagedRecord):
-                if ShotRecord.from_json(read_json(self._records / name)).attempt_id == attempt_id:
-                    publish_exclusively(self._records / name, own)
-                    return
+            if _attempt_of(self._records / name) == attempt_id:
+                publish_exclusively(self._records / name, own)
+                return
         shutil.rmtree(folder, ignore_errors=True)
 
     def discard_orphans(self, fingerprint: str) -> list[str]:
@@ -119,7 +131,7 @@ class ShotFolder:
         Only for the holder of the shot's lease, or after its commit: then no other attempt can be published.
         """
         attempts = [name for name in names_in(self._attempts) if name.startswith(f"{fingerprint[:16]}-")]
-        current = self._published_attempt(fingerprint)
+        current = _attempt_of(self._record_path(fingerprint))
         orphans = [name for name in attempts if name != current]
         for attempt_id in orphans:
             self.discard_attempt(attempt_id)
@@ -144,16 +156,16 @@ class ShotFolder:
         ``set_aside=False`` nothing is written: the damaged record stays where it is.
         """
         path = self._record_path(fingerprint)
+        data = None
         try:
-            data = path.read_bytes()
-        except FileNotFoundError:
-            return None
-        try:
+            data = read_limited(path, MAX_JSON_BYTES)
             record = _parse(data)
             if record.fingerprint != fingerprint:
                 raise DamagedRecord(f"it is of fingerprint {record.fingerprint!r}")
             record.check_files(self.files_of(record), contents=check_contents)
-        except DamagedRecord as damage:
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except (DamagedRecord, UnsafePath) as damage:
             if not set_aside:
                 raise DamagedRecord(f"the record {path} cannot be used: {damage}") from damage
             self._set_aside(path, data)
@@ -172,15 +184,26 @@ class ShotFolder:
 
         If an image cannot be decoded, sets the record aside and raises ``DamagedRecord``.
         """
-        folder = self.files_of(record)
         try:
-            keyframes = [read_png(folder / keyframe.file) for keyframe in record.keyframes]
-            tail = [read_png(folder / name) for name in record.tail]
-        except RunFolderError as error:
+            keyframes = [self._read_image(record, keyframe.file) for keyframe in record.keyframes]
+            tail = [self._read_image(record, name) for name in record.tail]
+        except (RunFolderError, DamagedRecord) as error:
             path = self._record_path(record.fingerprint)
-            self._set_aside(path, record.to_json())
+            with contextlib.suppress(OSError):
+                self._set_aside(path, read_limited(path, MAX_JSON_BYTES))
             raise DamagedRecord(f"the record {path} was set aside: {error}") from error
         return keyframes, torch.stack(tail) if tail else None
+
+    def _read_image(self, record: ShotRecord, name: str) -> Tensor:
+        """One image of a record; its bytes are compared with the hash. Raises ``DamagedRecord``, ``RunFolderError``."""
+        path, stored = self.files_of(record) / name, record.files[name]
+        try:
+            data = read_limited(path, stored.num_bytes)
+        except (FileNotFoundError, NotADirectoryError, UnsafePath) as error:
+            raise DamagedRecord(f"{name} cannot be used: {error.strerror or error}") from None
+        if hashlib.sha256(data).hexdigest() != stored.sha256:
+            raise DamagedRecord(f"the contents of {name} have changed")
+        return read_png(io.BytesIO(data), name=path)
 
     def newest_other_record(self, fingerprint: str) -> ShotRecord | None:
         """Return the latest record of another fingerprint, or None: its inputs show what changed."""
@@ -189,7 +212,7 @@ class ShotFolder:
             if name != self._record_path(fingerprint).name:
                 with contextlib.suppress(OSError, ValueError, DamagedRecord):
                     others.append(ShotRecord.from_json(read_json(self._records / name)))
-        return max(others, key=lambda record: float(record.timing.get("committed_at", 0.0)), default=None)
+        return max(others, key=_committed_at, default=None)
 
     # -- views ---------------------------------------------------------------------------------------------------------
 
@@ -212,25 +235,32 @@ class ShotFolder:
     def _record_path(self, fingerprint: str) -> Path:
         return self._records / f"{fingerprint[:16]}.json"
 
-    def _published_attempt(self, fingerprint: str) -> str | None:
-        try:
-            return ShotRecord.from_json(read_json(self._record_path(fingerprint))).attempt_id
-        except (OSError, ValueError, DamagedRecord):
-            return None
-
-    def _set_aside(self, path: Path, data: bytes) -> None:
+    def _set_aside(self, path: Path, data: bytes | None) -> None:
         """Rename the bad record that holds ``data``, unless another process has replaced it in the meantime.
 
-        Compares contents, not inode numbers, which a file system may reuse at once.
+        Compares contents, not inode numbers, which a file system may reuse at once. None: it cannot be read.
         """
         aside = path.with_name(f"{path.stem}.damaged-{secrets.token_hex(4)}")
         try:
             path.rename(aside)
         except FileNotFoundError:
             return
-        if aside.read_bytes() != data:
+        if data is not None and read_limited(aside, MAX_JSON_BYTES) != data:
             publish_exclusively(aside, path)
             aside.unlink()
+
+
+def _attempt_of(record: Path) -> str | None:
+    """The attempt that a record names; None where it is missing or damaged. Raises ``OSError`` otherwise."""
+    try:
+        return ShotRecord.from_json(read_json(record)).attempt_id
+    except (FileNotFoundError, NotADirectoryError, UnsafePath, ValueError, DamagedRecord):
+        return None
+
+
+def _committed_at(record: ShotRecord) -> float:
+    value = record.timing.get("committed_at")
+    return float(value) if isinstance(value, int | float) else 0.0
 
 
 def new_attempt_id(fingerprint: str, owner: str) -> str:
@@ -250,6 +280,6 @@ def tail_name(number: int) -> str:
 
 def _parse(data: bytes) -> ShotRecord:
     try:
-        return ShotRecord.from_json(json.loads(data))
+        return ShotRecord.from_json(parse_json(data))
     except ValueError as error:
         raise DamagedRecord(f"it is not JSON: {error}") from error

@@ -7,10 +7,12 @@ stamps, bit-exact scaling and muxing. Files appear by atomic rename.
 Knows nothing of shots, stories or run folders. Legend: F = frames, C = 3 colours (RGB), H, W = pixels.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import BinaryIO
 
 import av
 import numpy as np
@@ -19,8 +21,9 @@ from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoRef
 from PIL import Image
 from torch import Tensor
 
-from storymem_dist.errors import ConfigError, RunFolderError, require_one_of
-from storymem_dist.files import replacing
+from storymem_dist.artifacts.mp4 import MAX_PIXELS, open_mp4
+from storymem_dist.errors import ConfigError, RunFolderError, require_between, require_one_of
+from storymem_dist.files import UnsafePath, replacing
 
 CODECS = ("libx264", "libvpx-vp9")
 PRESETS = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow")
@@ -51,7 +54,8 @@ class VideoSettings:
         require_one_of("video.codec", self.codec, CODECS)
         require_one_of("video.preset", self.preset, PRESETS)
         require_one_of("video.pixel_format", self.pixel_format, PIXEL_FORMATS)
-        if not 0 <= self.crf <= _MAX_CRF[self.codec]:
+        require_between("video.crf", self.crf, 0, max(_MAX_CRF.values()))
+        if self.crf > _MAX_CRF[self.codec]:
             raise ConfigError(
                 f"video.crf={self.crf} is not allowed; for {self.codec} it must be between 0 (best) and "
                 f"{_MAX_CRF[self.codec]}"
@@ -131,7 +135,7 @@ def concat_clips(clips: Sequence[Path], path: Path) -> int:
     ):
         target = None
         for clip in clips:
-            with av.open(str(clip)) as source:
+            with open_mp4(clip) as source:
                 stream = source.streams.video[0]
                 target = target or container.add_stream_from_template(stream)
                 packets = [packet for packet in source.demux(stream) if packet.size]
@@ -150,7 +154,7 @@ def read_clip(path: Path) -> Tensor:
     reformatter = VideoReformatter()
     frames = []
     try:
-        with av.open(str(path)) as container:
+        with open_mp4(path) as container:
             container.streams.video[0].thread_count = 1
             for frame in container.decode(video=0):
                 rgb = reformatter.reformat(
@@ -165,7 +169,7 @@ def read_clip(path: Path) -> Tensor:
 def count_frames(path: Path) -> int:
     """Count the frames of a clip without decoding it. Raises ``RunFolderError`` when it cannot be read."""
     try:
-        with av.open(str(path)) as container:
+        with open_mp4(path) as container:
             return sum(1 for packet in container.demux(video=0) if packet.size)
     except (av.FFmpegError, IndexError, OSError) as error:
         raise RunFolderError(f"{path} cannot be read as a video: {error}") from error
@@ -183,13 +187,21 @@ def write_png(path: Path, image_CHW: Tensor) -> None:
         Image.fromarray(pixels).save(temporary, format="PNG", compress_level=6)
 
 
-def read_png(path: Path) -> Tensor:
-    """Read a PNG as uint8 RGB ``[3, H, W]``. Raises ``RunFolderError`` when it cannot be decoded."""
+def read_png(source: Path | BinaryIO, *, name: Path | None = None) -> Tensor:
+    """Read a PNG, from a file or from its bytes, as uint8 RGB ``[3, H, W]``.
+
+    Raises ``RunFolderError`` (with ``name`` or the path) when it is no PNG, has more than ``MAX_PIXELS`` or cannot be
+    decoded.
+    """
     try:
-        with Image.open(path) as image:
-            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
-    except (OSError, SyntaxError, ValueError) as error:
-        raise RunFolderError(f"{path} cannot be read as a PNG image: {error}") from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns of large images; the limit below decides
+            with Image.open(source, formats=("PNG",)) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    raise ValueError(f"{image.width} x {image.height} pixels are too many")
+                return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise RunFolderError(f"{name or source} cannot be read as a PNG image: {error}") from error
 
 
 def _check_frames(frames_FCHW: Tensor) -> None:
@@ -229,7 +241,7 @@ class _Probed:
 
 def _probe(clip: Path) -> _Probed:
     try:
-        with av.open(str(clip)) as container:
+        with open_mp4(clip) as container:
             stream = container.streams.video[0]
             context = stream.codec_context
             rate, time_base = stream.average_rate, stream.time_base
@@ -244,5 +256,5 @@ def _probe(clip: Path) -> _Probed:
                 ticks_per_frame=ticks,
                 reorder_delay=max(delays, default=0),
             )
-    except (av.FFmpegError, IndexError) as error:
+    except (av.FFmpegError, IndexError, UnsafePath) as error:
         raise RunFolderError(f"{clip} cannot be read as a video: {error}") from error

@@ -1,13 +1,11 @@
 """``storymem-doctor``: runs the checks of ``doctor``, prints them as a page or as JSON; exit code 1 for a problem."""
 
-import argparse
 import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from functools import partial
 
-from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
@@ -15,6 +13,11 @@ from storymem_dist.config.composing import compose_settings
 from storymem_dist.doctor import job, machine
 from storymem_dist.doctor.finding import OK, PROBLEM, WARNING, Finding, warning
 from storymem_dist.errors import StoryMemError
+from storymem_dist.launch.environment import set_cache_folders
+from storymem_dist.terminal.program import Parser, program
+from storymem_dist.terminal.rich_console import SafeConsole
+from storymem_dist.terminal.streams import print_error, print_line, print_lines
+from storymem_dist.terminal.text import printable
 
 _STYLES = {OK: "green", WARNING: "yellow", PROBLEM: "bold red"}
 
@@ -23,19 +26,25 @@ Check = Callable[[], Iterable[Finding]]
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of ``storymem-doctor``."""
-    parser = argparse.ArgumentParser(
+    with program("storymem-doctor"):
+        sys.exit(_run(arguments))
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    parser = Parser(
         prog="storymem-doctor",
         description="Check this machine and a configuration: what is right, what is not, and how to fix it.",
         epilog="Overrides are those of storymem-render, for example: storymem-doctor model=tiny output=/data/runs/x",
     )
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="the configuration to check")
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
-    args = parser.parse_args(arguments)
+    args = parser.parse_intermixed_args(arguments)
     try:
         settings = compose_settings(args.overrides)
     except StoryMemError as error:
-        Console(stderr=True, soft_wrap=True, highlight=False).print(f"storymem-doctor: error: {error}", markup=False)
-        sys.exit(error.exit_code)
+        print_error(f"storymem-doctor: error: {error}")
+        return error.exit_code
+    set_cache_folders(settings.output)
     findings = examine(
         [
             machine.check_versions,
@@ -47,18 +56,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
             machine.check_restarts,
             machine.check_slurm,
             machine.check_video,
+            partial(job.check_stories, settings),
             partial(job.check_layers, settings),
             partial(job.check_weights, settings),
             partial(job.check_output, settings),
             partial(job.check_tracking, settings),
         ]
     )
-    console = Console(soft_wrap=True, highlight=False)
     if args.json:
-        console.print(json.dumps([asdict(finding) for finding in findings], indent=1), markup=False)
+        print_lines(json.dumps([asdict(finding) for finding in findings], indent=1).splitlines())
     else:
-        print_page(findings, Console(highlight=False))
-    sys.exit(1 if any(finding.state == PROBLEM for finding in findings) else 0)
+        print_page(findings)
+    return 1 if any(finding.state == PROBLEM for finding in findings) else 0
 
 
 def examine(checks: Sequence[Check]) -> list[Finding]:
@@ -74,18 +83,19 @@ def examine(checks: Sequence[Check]) -> list[Finding]:
     return findings
 
 
-def print_page(findings: Sequence[Finding], console: Console) -> None:
+def print_page(findings: Sequence[Finding]) -> None:
     """Print a table with each fix below its finding, and the number of problems and warnings."""
     table = Table(Column(no_wrap=True), Column(no_wrap=True), Column(no_wrap=True), Column(overflow="fold"), box=None)
     table.show_header = False
     for finding in findings:
         style = _STYLES[finding.state]
-        table.add_row(finding.area, finding.name, f"[{style}]{finding.state}[/]", Text(finding.value))
+        state = Text(finding.state, style=style)
+        table.add_row(finding.area, printable(finding.name), state, Text(printable(finding.value)))
         if finding.fix:
-            table.add_row("", "", "", Text(f"-> {finding.fix}", style=style))
-    console.print(table)
+            table.add_row("", "", "", Text(f"-> {printable(finding.fix)}", style=style))
+    SafeConsole(highlight=False).print(table)
     counts = {state: sum(finding.state == state for finding in findings) for state in (PROBLEM, WARNING)}
-    console.print(f"{counts[PROBLEM]} problems, {counts[WARNING]} warnings")
+    print_line(f"{counts[PROBLEM]} problems, {counts[WARNING]} warnings")
 
 
 if __name__ == "__main__":

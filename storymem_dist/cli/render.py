@@ -3,31 +3,36 @@
 Knows nothing of models. A user's mistake becomes one message on standard error here, without a stack trace.
 """
 
-import io
 import os
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stderr
-from functools import partial
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import OverrideParseException
+from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
 from storymem_dist.config.composing import register_schema
+from storymem_dist.config.overrides import COMPOSING_ERRORS, as_error, is_multirun, prepare
 from storymem_dist.config.points import Point
 from storymem_dist.errors import CollectiveFailed, ConfigError, StoryMemError
-from storymem_dist.launch.points import forget_error, keep_error, point_of
+from storymem_dist.files import expand_home
+from storymem_dist.launch.again import next_line
+from storymem_dist.launch.environment import set_cache_folders
+from storymem_dist.launch.points import forget_error, keep_error, point_of, read_point
 from storymem_dist.launch.sweep import register_launcher
+from storymem_dist.parallel.launcher_watch import follow_launcher, started_by_torch
 from storymem_dist.resources import config_folder
+from storymem_dist.terminal.program import INTERRUPTED, program
+from storymem_dist.terminal.streams import print_error, print_text
 
-_MULTIRUN_FLAGS = ("-m", "--multirun")
 _OTHER_RANKS_WAIT_SECONDS = 3.0
 
 
@@ -37,8 +42,8 @@ class Application:
     def __init__(self, arguments: Sequence[str]) -> None:
         self.arguments = list(arguments)
         self.exit_code = 0
+        self.error: StoryMemError | None = None
         self.has_begun = False
-        self.on_begin: Callable[[], None] | None = None
 
     def __call__(self, config: DictConfig) -> int:
         """Render one configuration: a whole job, or a point of a multirun that another launcher started."""
@@ -47,9 +52,11 @@ class Application:
         hydra_config = HydraConfig.get()
         if hydra_config.mode != RunMode.MULTIRUN:
             self.exit_code = self._exit_code_of(lambda: self.render([point_of(config)]))
+            self._print_next(config)
             return self.exit_code
         name = hydra_config.job.override_dirname
-        forget_error(config.output, name)
+        sweep_folder = expand_home(config.output, "output")
+        forget_error(sweep_folder, name)
 
         def render_point() -> int:
             point = point_of(config, name)
@@ -58,15 +65,13 @@ class Application:
                     "launch=slurm submits one job for a whole sweep, and hydra/launcher=submitit_slurm one for each "
                     "point; use one of them: launch=torchrun with submitit"
                 )
-            return self.render([point], sweep=Path(config.output).name)
+            return self.render([point], sweep=Path(sweep_folder).name)
 
-        return self._exit_code_of(render_point, on_error=lambda error: keep_error(config.output, name, error))
+        return self._exit_code_of(render_point, on_error=lambda error: keep_error(sweep_folder, name, error))
 
     def begin(self) -> None:
         """Note that the configuration is composed: errors from now on are this program's, not Hydra's."""
         self.has_begun = True
-        if self.on_begin is not None:
-            self.on_begin()
 
     def render(self, points: Sequence[Point], *, sweep: str | None = None) -> int:
         """Render ``points`` as one job, started as ``launch`` sets; return its exit code.
@@ -74,10 +79,11 @@ class Application:
         Raises ``StoryMemError`` when the job cannot begin. Heavy imports come here, after the settings are validated.
         """
         launch = points[0].settings.launch
+        set_cache_folders(points[0].settings.output)
         if launch.dry_run and launch.mode != "slurm":
             from storymem_dist.launch.forecast import describe
 
-            sys.stdout.write(describe(points))
+            print_text(describe(points))
             return 0
         if launch.mode == "torchrun":
             from storymem_dist.launch.torchrun import render_with_torchrun
@@ -101,39 +107,29 @@ class Application:
         if rank != "0" and not isinstance(error, CollectiveFailed):
             time.sleep(_OTHER_RANKS_WAIT_SECONDS)
         where = "" if rank == "0" else f" [rank {rank}]"
-        print(f"storymem-render: error{where}: {error}", file=sys.stderr, flush=True)
+        print_error(f"storymem-render: error{where}: {error}")
+
+    def _print_next(self, config: DictConfig) -> None:
+        """Name the next command if this job ended early; the first rank only."""
+        if os.environ.get("RANK", "0") != "0" or config.launch.mode == "slurm" or config.launch.dry_run:
+            return
+        folder = Path(expand_home(config.output, "output"))
+        print_text(next_line([read_point(folder)], self.exit_code, self.error))
 
     def _exit_code_of(self, render: Callable[[], int], on_error: Callable[[StoryMemError], None] | None = None) -> int:
         try:
             return render()
         except StoryMemError as error:
+            self.error = error
             if on_error is not None:
                 on_error(error)
             self.print_error(error)
             return error.exit_code
 
 
-def point_stories_at_paths(arguments: list[str], stories_folder: Path) -> list[str]:
-    """Rewrite ``stories=VALUE`` to ``stories.path=VALUE`` unless ``VALUE`` names a file of the ``stories`` group.
-
-    Hydra would look for a configuration named VALUE, but people mean their storyboard file, folder or glob.
-    """
-    options = {path.stem for path in stories_folder.glob("*.yaml")}
-    rewritten = []
-    for argument in arguments:
-        key, equals, value = argument.partition("=")
-        if key == "stories" and equals and not set(value.split(",")) <= options:
-            plain = value.startswith(("[", "'", '"')) or "," in value
-            quoted = value if plain else "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
-            rewritten.append(f"stories.path={quoted}")
-        else:
-            rewritten.append(argument)
-    return rewritten
-
-
 def name_points_by_what_is_swept(arguments: Sequence[str]) -> list[str]:
     """Add an argument to a multirun: Hydra names each point by the swept settings alone, not by all overrides."""
-    if not any(argument in _MULTIRUN_FLAGS for argument in arguments):
+    if not is_multirun(arguments):
         return list(arguments)
     overrides = [argument for argument in arguments if "=" in argument and not argument.startswith("-")]
     try:
@@ -147,41 +143,49 @@ def name_points_by_what_is_swept(arguments: Sequence[str]) -> list[str]:
 
 def main() -> None:
     """Entry point of ``storymem-render`` and ``python -m storymem_dist.cli``."""
-    register_schema()
-    register_launcher()
-    folder = config_folder()
-    application = Application(sys.argv[1:])
-    sys.argv[1:] = name_points_by_what_is_swept(point_stories_at_paths(sys.argv[1:], folder / "stories"))
-    with _composing(application):
-        hydra.main(version_base="1.3", config_path=str(folder), config_name="render")(application)()
-    sys.exit(application.exit_code)
+    if started_by_torch():
+        follow_launcher()
+    with program("storymem-render"):
+        sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Do what a command line asks; return the exit code. ``sys.argv`` is changed meanwhile, because Hydra reads it."""
+    application = Application(arguments)
+    try:
+        register_schema()
+        register_launcher()
+        with _hydra_arguments(name_points_by_what_is_swept(prepare(arguments))):
+            hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="render")(application)()
+    except StoryMemError as error:
+        application.print_error(error)
+        return error.exit_code
+    except COMPOSING_ERRORS as error:
+        if application.has_begun and not isinstance(error, HydraException | OmegaConfBaseException):
+            raise  # a bug
+        application.print_error(as_error(error, arguments))
+        return ConfigError.exit_code
+    except KeyboardInterrupt:
+        if application.has_begun and os.environ.get("RANK", "0") == "0":
+            print_text(next_line([], INTERRUPTED))
+        raise
+    return application.exit_code
 
 
 @contextmanager
-def _composing(application: Application) -> Iterator[None]:
-    """Make Hydra's own errors exit with the code of ``ConfigError``, printed once however many ranks meet them.
-
-    Ranks other than the first delay what Hydra prints, as ``Application.print_error`` does, and give it a temporary
-    folder for its files.
-    """
-    rank = os.environ.get("RANK", "0")
-    stderr, printed = sys.stderr, io.StringIO()
+def _hydra_arguments(arguments: Sequence[str]) -> Iterator[None]:
+    """Give Hydra a command line. Its errors pass through it, and only the first rank's files stay."""
+    given, before = list(arguments), sys.argv
     with ExitStack() as cleaning:
-        if rank != "0":
-            if any(argument in _MULTIRUN_FLAGS for argument in sys.argv):
-                nowhere = cleaning.enter_context(tempfile.TemporaryDirectory(prefix="storymem-hydra-"))
-                sys.argv.append(f"hydra.sweep.dir={nowhere}")
-            cleaning.enter_context(redirect_stderr(printed))
-            application.on_begin = partial(setattr, sys, "stderr", stderr)
+        if os.environ.get("RANK", "0") != "0" and is_multirun(given):
+            nowhere = cleaning.enter_context(tempfile.TemporaryDirectory(prefix="storymem-hydra-"))
+            given.append(f"hydra.sweep.dir={nowhere}")
+        sys.argv = [before[0], *given]
+        os.environ["HYDRA_FULL_ERROR"] = "1"
         try:
             yield
-        except SystemExit as end:
-            if application.has_begun or end.code != 1:
-                raise
-            if printed.getvalue():
-                time.sleep(_OTHER_RANKS_WAIT_SECONDS)
-                stderr.write(printed.getvalue())
-            sys.exit(ConfigError.exit_code)
+        finally:
+            sys.argv = before
 
 
 if __name__ == "__main__":

@@ -6,15 +6,14 @@ standard error and an exit code.
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
 import yaml
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -25,14 +24,19 @@ from rich.progress import (
 )
 from rich.table import Column, Table
 
+from storymem_dist.cli.arguments import a_path
 from storymem_dist.errors import ConfigError, StoryMemError
 from storymem_dist.models.wan.presets import EXPERTS, HIGH_NOISE
 from storymem_dist.resources import PACKAGE_FOLDER
 from storymem_dist.story.modes import CONTINUATIONS, MI2V, T2V
-from storymem_dist.weights.checkpoints import open_checkpoint
+from storymem_dist.terminal.program import Parser, program
+from storymem_dist.terminal.rich_console import SafeConsole
+from storymem_dist.terminal.streams import print_error, print_line, print_lines
+from storymem_dist.terminal.text import printable
+from storymem_dist.weights.checkpoints import dit_shapes, open_checkpoint
 from storymem_dist.weights.hub import Hub, check_space, download, plan_download, read_state, verify_hashes
 from storymem_dist.weights.inspection import Facts, inspect_weights, kind_of
-from storymem_dist.weights.lora import LoraSettings, ScaledLora, open_loras, storymem_lora
+from storymem_dist.weights.lora import SCALE_RULES, LoraSettings, ScaledLora, lora_settings, open_loras, storymem_lora
 from storymem_dist.weights.prepare import prepare_checkpoint
 from storymem_dist.weights.prepared import STORED_DTYPES, check_files
 
@@ -53,12 +57,16 @@ class Published:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of ``storymem-weights``."""
-    args = _parser().parse_args(arguments)
-    try:
-        args.run(args)
-    except StoryMemError as error:
-        Console(stderr=True, soft_wrap=True, highlight=False).print(f"storymem-weights: error: {error}", markup=False)
-        sys.exit(error.exit_code)
+    with program("storymem-weights"):
+        args = _parser().parse_args(arguments)
+        try:
+            args.run(args)
+        except StoryMemError as error:
+            print_error(f"storymem-weights: error: {error}")
+            sys.exit(error.exit_code)
+        except OSError as error:
+            print_error(f"storymem-weights: error: {error}")
+            sys.exit(StoryMemError.exit_code)
 
 
 def published_weights(path: Path | None = None) -> dict[str, Published]:
@@ -73,12 +81,12 @@ def published_weights(path: Path | None = None) -> dict[str, Published]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="storymem-weights", description="Get, check and prepare weights.")
+    parser = Parser(prog="storymem-weights", description="Get, check and prepare weights.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     fetch = commands.add_parser("download", help="fetch published weights; continues an interrupted download")
     fetch.add_argument("names", nargs="*", metavar="NAME", help=f"what to fetch (default: {' '.join(DEFAULT_NAMES)})")
-    fetch.add_argument("--to", type=Path, default=Path("weights"), help="folder for all of them (default: weights)")
+    fetch.add_argument("--to", type=a_path, default=Path("weights"), help="folder for all of them (default: weights)")
     fetch.add_argument("--only", nargs="+", default=[], metavar="GLOB", help="only these files, e.g. '*_noise_model/*'")
     fetch.add_argument("--dry-run", action="store_true", help="print what would be fetched, and check that it fits")
     fetch.add_argument("--endpoint", help="a mirror's URL (default: HF_ENDPOINT, else huggingface.co)")
@@ -87,26 +95,29 @@ def _parser() -> argparse.ArgumentParser:
     fetch.set_defaults(run=_download)
 
     verify = commands.add_parser("verify", help="check files, sizes, index and keys")
-    verify.add_argument("paths", nargs="+", type=Path, metavar="PATH")
+    verify.add_argument("paths", nargs="+", type=a_path, metavar="PATH")
     verify.add_argument("--hashes", action="store_true", help="read every file and compare its hash (minutes)")
     verify.set_defaults(run=_verify)
 
     inspect = commands.add_parser("inspect", help="print what a file or folder is")
-    inspect.add_argument("path", type=Path)
+    inspect.add_argument("path", type=a_path)
     inspect.add_argument("--json", action="store_true")
     inspect.set_defaults(run=_inspect)
 
     prepare = commands.add_parser("prepare", help="merge LoRAs and cast once, for fast starts")
-    prepare.add_argument("checkpoint", type=Path, help="a base model's folder")
-    prepare.add_argument("output", type=Path, help="the new folder")
-    prepare.add_argument("--storymem-lora", type=Path, help="folder of the StoryMem LoRAs (I2V base model only)")
+    prepare.add_argument("checkpoint", type=a_path, help="a base model's folder")
+    prepare.add_argument("output", type=a_path, help="the new folder")
+    prepare.add_argument("--storymem-lora", type=a_path, help="folder of the StoryMem LoRAs (I2V base model only)")
+    prepare.add_argument(
+        "--storymem-scale-rule", choices=SCALE_RULES, default="rslora", help="rule of that LoRA (default: rslora)"
+    )
     prepare.add_argument("--continuation", choices=CONTINUATIONS, default=MI2V, help="default: mi2v")
     prepare.add_argument(
         "--lora",
         action="append",
         default=[],
         metavar="PATH[,KEY=VALUE]",
-        help="a further LoRA; keys: scale_rule, strength, alpha, expert; may be repeated",
+        help="a further LoRA; keys: scale_rule, strength, alpha, expert, unmatched; may be repeated",
     )
     prepare.add_argument("--dtype", choices=STORED_DTYPES, default="bfloat16", help="default: bfloat16")
     prepare.set_defaults(run=_prepare)
@@ -114,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _download(args: argparse.Namespace) -> None:
-    console, known, hub = Console(), published_weights(), Hub(args.endpoint)
+    console, known, hub = SafeConsole(markup=False), published_weights(), Hub(args.endpoint)
     for name in args.names or DEFAULT_NAMES:
         if name not in known:
             raise ConfigError(f"download {name}: unknown; known are: {', '.join(known)}")
@@ -129,7 +140,8 @@ def _download(args: argparse.Namespace) -> None:
     table = Table("name", "repository", "commit", "files left", "to fetch", "folder", title=hub.endpoint)
     for name, plan in plans.items():
         gigabytes = f"{plan.num_bytes_to_fetch / 1e9:.2f} GB"
-        table.add_row(name, plan.state.repo, plan.state.commit[:12], str(len(plan.files)), gigabytes, str(plan.root))
+        files, root = str(len(plan.files)), printable(plan.root)
+        table.add_row(name, plan.state.repo, plan.state.commit[:12], files, gigabytes, root)
     console.print(table)
     for plan in plans.values():
         check_space(plan)
@@ -141,14 +153,13 @@ def _download(args: argparse.Namespace) -> None:
             download(hub, plan, num_workers=args.workers, on_bytes=on_done)
         if name in ("t2v", "i2v") and not args.only:
             open_checkpoint(plan.root, name)
-        console.print(f"{name}: complete and checked in {plan.root}")
+        print_line(f"{name}: complete and checked in {plan.root}")
 
 
 def _verify(args: argparse.Namespace) -> None:
-    console = Console(soft_wrap=True)
     for path in args.paths:
         facts = inspect_weights(path)
-        console.print(f"{path}: {facts['what']}: files, sizes, index and keys are right", highlight=False)
+        print_line(f"{path}: {facts['what']}: files, sizes, index and keys are right")
         if not args.hashes or path.is_file():
             continue
         state = read_state(path)
@@ -156,41 +167,43 @@ def _verify(args: argparse.Namespace) -> None:
             manifest = open_checkpoint(path, kind_of(path)).prepared
             assert manifest is not None
             check_files(path, manifest, hashes=True)
-            console.print(f"{path}: {len(manifest.files)} hashes are right")
+            print_line(f"{path}: {len(manifest.files)} hashes are right")
         elif state is None:
             raise ConfigError(
                 f"{path}: no hashes are known; only folders that storymem-weights downloaded or prepared have them"
             )
         else:
-            absent = verify_hashes(path, state, lambda file: console.print(f"  {file.path}", highlight=False))
-            console.print(f"{path}: {len(state.files) - len(absent)} hashes are right, {len(absent)} files are missing")
+            absent = verify_hashes(path, state, lambda file: print_line(f"  {file.path}"))
+            print_line(f"{path}: {len(state.files) - len(absent)} hashes are right, {len(absent)} files are missing")
 
 
 def _inspect(args: argparse.Namespace) -> None:
     facts = inspect_weights(args.path)
-    console = Console(soft_wrap=True)
     if args.json:
-        console.print_json(json.dumps(facts))
+        print_lines(json.dumps(facts, indent=2).splitlines())
         return
     table = Table(Column(no_wrap=True), Column(overflow="fold"), show_header=False, box=None)
     for key, value in _rows(facts):
-        table.add_row(key, value)
-    console.print(table)
+        table.add_row(printable(key), "\n".join(map(printable, value.split("\n"))))
+    SafeConsole(soft_wrap=True, markup=False).print(table)
 
 
 def _prepare(args: argparse.Namespace) -> None:
-    console = Console(soft_wrap=True)
+    console = SafeConsole(soft_wrap=True)
     kind = kind_of(args.checkpoint)
     checkpoint = open_checkpoint(args.checkpoint, kind)
-    further = [_lora_settings(text) for text in args.lora]
-    loras: dict[str, list[ScaledLora]] = {expert: open_loras(further, expert) for expert in EXPERTS}
+    further, shapes = [_lora_settings(text) for text in args.lora], dit_shapes(checkpoint.dit_config)
+    loras: dict[str, list[ScaledLora]] = {expert: open_loras(further, expert, shapes) for expert in EXPERTS}
     folder = None
     if args.storymem_lora is not None:
         if kind == T2V:
             raise ConfigError("--storymem-lora: the StoryMem LoRA belongs to the I2V base model; this one is T2V")
-        storymem = storymem_lora(args.storymem_lora, args.continuation)
+        storymem = storymem_lora(args.storymem_lora, args.continuation, scale_rule=args.storymem_scale_rule)
         folder = storymem[HIGH_NOISE].file.path.resolve().parent.name
         loras = {expert: [storymem[expert], *loras[expert]] for expert in EXPERTS}
+    for expert in EXPERTS:
+        for lora in loras[expert]:
+            print_line(f"{expert}: {lora.summary()}")
     with _bytes_bar("prepare", console) as (on_total, on_done):
         totals: dict[str, int] = {}
 
@@ -205,30 +218,20 @@ def _prepare(args: argparse.Namespace) -> None:
             checkpoint, loras, args.output, dtype=args.dtype, storymem_folder=folder, progress=progress
         )
     num_bytes = sum(facts["num_bytes"] for facts in manifest.files.values())
-    console.print(
+    print_line(
         f"{args.output}: {num_bytes / 1e9:.2f} GB as {manifest.dtype}, {manifest.storymem_lora or 'no StoryMem LoRA'} "
         f"merged; render with model.{kind}_checkpoint={args.output}"
     )
 
 
 def _lora_settings(text: str) -> LoraSettings:
-    """Parse ``PATH[,KEY=VALUE...]``. Raises ``ConfigError`` for unknown keys and values that are not numbers."""
-    path, *options = text.split(",")
-    allowed = [one.name for one in fields(LoraSettings) if one.name != "path"]
-    values: dict[str, Any] = {}
-    for option in options:
-        key, equals, value = option.partition("=")
-        if key not in allowed or not equals:
-            raise ConfigError(f"--lora {text}: {option!r} is not allowed; use KEY=VALUE with: {', '.join(allowed)}")
-        try:
-            values[key] = float(value) if key in ("strength", "alpha") else value
-        except ValueError:
-            raise ConfigError(f"--lora {text}: {key}={value!r} is not a number") from None
-    return LoraSettings(path=path, **values)
+    """Parse ``PATH[,KEY=VALUE...]``; the path may hold commas. Raises ``ConfigError`` for what is not allowed."""
+    path, *options = [text] if Path(text).exists() else re.split(r",(?=\w+=)", text)
+    return lora_settings({"path": path, **dict(option.split("=", 1) for option in options)}, f"--lora {text}")
 
 
 @contextmanager
-def _bytes_bar(what: str, console: Console) -> Iterator[tuple[Callable[[int], None], Callable[[int], None]]]:
+def _bytes_bar(what: str, console: SafeConsole) -> Iterator[tuple[Callable[[int], None], Callable[[int], None]]]:
     """Show a progress bar; yield a function that adds bytes to its total and one that adds bytes done."""
     columns = (
         TextColumn("{task.description}"),

@@ -1,10 +1,10 @@
-"""Former names of presets: they keep working, and no list shows them.
+"""Former names of presets and settings: they keep working, and no list shows them.
 
 Hydra asks the sources of its search path for each name in turn. This one knows the former names and lists none of them,
 so ``--help``, a typo's message and shell completion show what lies in ``conf/`` alone.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hydra.core.config_search_path import ConfigSearchPath
@@ -38,6 +38,19 @@ FORMER_NAMES: Mapping[str, Mapping[str, Any]] = {
     "parallel/usp4": {"ring": 2, "ulysses": 2},
 }
 """Each former name as Hydra knows it (``GROUP/NAME``), with the contents of its entry."""
+
+FORMER_KEYS: Mapping[str, str] = {"debug.verify_records": "debug.verify_checksums"}
+"""Each former name of a setting with its present one."""
+
+
+def with_present_keys(arguments: Sequence[str]) -> list[str]:
+    """Return a command line in which every setting has its present name."""
+    present = []
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        name = key.lstrip("+~")
+        present.append(f"{key[: len(key) - len(name)]}{FORMER_KEYS.get(name, name)}{equals}{value}")
+    return present
 
 
 class FormerNamesSource(ConfigSource):

@@ -7,9 +7,10 @@ whole job needs them and ``launch`` lies above it.
 import re
 from dataclasses import dataclass, field
 
-from storymem_dist.errors import ConfigError, require_at_least, require_one_of
+from storymem_dist.errors import ConfigError, require_between, require_one_of
 
 MODES = ("inline", "torchrun", "slurm")
+_MAX_NODES = 65_536  # also of tasks and of cores per task
 _TIME = re.compile(r"\d+(-\d+(:\d+){0,2})?|\d+(:\d+){1,2}")
 
 
@@ -42,10 +43,10 @@ class SlurmSettings:
         for key in ("nodes", "tasks", "cpus_per_task"):
             value = getattr(self, key)
             if value is not None:
-                require_at_least(f"launch.slurm.{key}", value, 1)
+                require_between(f"launch.slurm.{key}", value, 1, _MAX_NODES)
         if self.gpus_per_node is not None:
-            require_at_least("launch.slurm.gpus_per_node", self.gpus_per_node, 0)
-        require_at_least("launch.slurm.max_requeues", self.max_requeues, 0)
+            require_between("launch.slurm.gpus_per_node", self.gpus_per_node, 0, 1024)
+        require_between("launch.slurm.max_requeues", self.max_requeues, 0, 1_000_000)
         if self.time is not None and not _TIME.fullmatch(self.time):
             raise ConfigError(
                 f"launch.slurm.time={self.time!r} is not allowed; use minutes, HH:MM:SS or D-HH:MM:SS, in quotes: "
@@ -95,13 +96,14 @@ class LaunchSettings:
     def __post_init__(self) -> None:
         require_one_of("launch.mode", self.mode, MODES)
         if self.processes_per_node is not None:
-            require_at_least("launch.processes_per_node", self.processes_per_node, 1)
-        require_at_least("launch.max_restarts", self.max_restarts, 0)
-        require_at_least("launch.num_nodes", self.num_nodes, 1)
-        if not 0 <= self.node_rank < self.num_nodes:
+            require_between("launch.processes_per_node", self.processes_per_node, 1, 1024)
+        require_between("launch.max_restarts", self.max_restarts, 0, 1_000_000)
+        require_between("launch.num_nodes", self.num_nodes, 1, _MAX_NODES)
+        require_between("launch.node_rank", self.node_rank, 0, _MAX_NODES)
+        if self.node_rank >= self.num_nodes:
             raise ConfigError(
                 f"launch.node_rank={self.node_rank} is not allowed; with launch.num_nodes={self.num_nodes} it is "
                 f"0 to {self.num_nodes - 1}"
             )
-        if self.port is not None and not 0 < self.port < 65536:
-            raise ConfigError(f"launch.port={self.port} is not allowed; it must be 1 to 65535, or null for a free one")
+        if self.port is not None:
+            require_between("launch.port", self.port, 1, 65535)

@@ -7,14 +7,15 @@ on the device, and the host reads its results every few steps.
 Legend: C channels, K+T latent times of memory and clip, h/w latent size, L text tokens, E text width.
 """
 
+import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
 from storymem_dist.diffusion.experts import ExpertPair
@@ -22,9 +23,11 @@ from storymem_dist.diffusion.guidance import Guidance
 from storymem_dist.diffusion.latent_grid import LATENT_CHANNELS, LatentGrid
 from storymem_dist.diffusion.solver import Solver
 from storymem_dist.errors import RunFolderError, ShotError
-from storymem_dist.files import write_bytes
+from storymem_dist.files import canonical_json, read_limited, safetensors_metadata, write_bytes
+from storymem_dist.hardware import machine_fault
 
 _STATE_FORMAT = "storymem-denoise-state-1"
+_MAX_STATE_BYTES = 4 * 2**30
 _CHECK_FINITE_EVERY = 8
 
 
@@ -72,19 +75,20 @@ class DenoiseState:
         return int(self.solver_state["step_index"])
 
     def save(self, path: Path) -> None:
-        """Write one safetensors file, atomically and durably. Raises ``RunFolderError`` when that fails."""
+        """Write one safetensors file, atomically and durably. Raises ``MachineError`` when that fails."""
         tensors = {"latents": self.latents} | {f"solver.{key}": value for key, value in self.solver_state.items()}
+        tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
         metadata = {
             "format": _STATE_FORMAT,
             "fingerprint": self.fingerprint,
             "solver_name": self.solver_name,
             "num_steps": str(self.num_steps),
         }
-        data = save({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, metadata)
         try:
-            write_bytes(path, data)
+            write_bytes(path, save(tensors, metadata | {"sha256": _checksum(tensors, metadata)}))
         except OSError as error:
-            raise RunFolderError(f"the step checkpoint {path} cannot be written: {error}") from error
+            what = f"the step checkpoint {path} cannot be written: {error.strerror or error}"
+            raise machine_fault(error, while_writing=True, what=what) or RunFolderError(what) from error
 
     @classmethod
     def load(cls, path: Path, *, fingerprint: str) -> "DenoiseState":
@@ -93,25 +97,51 @@ class DenoiseState:
         Raises ``RunFolderError`` when the file is missing, damaged, or belongs to another shot or other settings.
         """
         try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
+            data = read_limited(path, _MAX_STATE_BYTES)
+            tensors, metadata = load(data), safetensors_metadata(data)
         except (OSError, SafetensorError) as error:
             raise RunFolderError(f"the step checkpoint {path} cannot be read: {error}") from error
         if metadata.get("format") != _STATE_FORMAT:
             raise RunFolderError(f"{path} is not a step checkpoint (format {metadata.get('format')!r})")
-        if metadata["fingerprint"] != fingerprint:
+        checksum = metadata.pop("sha256", None)
+        if checksum is not None and checksum != _checksum(tensors, metadata):  # a version before this one wrote none
+            raise RunFolderError(f"the step checkpoint {path} is damaged: its checksum does not match")
+        try:
+            state = cls(
+                latents=tensors.pop("latents"),
+                solver_state={key.removeprefix("solver."): value for key, value in tensors.items()},
+                solver_name=metadata["solver_name"],
+                num_steps=int(metadata["num_steps"]),
+                fingerprint=metadata["fingerprint"],
+            )
+            state._check_parts()
+        except (KeyError, ValueError) as error:
+            raise RunFolderError(f"the step checkpoint {path} is damaged: {error}") from error
+        if state.fingerprint != fingerprint:
             raise RunFolderError(
                 f"the step checkpoint {path} is of another shot or other settings (fingerprint "
-                f"{metadata['fingerprint']!r}, expected {fingerprint!r}); remove it to start the shot again"
+                f"{state.fingerprint!r}, expected {fingerprint!r}); remove it to start the shot again"
             )
-        return cls(
-            latents=tensors.pop("latents"),
-            solver_state={key.removeprefix("solver."): value for key, value in tensors.items()},
-            solver_name=metadata["solver_name"],
-            num_steps=int(metadata["num_steps"]),
-            fingerprint=fingerprint,
-        )
+        return state
+
+    def _check_parts(self) -> None:
+        """Raise ``KeyError`` or ``ValueError`` where a part is not what ``denoise`` makes."""
+        step = self.solver_state["step_index"]
+        if step.shape or step.dtype != torch.int64 or not 0 <= int(step) <= self.num_steps:
+            raise ValueError("its step is none of the shot's")
+        for key, tensor in {**self.solver_state, "latents": self.latents}.items():
+            is_like_latents = tensor.dtype == torch.float32 and tensor.shape == self.latents.shape
+            if key != "step_index" and not (is_like_latents and bool(torch.isfinite(tensor).all())):
+                raise ValueError(f"{key} is no finite float32 tensor of the shape of the latents")
+
+
+def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """SHA-256 of all parts of a state file, in hex digits."""
+    digest = hashlib.sha256(canonical_json(dict(metadata)))
+    for key, tensor in sorted(tensors.items()):
+        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 class DenoiseStopped(Exception):

@@ -7,7 +7,7 @@ models, devices or Hydra.
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from storymem_dist.errors import ConfigError, require_at_least, require_one_of
+from storymem_dist.errors import ConfigError, require_between, require_one_of, shown
 from storymem_dist.story.modes import CONTINUATIONS, KINDS, MI2V, NUM_GIVEN_FRAMES, T2V
 
 SOLVERS = ("unipc", "dpmpp", "euler")
@@ -21,9 +21,13 @@ WAN_NEGATIVE_PROMPT = (
     "背景人很多，倒着走"
 )
 
-_MAX_SEED = 2**62  # torch generators take 64 bits; the shot's index is added on top
+_MAX_SEED = 2**63 - 1  # torch's generators take 64 bits; the shot's index is added on top
 _MAX_FLOW_SHIFT = 1000.0  # above it, the first UniPC sigma is so close to 1 that log(1 - sigma) loses its digits
 _MAX_STEPS = 1000  # the models know 1000 training timesteps
+_MAX_FPS = 1000
+_MAX_SIZE = 16_384  # of a side, in pixels; H.264 ends there
+_MAX_PIXELS = 64 * 10**6  # of a frame; larger ones are not read back
+_MAX_FRAMES = 10_001  # ten minutes at 16 frames per second; the memory of a machine ends before
 
 
 @dataclass(kw_only=True, slots=True)
@@ -67,16 +71,16 @@ class SamplerSettings:
         require_one_of("sampler.seed_rule", self.seed_rule, SEED_RULES)
         require_one_of("sampler.noise_device", self.noise_device, NOISE_DEVICES)
         check_frame_sizes(self.num_frames, self.height, self.width, where="sampler.")
-        require_at_least("sampler.fps", self.fps, 1)
-        _require_between("sampler.num_inference_steps", self.num_inference_steps, 1, _MAX_STEPS)
-        _require_between("sampler.seed", self.seed, -_MAX_SEED, _MAX_SEED)
+        require_between("sampler.fps", self.fps, 1, _MAX_FPS)
+        require_between("sampler.num_inference_steps", self.num_inference_steps, 1, _MAX_STEPS)
+        require_between("sampler.seed", self.seed, -_MAX_SEED, _MAX_SEED)
         for name in ("flow_shift_t2v", "flow_shift_m2v"):
-            _require_between(f"sampler.{name}", getattr(self, name), 0.01, _MAX_FLOW_SHIFT)
+            require_between(f"sampler.{name}", getattr(self, name), 0.01, _MAX_FLOW_SHIFT)
         for name in ("boundary_ratio_t2v", "boundary_ratio_m2v"):
-            _require_between(f"sampler.{name}", getattr(self, name), 0.0, 1.0)
+            require_between(f"sampler.{name}", getattr(self, name), 0.0, 1.0)
         for name in ("guidance_scale_high", "guidance_scale_low"):
-            _require_between(f"sampler.{name}", getattr(self, name), 0.0, 100.0)
-        _require_between("sampler.step_cache_threshold", self.step_cache_threshold, 0.0, 1.0)
+            require_between(f"sampler.{name}", getattr(self, name), 0.0, 100.0)
+        require_between("sampler.step_cache_threshold", self.step_cache_threshold, 0.0, 1.0)
         self._check_sigmas()
         given = NUM_GIVEN_FRAMES.get(self.continuation, 0)
         if self.num_frames <= given:
@@ -115,6 +119,11 @@ class SamplerSettings:
         """Whether any step runs the unconditional pass."""
         return self.guidance_scale_high != 1.0 or self.guidance_scale_low != 1.0
 
+    @property
+    def needed_negative_prompt(self) -> str | None:
+        """The negative prompt; None where no step reads it."""
+        return self.negative_prompt if self.needs_negative_prompt else None
+
 
 def check_frame_sizes(num_frames: int, height: int, width: int, *, where: str = "") -> None:
     """Raise ``ConfigError`` unless the VAE and the DiT can divide such a clip into whole tokens.
@@ -122,13 +131,20 @@ def check_frame_sizes(num_frames: int, height: int, width: int, *, where: str = 
     The VAE packs 4 frames into one latent after the first (so 4n+1 frames) and 8x8 pixels into one latent cell; the
     DiT takes 2x2 latent cells per token (so multiples of 16 pixels, in either orientation).
     """
-    if num_frames < 1 or num_frames % 4 != 1:
+    require_between(f"{where}num_frames", num_frames, 1, _MAX_FRAMES)
+    for name, size in (("height", height), ("width", width)):
+        require_between(f"{where}{name}", size, 16, _MAX_SIZE)
+    if height * width > _MAX_PIXELS:
+        raise ConfigError(
+            f"{where}height={height} and {where}width={width} are not allowed; a frame may have {_MAX_PIXELS:,} pixels"
+        )
+    if num_frames % 4 != 1:
         below = max(1, (num_frames - 1) // 4 * 4 + 1)
         raise ConfigError(
             f"{where}num_frames={num_frames!r} is not allowed; it must be 4n+1, such as {below} or {below + 4}"
         )
     for name, size in (("height", height), ("width", width)):
-        if size < 16 or size % 16:
+        if size % 16:
             near = max(16, round(size / 16) * 16)
             raise ConfigError(f"{where}{name}={size!r} is not allowed; it must be a multiple of 16, such as {near}")
 
@@ -138,10 +154,5 @@ def check_sigmas(sigmas: list[float], *, where: str = "") -> None:
     falling = all(a > b for a, b in pairwise(sigmas))
     if not sigmas or not falling or not sigmas[0] <= 1.0 or not sigmas[-1] > 0.0:
         raise ConfigError(
-            f"{where}sigmas={sigmas!r} is not allowed; give falling values in (0, 1], without the final 0"
+            f"{where}sigmas={shown(sigmas)} is not allowed; give falling values in (0, 1], without the final 0"
         )
-
-
-def _require_between(name: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high:
-        raise ConfigError(f"{name}={value!r} is not allowed; it must be between {low} and {high}")

@@ -18,6 +18,7 @@ from functools import partial
 from storymem_dist.artifacts.shot_folder import new_attempt_id
 from storymem_dist.diffusion.denoise import DenoiseState
 from storymem_dist.dispatch import announcing
+from storymem_dist.dispatch.ending import Ending, unusable
 from storymem_dist.dispatch.graph import ShotStatus
 from storymem_dist.dispatch.history import DamagedHistory, read_checkpoint, read_history
 from storymem_dist.dispatch.leases import Owner
@@ -28,10 +29,11 @@ from storymem_dist.dispatch.queue import Claim, ShotQueue, failure_at
 from storymem_dist.dispatch.saving import BackgroundSave, HeldShot, SaveEnd
 from storymem_dist.dispatch.settings import DispatchSettings
 from storymem_dist.dispatch.stop import StopSwitch
-from storymem_dist.dispatch.story_video import StoryVideoMaker, StoryVideoState
-from storymem_dist.dispatch.summary import DONE, FAILED, STOPPED, BatchSummary, Replica, Tally, summarize
-from storymem_dist.errors import RunFolderError
+from storymem_dist.dispatch.story_video import StoryVideoMaker
+from storymem_dist.dispatch.summary import DONE, FAILED, STOPPED, BatchSummary, Replica, Tally
+from storymem_dist.errors import MachineError, RunFolderError
 from storymem_dist.events import ReplicaWaited, StopRequested, WarningIssued
+from storymem_dist.hardware import machine_fault
 
 _LONGEST_PAUSE = 4.0  # between two claims while no shot is ready, in units of poll_seconds
 _LEASE_CHECK_SECONDS = 1.0  # between two checks of the lease of the running shot
@@ -78,6 +80,7 @@ class Coordinator:
             check_contents=self._check_contents,
             stop_reason=self._stop.reason,
         )
+        self._stop.when_requested(self._batch.note_stopping)
         self._tally.num_skipped = self._batch.num_skipped
         if self._replica.index == 0:
             for part, leases in zip(self._parts, self._batch.leases, strict=True):
@@ -85,26 +88,20 @@ class Coordinator:
                     part.run.remove_outcome()  # of the job before this one
 
     def finish(self, end: End) -> BatchSummary:
-        """Write ``stop.json``, notify the observers, release all leases, and return the summary."""
-        summary = self._summary(end)
-        for part_index, part in enumerate(self._parts):
-            of_part = self._summary(end, part_index)
-            details = {
-                "reason": end.reason,
-                "job_id": self._owner.job_id,
-                "replica": self._replica.index,
-                "num_stories": of_part.num_stories,
-                "num_stories_done": of_part.num_stories_done,
-                "num_failed": of_part.num_failed,
-                "num_blocked": of_part.num_blocked,
-            }
-            try:
-                part.run.write_outcome(of_part.state, **details)
-            except OSError as error:
-                self._warn(part, f"stop.json cannot be written: {error}", "save")
-            part.observers.notify(announcing.job_finished(summary))
+        """Write ``stop.json``, notify the observers, release all leases, and return the summary.
+
+        The first replica then waits, for a while, for the others to stop, so that its summary is that of the whole job.
+        Raises ``MachineError`` when ``stop.json`` cannot be written.
+        """
+        assert self._batch is not None, "the coordinator is not open"
+        ending = Ending(parts=self._parts, batch=self._batch, end=end, tally=self._tally, began=self._began)
+        fault = ending.report(self._owner)
         self.close()
-        return summary
+        if fault is not None:
+            raise fault
+        if end.state == STOPPED and self._replica.index == 0 and self._replica.count > 1:
+            ending.wait_for_peers()
+        return ending.summary()
 
     def close(self, *, crashed: bool = False, at_once: bool = False) -> None:
         """Wait for the save in progress, or abandon it with ``at_once``, then release all leases.
@@ -113,6 +110,8 @@ class Coordinator:
         """
         if self._batch is None:
             return
+        if crashed:
+            self._running = None  # its lease stays
         if self._saving is not None and at_once:
             self._saving.abandon()  # it ends at its next file, so the wait below is short
         try:
@@ -125,7 +124,10 @@ class Coordinator:
     # -- the next shot -------------------------------------------------------------------------------------------------
 
     def next_assignment(self, loaded: str | None) -> Assignment | End:
-        """Wait for a shot that this replica can render, or for the end. ``loaded``: the kind of its loaded experts."""
+        """Wait for a shot that this replica can render, or for the end. ``loaded``: the kind of its loaded experts.
+
+        Raises ``MachineError`` when the run folder can no longer be used.
+        """
         waited, pause = 0.0, self._settings.poll_seconds
         self._collect_saved()
         while self._end is None:
@@ -147,8 +149,7 @@ class Coordinator:
                     self._end = self._outcome()
                     break
             except OSError as error:
-                self._end = End(state=FAILED, reason=f"the run folder can no longer be used: {error}")
-                break
+                raise unusable(error) from error
             if self._saving is not None:
                 self._saving.wait(pause)
                 self._collect_saved()
@@ -219,13 +220,15 @@ class Coordinator:
         return self._lost or self._end is not None
 
     def save_checkpoint(self, state: DenoiseState) -> None:
-        """Save the running shot between two steps. A failure is only a warning."""
+        """Save the running shot between two steps. Raises ``MachineError``; another failure is only a warning."""
         shot, part = self._held.shot, self._parts[self._held.shot.part]
         path = part.run.checkpoint(shot.story_id, shot.shot_id, shot.fingerprint)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             state.save(path)
         except (OSError, RunFolderError) as error:
+            if fault := machine_fault(error, while_writing=True):
+                raise fault from error
             self._warn(part, f"{error}; the render continues without this step checkpoint", "save")
 
     def note_prepared(self, elapsed_seconds: float, *, swapped: bool) -> None:
@@ -242,8 +245,10 @@ class Coordinator:
         if not self._queue.still_held(held.claim):
             self._give_up_lost_shot(held)
             return
-        self.save_checkpoint(state)
-        self._release(held, ShotStatus.WAITING)
+        try:
+            self.save_checkpoint(state)
+        finally:
+            self._release(held, ShotStatus.WAITING)
 
     def shot_rendered(self, rendered: RenderedShot) -> None:
         """Start to save and publish a rendered shot. If it cannot be saved, the shot has failed."""
@@ -270,7 +275,13 @@ class Coordinator:
             return
         save.wait()
         self._saving = None
-        saved, held = save.outcome(), save.held
+        try:
+            saved, held = save.outcome(), save.held
+        except Exception as error:
+            for blameless in [self._running, save.held if isinstance(error, MachineError) else None]:
+                if blameless is not None:  # so its lease counts no death
+                    self._release(blameless, ShotStatus.WAITING)
+            raise
         match saved.end:
             case SaveEnd.COMMITTED:
                 self._tally.num_rendered += 1
@@ -304,8 +315,8 @@ class Coordinator:
         try:
             self._queue.mark_failed(failure, shot)
         except OSError as error:
-            where = f"{failure.story_id}:{failure.shot_id}"
-            self._end = End(state=FAILED, reason=f"{where}: {reason}; the failure cannot be recorded: {error}")
+            self._release(held, ShotStatus.WAITING)
+            raise unusable(error) from error
         self._release(held, ShotStatus.FAILED if failure.is_final else ShotStatus.WAITING)
         chain = self._queue.graph.chain_of(shot)
         if chain.is_blocked:
@@ -335,7 +346,7 @@ class Coordinator:
     @property
     def _story_videos(self) -> StoryVideoMaker:
         assert self._batch is not None, "the coordinator is not open"
-        return StoryVideoMaker(parts=self._parts, leases=self._batch.leases)
+        return StoryVideoMaker(parts=self._parts, leases=self._batch.leases, check_contents=self._check_contents)
 
     @property
     def _held(self) -> HeldShot:
@@ -355,9 +366,7 @@ class Coordinator:
         """Make the videos of complete stories that have none; False when the batch may not be finished after that."""
         chains = self._queue.graph.chains
         first = len(chains) * self._replica.index // self._replica.count  # each replica begins with other stories
-        complete = [chain for chain in chains[first:] + chains[:first] if chain.is_complete]
-        states = [self._story_videos.make(chain, self._queue.mark_damaged) for chain in complete]
-        return not any(state in (StoryVideoState.ELSEWHERE, StoryVideoState.DAMAGED) for state in states)
+        return self._story_videos.make_missing(chains[first:] + chains[:first], self._queue.mark_damaged)
 
     def _announce_stop(self, reason: str) -> None:
         if not self._announced_stop:
@@ -380,17 +389,3 @@ class Coordinator:
         if not num_failed:
             return End(state=DONE)
         return End(state=FAILED, reason=f"{num_failed} stories could not be rendered completely")
-
-    def _summary(self, end: End, part_index: int | None = None) -> BatchSummary:
-        """Summary of the batch, or of one part of it; the tally is this replica's in both cases."""
-        assert self._batch is not None, "the coordinator is not open"
-        return summarize(
-            end.state,
-            end.reason,
-            chains=self._queue.graph.chains if part_index is None else self._queue.graph.chains_of(part_index),
-            rejected=[failure for index, failure in self._batch.rejected if part_index in (None, index)],
-            failures=[failure for key, failure in self._queue.failures.items() if part_index in (None, key[0])],
-            tally=self._tally,
-            elapsed_seconds=time.monotonic() - self._began,
-            is_whole=part_index is None,
-        )

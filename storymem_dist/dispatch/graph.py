@@ -245,3 +245,19 @@ def choose_shot(
         return None
     wait = 0.0 if follows is not None else expected_wait(loaded)  # saving takes no time, compared with swapping
     return None if wait < 2 * swap_seconds else other
+
+
+def likely_order(graph: ShotGraph, num_replicas: int) -> list[PlannedShot]:
+    """Return the ready shots and those after them in about the order in which a job will claim them.
+
+    Marks them as committed in ``graph``, which nobody else may use.
+    """
+    order: list[PlannedShot] = []
+    loaded: str | None = None
+    while shot := choose_shot(
+        graph, loaded, num_replicas=num_replicas, expected_wait=lambda kind: float("inf"), swap_seconds=0.0
+    ):
+        order.append(shot)
+        loaded = shot.kind
+        graph.set_state(shot, ShotStatus.COMMITTED)
+    return order

@@ -4,6 +4,8 @@ The former depend on committed records and images only. Knows a run folder and a
 chooses among the keyframes.
 """
 
+import os
+
 from storymem_dist.artifacts.records import DamagedRecord
 from storymem_dist.artifacts.run_folder import RunFolder
 from storymem_dist.diffusion.denoise import DenoiseState
@@ -11,6 +13,7 @@ from storymem_dist.dispatch.graph import Chain
 from storymem_dist.dispatch.plan import PlannedShot
 from storymem_dist.dispatch.protocol import ShotHistory
 from storymem_dist.errors import RunFolderError
+from storymem_dist.hardware import machine_fault
 from storymem_dist.memory.bank import Keyframe
 from storymem_dist.story.modes import M2V
 
@@ -48,13 +51,17 @@ def read_history(run: RunFolder, chain: Chain, index: int) -> ShotHistory:
 def read_checkpoint(run: RunFolder, shot: PlannedShot) -> DenoiseState | None:
     """Return the denoising state at which an earlier attempt at ``shot`` stopped, or None.
 
-    Raises ``RunFolderError`` after removing one that cannot be used.
+    Raises ``RunFolderError`` after removing one that is damaged, and ``MachineError`` when it cannot be read.
     """
     path = run.checkpoint(shot.story_id, shot.shot_id, shot.fingerprint)
-    if not path.exists():
+    if not os.path.lexists(path):
         return None
     try:
+        if path.is_symlink() or not path.is_file():
+            raise RunFolderError(f"the step checkpoint {path} is a link or not a regular file")
         return DenoiseState.load(path, fingerprint=shot.fingerprint)
-    except RunFolderError:
+    except RunFolderError as error:
+        if fault := machine_fault(error, while_writing=True):
+            raise fault from error
         path.unlink(missing_ok=True)
         raise

@@ -2,22 +2,22 @@
 
     leases/<owner>.alive                     heartbeat: a counter, rewritten in place a few times per lease time
     leases/<owner>.dead                      the ``.alive`` file, renamed once a peer finds its owner dead
-    leases/<key>.<generation>.lease          made by an exclusive hard link; names its owner
+    leases/<key>.<generation>.lease          made by an exclusive hard link; names its owner, counts deaths before it
+    leases/<key>.<generation>.stopping       made when its holder is asked to stop: its death then does not count
 
 Correctness rests on two operations that file servers do atomically: exclusive ``link``, and ``unlink``. It needs no
 locks and no clocks of other machines: an owner counts as dead when its counter has stood still for ``lease_seconds`` on
 the *observer's* monotonic clock, or at once when its process is known to be gone (same boot of the same machine).
 
 To take over a dead owner's lease, a process makes the next generation; only one process succeeds. No process removes or
-renames the lease of a living peer. The holder of a key is the owner of its highest generation, which counts the holders
-that died; lower generations stay until the key is released. An owner that resumes after a long pause finds the higher
+renames the lease of a living peer. The holder of a key is the owner of its highest generation; lower generations stay
+until the key is released. An owner that resumes after a long pause finds the higher
 generation (``is_held``) and gives up.
 
 Knows keys, owners and files; nothing of shots.
 """
 
 import contextlib
-import json
 import os
 import re
 import secrets
@@ -25,16 +25,19 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
-from storymem_dist.files import canonical_json, create_exclusively, names_in
+from storymem_dist.files import canonical_json, create_exclusively, names_in, read_json
+from storymem_dist.hardware import boot_id, pid_namespace, process_start
 
 WORKING = "working"
 WAITING = "waiting"
 HEARTBEATS_PER_LEASE = 6
 
 _LEASE_NAME = re.compile(r"(?P<key>.+)\.(?P<generation>\d+)\.lease")
+_FILE_OF_A_LEASE = re.compile(r"(?P<key>.+)\.\d+\.(lease|stopping)")
 _ALIVE_SUFFIX = ".alive"
 _DEAD_SUFFIX = ".dead"
 
@@ -67,30 +70,34 @@ class Owner:
             replica=replica,
             host=host,
             pid=os.getpid(),
-            boot_id=_boot_id(),
-            pid_namespace=_pid_namespace(),
-            pid_start=_pid_start(os.getpid()) or "",
+            boot_id=boot_id(),
+            pid_namespace=pid_namespace(),
+            pid_start=process_start(os.getpid()) or "",
         )
 
     def is_known_dead(self) -> bool:
         """Whether this owner's process is certainly gone. False where this process cannot know (another machine)."""
-        return self._is_of_this_machine() and _pid_start(self.pid) != self.pid_start
+        return self._is_of_this_machine() and process_start(self.pid) != self.pid_start
 
     def is_known_alive(self) -> bool:
         """Whether this owner's process certainly exists (perhaps paused). False where this process cannot know."""
-        return self._is_of_this_machine() and _pid_start(self.pid) == self.pid_start
+        return self._is_of_this_machine() and process_start(self.pid) == self.pid_start
 
     def _is_of_this_machine(self) -> bool:
         known = bool(self.boot_id and self.pid_start)
-        return known and (self.boot_id, self.pid_namespace) == (_boot_id(), _pid_namespace())
+        return known and (self.boot_id, self.pid_namespace) == (boot_id(), pid_namespace())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Lease:
-    """A key that this process holds. ``generation``: number of earlier holders that died."""
+    """A key that this process holds. ``generation``: number of earlier holders that lost it.
+
+    ``num_deaths``: how many of them died without having been asked to stop.
+    """
 
     key: str
     generation: int
+    num_deaths: int = 0
 
 
 @dataclass
@@ -141,7 +148,7 @@ class LeaseFolder:
     def close(self, *, release: bool = True) -> None:
         """Release all held keys and remove the heartbeat file. Never raises.
 
-        With ``release=False`` (after a crash) the leases stay, so that their generations count this death.
+        With ``release=False`` (after a crash) the leases stay, so that the next holders count this death.
         """
         self._closing.set()
         if self._thread is None:
@@ -175,8 +182,8 @@ class LeaseFolder:
         try:
             if self._lease_path(lease.key, lease.generation + 1).exists():
                 return False
-            owner = _parse_owner(self._lease_path(lease.key, lease.generation).read_bytes())
-        except FileNotFoundError:
+            owner = _owner_of(read_json(self._lease_path(lease.key, lease.generation)))
+        except (FileNotFoundError, ValueError):
             return False
         except OSError:
             return True
@@ -188,7 +195,19 @@ class LeaseFolder:
         with contextlib.suppress(OSError):
             if self.is_held(lease):
                 for generation in range(lease.generation + 1):  # its own last: until then the key is taken
+                    self._stopping_path(lease.key, generation).unlink(missing_ok=True)
                     self._lease_path(lease.key, generation).unlink(missing_ok=True)
+
+    def note_stopping(self) -> None:
+        """Note at all held leases that this process was asked to stop: if it is killed, no death is counted.
+
+        Never raises; any thread may call it.
+        """
+        for lease in list(self._held.values()):
+            with contextlib.suppress(OSError):
+                self._stopping_path(lease.key, lease.generation).touch()
+                if lease.key not in self._held:  # released meanwhile
+                    self._stopping_path(lease.key, lease.generation).unlink(missing_ok=True)
 
     # -- other owners --------------------------------------------------------------------------------------------------
 
@@ -238,6 +257,15 @@ class LeaseFolder:
                     others.append(owner)
         return others
 
+    def has_peers(self) -> bool:
+        """Whether another process of this owner's job has a heartbeat file and is not known to be dead."""
+        for name in names_in(self.folder):
+            owner = _read_alive(self.folder / name)[0] if name.endswith(_ALIVE_SUFFIX) else None
+            is_peer = owner is not None and owner.job_id == self.owner.job_id and owner.owner_id != self.owner.owner_id
+            if owner is not None and is_peer and not owner.is_known_dead():
+                return True
+        return False
+
     def surely_working(self, owners: list[Owner]) -> Owner | None:
         """Return one of ``owners`` that is certainly alive (it runs on this machine, or its counter moved), or None."""
         for owner in owners:
@@ -273,15 +301,15 @@ class LeaseFolder:
 
     def lease_files(self) -> dict[Path, str]:
         """Return the files of all leases, of any owner, with their keys."""
-        matches = [(name, _LEASE_NAME.fullmatch(name)) for name in names_in(self.folder)]
+        matches = [(name, _FILE_OF_A_LEASE.fullmatch(name)) for name in names_in(self.folder)]
         return {self.folder / name: match["key"] for name, match in matches if match}
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
     def _make(self, key: str, generation: int) -> Lease | None:
-        lease = Lease(key=key, generation=generation)
-        owner = canonical_json(_owner_json(self.owner))
-        if not create_exclusively(self._lease_path(key, generation), owner, durable=False):
+        lease = Lease(key=key, generation=generation, num_deaths=self._deaths_before(key, generation))
+        content = canonical_json({**_owner_json(self.owner), "num_deaths": lease.num_deaths})
+        if not create_exclusively(self._lease_path(key, generation), content, durable=False):
             return None
         self._held[key] = lease
         if not self.is_held(lease):  # the scan was outdated: another process has taken the key over since
@@ -289,8 +317,21 @@ class LeaseFolder:
             return None
         return lease
 
+    def _deaths_before(self, key: str, generation: int) -> int:
+        """How many holders of the generations below died without having been asked to stop."""
+        if generation == 0:
+            return 0
+        try:
+            before = int(read_json(self._lease_path(key, generation - 1))["num_deaths"])
+        except (OSError, ValueError, KeyError, TypeError):  # damaged, or of a version that did not count
+            before = generation - 1
+        return before + (not self._stopping_path(key, generation - 1).exists())
+
     def _lease_path(self, key: str, generation: int) -> Path:
         return self.folder / f"{key}.{generation}.lease"
+
+    def _stopping_path(self, key: str, generation: int) -> Path:
+        return self.folder / f"{key}.{generation}.stopping"
 
     def _alive_path(self, owner_id: str) -> Path:
         return self.folder / f"{owner_id}{_ALIVE_SUFFIX}"
@@ -308,8 +349,8 @@ class LeaseFolder:
 
     def _heartbeat_of(self, owner_id: str) -> str:
         try:
-            return self._alive_path(owner_id).read_text()
-        except OSError:
+            return str(read_json(self._alive_path(owner_id)))
+        except (OSError, ValueError):
             return ""
 
     def _beat(self) -> None:
@@ -317,7 +358,7 @@ class LeaseFolder:
         with self._lock:
             self._counter += 1
             heartbeat = {"counter": f"{self._counter:012d}", "state": self._state, **_owner_json(self.owner)}
-            descriptor = os.open(self._alive_path(self.owner.owner_id), os.O_WRONLY | os.O_CREAT, 0o644)
+            descriptor = os.open(self._alive_path(self.owner.owner_id), os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o644)
             try:
                 os.pwrite(descriptor, canonical_json(heartbeat), 0)  # always the same length: never torn or truncated
             finally:
@@ -335,45 +376,23 @@ def _owner_json(owner: Owner) -> dict[str, object]:
 
 def _read_owner(path: Path) -> Owner | None:
     try:
-        return _parse_owner(path.read_bytes())
-    except OSError:
+        return _owner_of(read_json(path))
+    except (OSError, ValueError):
         return None
 
 
-def _parse_owner(data: bytes) -> Owner | None:
+def _owner_of(value: Any) -> Owner | None:
     try:
-        value = json.loads(data)
-        return Owner(**{name: value[name] for name in Owner.__dataclass_fields__})
-    except (ValueError, KeyError, TypeError):
+        owner = Owner(**{name: value[name] for name in Owner.__dataclass_fields__})
+    except (KeyError, TypeError):
         return None
+    is_typed = all(type(getattr(owner, one.name)) is one.type for one in fields(Owner))
+    return owner if is_typed and "/" not in owner.owner_id else None
 
 
 def _read_alive(path: Path) -> tuple[Owner | None, str]:
     try:
-        value = json.loads(path.read_bytes())
-        return Owner(**{name: value[name] for name in Owner.__dataclass_fields__}), str(value["state"])
+        value = read_json(path)
+        return _owner_of(value), str(value["state"])
     except (OSError, ValueError, KeyError, TypeError):
         return None, ""
-
-
-def _boot_id() -> str:
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return ""
-
-
-def _pid_namespace() -> str:
-    try:
-        return str(Path("/proc/self/ns/pid").readlink())
-    except OSError:
-        return ""
-
-
-def _pid_start(pid: int) -> str | None:
-    """Start time of a running process in clock ticks since boot; None when it is gone or only a zombie."""
-    try:
-        after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if after_name[0] in "ZX" else after_name[19]

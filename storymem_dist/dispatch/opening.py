@@ -34,7 +34,7 @@ class OpenBatch:
 
     ``runs``: the folders in which it works; none if it was asked to stop while it waited for its turn. ``rejected``:
     part index and failure of each story that could not be planned. ``num_skipped``: committed shots whose files this
-    replica has checked.
+    replica has checked. ``num_finished_before``: shots of the batch that were committed at the start.
     """
 
     queue: ShotQueue
@@ -42,6 +42,12 @@ class OpenBatch:
     leases: Sequence[LeaseFolder]
     rejected: Sequence[tuple[int, FailureRecord]]
     num_skipped: int
+    num_finished_before: int
+
+    def note_stopping(self) -> None:
+        """Note at the leases that this process was asked to stop (see ``LeaseFolder.note_stopping``). Never raises."""
+        for leases in self.leases:
+            leases.note_stopping()
 
     def leave(self, *, crashed: bool) -> None:
         """Release all leases (after a crash: only end the heartbeat); the last to leave cleans up. Never raises."""
@@ -101,15 +107,23 @@ def open_batch(
         share = list(_share(graph, replica))
         num_skipped = sum(_check_chain(parts[chain.part], chain, queue, check_contents) for chain in share)
         queue.scan(force=True)
+        num_finished = sum(state is ShotStatus.COMMITTED for chain in graph.chains for state in chain.states)
         for chain in share:
-            _report_ended_chain(parts[chain.part], chain, queue)
+            _report_ended_chain(parts[chain.part], chain, queue, check_contents)
     except BaseException as error:
         for folder in leases:
             folder.close()
         if isinstance(error, OSError):
             raise RunFolderError(f"output={parts[0].run.root} cannot be used: {error}") from error
         raise
-    return OpenBatch(queue=queue, runs=runs, leases=leases, rejected=rejected, num_skipped=num_skipped)
+    return OpenBatch(
+        queue=queue,
+        runs=runs,
+        leases=leases,
+        rejected=rejected,
+        num_skipped=num_skipped,
+        num_finished_before=num_finished,
+    )
 
 
 def why_again(part: BatchPart, shot: PlannedShot) -> str:
@@ -193,11 +207,11 @@ def _refuse_differences(parts: Sequence[BatchPart], graph: ShotGraph) -> None:
             if state is not ShotStatus.COMMITTED and (why := why_again(parts[chain.part], shot)):
                 found.append(f"{chain.story_id}:{shot.shot_id}: {why}")
     if found:
-        more = f"\n  and {len(found) - _MAX_SHOWN} more" if len(found) > _MAX_SHOWN else ""
+        more = f"; and {len(found) - _MAX_SHOWN} more" if len(found) > _MAX_SHOWN else ""
         raise RunFolderError(
             f"output={parts[0].run.root} holds shots made from other inputs, and dispatch.resume=strict allows no "
-            "difference; use dispatch.resume=continue to render them again, or another output:\n  "
-            + "\n  ".join(found[:_MAX_SHOWN])
+            "difference; use dispatch.resume=continue to render them again, or another output: "
+            + "; ".join(found[:_MAX_SHOWN])
             + more
         )
 
@@ -227,10 +241,11 @@ def _check_chain(part: BatchPart, chain: Chain, queue: ShotQueue, check_contents
     return good
 
 
-def _report_ended_chain(part: BatchPart, chain: Chain, queue: ShotQueue) -> None:
+def _report_ended_chain(part: BatchPart, chain: Chain, queue: ShotQueue, check_contents: bool) -> None:
     """Notify the observers of a chain that is complete or blocked."""
     if chain.is_complete:
-        if has_story_video(part.run, chain.story_id, [shot.fingerprint for shot in chain.shots]):
+        fingerprints = [shot.fingerprint for shot in chain.shots]
+        if has_story_video(part.run, chain.story_id, fingerprints, check_contents=check_contents):
             notify_story_finished(part, chain)
     elif chain.is_blocked:
         front = chain.shots[chain.front]

@@ -17,6 +17,7 @@ from storymem_dist.dispatch.cost import CostModel
 from storymem_dist.dispatch.protocol import OfOneShot
 from storymem_dist.errors import StoryboardError
 from storymem_dist.events import NullObserver, Observer
+from storymem_dist.story.images import pixel_rule
 from storymem_dist.story.modes import M2V, NO_CONTINUATION
 from storymem_dist.story.schema import Shot, Story
 
@@ -29,7 +30,7 @@ class BatchPart:
     JSON values that change the pixels of its shots, except prompt, seed and mode: sizes, sampler, weights identities,
     memory rules, video encoding. ``config_text`` is the resolved configuration; ``config_hash`` covers only what can
     change pixels (no paths, no replicas). ``observers`` receive the events of these stories. ``host`` goes into the
-    records' ``host`` part: versions, device, layout.
+    records' ``host`` part: versions, device, layout. ``num_refused`` storyboards are no stories: they cannot be read.
     """
 
     run: RunFolder
@@ -42,6 +43,7 @@ class BatchPart:
     config_text: str = ""
     observers: Observer = field(default_factory=NullObserver)
     host: Mapping[str, Any] = field(default_factory=dict)
+    num_refused: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,7 +88,7 @@ def plan_story(
     ``generations``: number of forced re-renders by (story id, shot id). Raises ``StoryboardError`` when a reference
     image cannot be read.
     """
-    references = [reference_image_digest(path) for path in story.reference_images]
+    references = [reference_image_digest(path) + pixel_rule(path) for path in story.reference_images]
     planned: list[PlannedShot] = []
     for shot in story.shots:
         kind, mode = shot_mode(story, shot, part.sampler)

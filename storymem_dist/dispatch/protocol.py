@@ -110,8 +110,6 @@ class End:
 class ShotRenderer(Protocol):
     """Renders shots on the ranks of one replica. All ranks call all methods in the same order.
 
-    The code that makes a renderer encodes the prompts of all shots before the batch begins.
-
     ``retries_in_place``: whether a shot that ran out of memory may be retried at once in this process. True for a
     replica of one rank. In a wider one the peers still wait in a collective, so the process must end and be restarted.
     """

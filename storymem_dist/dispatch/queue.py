@@ -82,6 +82,10 @@ class ShotQueue:
         """Find the committed shots, and the failures that ``retry_failed`` clears. Called once, before any scan."""
         if self._settings.retry_failed:
             self._to_try_again = [set(names_in(run.failures_folder)) for run in self._runs]
+        self.find_committed()
+
+    def find_committed(self) -> None:
+        """Find the shots that any process has committed."""
         for chain in self.graph.chains:
             run = self._runs[chain.part]
             if run.story_folder(chain.story_id).exists():
@@ -270,9 +274,9 @@ class ShotQueue:
         return failure.is_final
 
     def _has_killed_too_many(self, shot: PlannedShot, lease: Lease) -> bool:
-        if lease.generation < self._settings.max_attempts:
+        if lease.num_deaths < self._settings.max_attempts:
             return False
-        reason = f"{lease.generation} processes died while rendering it (dispatch.max_attempts); their logs say why"
+        reason = f"{lease.num_deaths} processes died while rendering it (dispatch.max_attempts); their logs say why"
         failure = failure_at(shot, reason, "ProcessDied", self._job_id)
         self.mark_failed(failure, shot)
         self._given_up.append((shot, failure))

@@ -8,6 +8,7 @@ Knows files only: decoding and choosing keyframes need the device and come befor
 """
 
 import concurrent.futures
+import contextlib
 import socket
 import threading
 import time
@@ -25,7 +26,10 @@ from storymem_dist.dispatch.plan import BatchPart, PlannedShot
 from storymem_dist.dispatch.protocol import RenderedShot
 from storymem_dist.dispatch.queue import Claim
 from storymem_dist.dispatch.story_video import StoryVideoMaker
+from storymem_dist.errors import MachineError
 from storymem_dist.events import StageFinished, StageStarted, WarningIssued, json_ready
+from storymem_dist.files import quick_digest
+from storymem_dist.hardware import machine_fault
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,7 +55,7 @@ class SaveEnd(Enum):
 
     COMMITTED = "committed"
     LOST = "lost"  # another replica has taken the shot over
-    FAILED = "failed"  # a file could not be written
+    FAILED = "failed"  # a file of this shot cannot be written, on any machine
     ABANDONED = "abandoned"  # on request
 
 
@@ -119,7 +123,7 @@ class BackgroundSave:
         concurrent.futures.wait([self._outcome], timeout_seconds)
 
     def outcome(self) -> Saved:
-        """Wait for the end and return the outcome. Raises an error that is not the fault of one shot."""
+        """Wait for the end and return the outcome. Raises ``MachineError`` and what else no shot is to blame for."""
         return self._outcome.result()
 
     def abandon(self) -> None:
@@ -145,12 +149,20 @@ class BackgroundSave:
             )
             self._check()
             published = folder.publish(record, may_publish=self._may_publish)
-        except OSError as error:
-            folder.discard_attempt(held.attempt_id)
-            return Saved(end=SaveEnd.FAILED, error=error)
         except _Abandoned:
             folder.discard_attempt(held.attempt_id)
             return Saved(end=SaveEnd.ABANDONED)
+        except Exception as error:
+            fault = machine_fault(error, while_writing=True)
+            if fault is None and not isinstance(error, OSError):
+                raise
+            with contextlib.suppress(OSError):  # the next holder of the shot removes it
+                folder.discard_attempt(held.attempt_id)
+            if not self._may_publish():  # and has removed it: that is why it cannot be written
+                return Saved(end=SaveEnd.LOST)
+            if isinstance(error, OSError) and fault is None:
+                return Saved(end=SaveEnd.FAILED, error=error)
+            raise fault or error from error
         if not published:
             return Saved(end=SaveEnd.LOST)
         now = time.monotonic()
@@ -159,9 +171,11 @@ class BackgroundSave:
         observers.notify(
             StageFinished(stage="save", elapsed_seconds=now - began, story_id=record.story_id, shot_id=record.shot_id)
         )
-        self._finish(record)
+        fault = self._finish(record)
         self._release()
         observers.notify(announcing.shot_finished(record, part, elapsed, seconds))
+        if fault is not None:
+            raise fault
         damaged = self._make_story_video() if shot is self._chain.shots[-1] else ()
         return Saved(end=SaveEnd.COMMITTED, elapsed_seconds=elapsed, stage_seconds=seconds, damaged=damaged)
 
@@ -169,20 +183,27 @@ class BackgroundSave:
         if self._abandoned.is_set():
             raise _Abandoned
 
-    def _finish(self, record: ShotRecord) -> None:
+    def _finish(self, record: ShotRecord) -> MachineError | None:
+        """Update the views of the committed shot; return the fault of the machine that prevents it."""
         try:
             self._part.run.finish_commit(record)
         except OSError as error:
             where = f"{record.story_id}:{record.shot_id}"
             self._warn(f"{where} is committed, but its views could not be updated: {error}", "save")
+            return machine_fault(error, while_writing=True)
+        return None
 
     def _make_story_video(self) -> Sequence[PlannedShot]:
         """Make the video of the story; return the shots whose record is unusable."""
         damaged: list[PlannedShot] = []
         try:
             self._story_videos.make(self._chain, damaged.append)
-        except OSError as error:  # tried again before the batch ends
-            self._warn(f"the video of {self._chain.story_id} cannot be made now: {error}", "join")
+        except Exception as error:
+            if fault := machine_fault(error, while_writing=True):
+                raise fault from error
+            if not isinstance(error, OSError):
+                raise
+            self._warn(f"the video of {self._chain.story_id} cannot be made now: {error}", "join")  # tried again later
         return damaged
 
     def _warn(self, message: str, source: str) -> None:
@@ -229,6 +250,7 @@ def save_shot(
         width=width,
         fps=part.sampler.fps,
         clip="clip.mp4",
+        clip_sample=quick_digest(folder.attempt_folder(attempt_id) / "clip.mp4"),
         keyframes=tuple(
             StoredKeyframe(slot=kept.slot, frame_index=kept.frame_index, file=keyframe_name(kept.slot))
             for kept in rendered.keyframes

@@ -5,10 +5,12 @@ None of them changes pixels, so none is part of a fingerprint.
 
 from dataclasses import dataclass, field
 
-from storymem_dist.errors import ConfigError, require_at_least, require_one_of
+from storymem_dist.errors import ConfigError, require_between, require_one_of, shown
 
 RESUME_RULES = ("continue", "strict")
 BUSY_RULES = ("join", "wait", "refuse")
+_DAY = 24 * 3600.0
+_MAX_SHOT_NAME = 200  # in a request to render again; a run folder names shots by number
 
 
 @dataclass(kw_only=True, slots=True)
@@ -49,14 +51,15 @@ class DispatchSettings:
     def __post_init__(self) -> None:
         require_one_of("dispatch.resume", self.resume, RESUME_RULES)
         require_one_of("dispatch.on_busy", self.on_busy, BUSY_RULES)
-        require_at_least("dispatch.checkpoint_every_steps", self.checkpoint_every_steps, 0)
-        require_at_least("dispatch.lease_seconds", self.lease_seconds, 1.0)
-        require_at_least("dispatch.poll_seconds", self.poll_seconds, 0.0)
-        require_at_least("dispatch.max_attempts", self.max_attempts, 1)
-        require_at_least("dispatch.swap_seconds", self.swap_seconds, 0.0)
+        require_between("dispatch.checkpoint_every_steps", self.checkpoint_every_steps, 0, 1000)
+        require_between("dispatch.lease_seconds", self.lease_seconds, 1.0, _DAY)
+        require_between("dispatch.poll_seconds", self.poll_seconds, 0.0, 3600.0)
+        require_between("dispatch.max_attempts", self.max_attempts, 1, 1_000_000)
+        require_between("dispatch.swap_seconds", self.swap_seconds, 0.0, _DAY)
         for shot in self.rerender:
             story, colon, name = shot.rpartition(":")
-            if not (story and colon and name):
+            if not (story and colon and name) or len(shot) > _MAX_SHOT_NAME or len(name) > 12:
                 raise ConfigError(
-                    f"dispatch.rerender={shot!r} is not allowed; write STORY:SHOT, for example ocean:shot_03 or ocean:3"
+                    f"dispatch.rerender={shown(shot)} is not allowed; write STORY:SHOT, for example ocean:shot_03 or "
+                    "ocean:3"
                 )

@@ -1,17 +1,20 @@
 """Makes the video of a complete story when it is missing or was made of other clips.
 
     stories/<story>/story.mp4      the clips of all shots, concatenated without encoding again
-    stories/<story>/story.json     the fingerprints of its records, its size and frames; written after it
+    stories/<story>/story.json     the fingerprints of its records, its size, hashes and frames; written after it
 
-One process at a time makes the video of a story: it holds a separate lease. Knows run folders, leases and chains;
-nothing of rendering.
+A video that has changed since then is set aside and made again. One process at a time makes the video of a story: it
+holds a separate lease. Knows run folders, leases and chains; nothing of rendering.
 """
 
+import secrets
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import Path
 
+from storymem_dist.artifacts.fingerprint import file_digest
 from storymem_dist.artifacts.records import DamagedRecord, ShotRecord
 from storymem_dist.artifacts.run_folder import RunFolder
 from storymem_dist.artifacts.video import concat_clips
@@ -20,7 +23,7 @@ from storymem_dist.dispatch.leases import LeaseFolder
 from storymem_dist.dispatch.plan import BatchPart, PlannedShot
 from storymem_dist.errors import RunFolderError
 from storymem_dist.events import StoryFinished, WarningIssued, timed_stage
-from storymem_dist.files import canonical_json, read_json, temporaries_in, write_bytes
+from storymem_dist.files import UnsafePath, canonical_json, quick_digest, read_json, temporaries_in, write_bytes
 
 
 class StoryVideoState(Enum):
@@ -34,10 +37,14 @@ class StoryVideoState(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class StoryVideoMaker:
-    """Makes the videos of complete chains. ``parts`` and ``leases`` have one entry for each part. Thread-safe."""
+    """Makes the videos of complete chains. ``parts`` and ``leases`` have one entry for each part. Thread-safe.
+
+    ``check_contents`` compares all bytes of an existing video with its hash, not only a sample.
+    """
 
     parts: Sequence[BatchPart]
     leases: Sequence[LeaseFolder]
+    check_contents: bool = False
 
     def make(self, chain: Chain, note_damaged: Callable[[PlannedShot], None]) -> StoryVideoState:
         """Make the video of a complete chain unless it exists; notify the observers.
@@ -46,18 +53,29 @@ class StoryVideoMaker:
         """
         part, leases = self.parts[chain.part], self.leases[chain.part]
         fingerprints = [shot.fingerprint for shot in chain.shots]
-        if has_story_video(part.run, chain.story_id, fingerprints):
+        if has_story_video(part.run, chain.story_id, fingerprints, check_contents=self.check_contents):
             return StoryVideoState.MADE
         key = f"{chain.story_id}.story.{fingerprints[-1][:16]}"
         lease = leases.try_claim(key, leases.generation_of(key))
         if lease is None:
             return StoryVideoState.ELSEWHERE
         try:
-            if has_story_video(part.run, chain.story_id, fingerprints):
+            if has_story_video(part.run, chain.story_id, fingerprints, check_contents=self.check_contents):
                 return StoryVideoState.MADE
+            if aside := set_aside_changed_video(part.run, chain.story_id, fingerprints):
+                message = f"{aside}: this video of {chain.story_id} was set aside, its contents have changed"
+                part.observers.notify(WarningIssued(message=f"{message}; it is made again", source="join"))
             return self._make(chain, part, note_damaged)
         finally:
             leases.release(lease)
+
+    def make_missing(self, chains: Sequence[Chain], note_damaged: Callable[[PlannedShot], None]) -> bool:
+        """Make the videos of complete ``chains`` that have none; False when the batch may not be finished after that.
+
+        Raises ``OSError``.
+        """
+        states = [self.make(chain, note_damaged) for chain in chains if chain.is_complete]
+        return not any(state in (StoryVideoState.ELSEWHERE, StoryVideoState.DAMAGED) for state in states)
 
     def _make(self, chain: Chain, part: BatchPart, note_damaged: Callable[[PlannedShot], None]) -> StoryVideoState:
         began = time.monotonic()
@@ -79,7 +97,8 @@ class StoryVideoMaker:
         records = []
         for shot in chain.shots:
             try:
-                record = part.run.shot(chain.story_id, shot.shot_id).require_record(shot.fingerprint)
+                folder = part.run.shot(chain.story_id, shot.shot_id)
+                record = folder.require_record(shot.fingerprint, check_contents=True)  # all bytes are read now anyway
             except DamagedRecord as damage:
                 message = f"{damage}; the shot is rendered again"
                 part.observers.notify(WarningIssued(message=message, source="join"))
@@ -89,14 +108,39 @@ class StoryVideoMaker:
         return records
 
 
-def has_story_video(run: RunFolder, story_id: str, fingerprints: Sequence[str]) -> bool:
-    """Whether ``story.mp4`` exists and was made of the records with these fingerprints, in order."""
+def has_story_video(
+    run: RunFolder, story_id: str, fingerprints: Sequence[str], *, check_contents: bool = False
+) -> bool:
+    """Whether ``story.mp4`` exists, was made of the records with these fingerprints, in order, and is as it was made.
+
+    Compares size and a sample of the contents; with ``check_contents`` all of them. (A ``story.json`` of an earlier
+    version has the size alone.) Raises ``OSError`` when one of them cannot be read.
+    """
+    video = run.story_video(story_id)
     try:
-        made_of = read_json(run.story_folder(story_id) / "story.json")
-        num_bytes = run.story_video(story_id).stat().st_size
-        return bool(made_of["fingerprints"] == list(fingerprints) and made_of["num_bytes"] == num_bytes)
-    except (OSError, ValueError, KeyError, TypeError):
+        made_of = read_json(video.with_name("story.json"))
+        return bool(
+            made_of["fingerprints"] == list(fingerprints)
+            and made_of["num_bytes"] == video.stat().st_size
+            and made_of.get("sample") in (None, quick_digest(video))
+            and (not check_contents or made_of.get("sha256") in (None, file_digest(video)))
+        )
+    except (FileNotFoundError, NotADirectoryError, UnsafePath, ValueError, KeyError, TypeError, AttributeError):
         return False
+
+
+def set_aside_changed_video(run: RunFolder, story_id: str, fingerprints: Sequence[str]) -> Path | None:
+    """Rename a ``story.mp4`` that was made of these records but has changed since; return its new path, if any.
+
+    Only for the holder of the story's lease who found that ``has_story_video`` is false.
+    """
+    video = run.story_video(story_id)
+    try:
+        if read_json(video.with_name("story.json"))["fingerprints"] != list(fingerprints):
+            return None
+        return video.rename(video.with_name(f"story.damaged-{secrets.token_hex(4)}"))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def make_story_video(run: RunFolder, story_id: str, records: Sequence[ShotRecord]) -> int:
@@ -112,6 +156,8 @@ def make_story_video(run: RunFolder, story_id: str, records: Sequence[ShotRecord
     made_of = {
         "fingerprints": [record.fingerprint for record in records],
         "num_bytes": video.stat().st_size,
+        "sha256": file_digest(video),
+        "sample": quick_digest(video),
         "num_frames": num_frames,
     }
     write_bytes(video.with_name("story.json"), canonical_json(made_of))

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from storymem_dist.artifacts.run_folder import FailureRecord
-from storymem_dist.dispatch.graph import Chain
+from storymem_dist.dispatch.graph import Chain, ShotStatus
 from storymem_dist.errors import ShotError
 
 DONE = "done"
@@ -49,7 +49,9 @@ class BatchSummary:
     ``state``: ``done`` (everything is rendered), ``stopped`` (on request; the same command continues), ``failed`` (some
     shots could not be rendered, see ``failures``). Counts of shots are this replica's own: ``num_rendered`` committed,
     ``num_resumed`` of them continued from a step checkpoint, ``num_skipped`` found committed at the start.
-    ``num_blocked`` counts shots of the batch that cannot be rendered because one before them failed.
+    ``num_blocked`` counts shots of the batch that cannot be rendered because one before them failed, ``num_refused``
+    storyboard files that could not be read. ``num_finished`` shots of the batch are committed, by whichever replica or
+    job; ``num_finished_before`` of them were when this replica began.
     """
 
     state: str
@@ -65,6 +67,9 @@ class BatchSummary:
     waited_seconds: float
     stage_seconds: Mapping[str, float]
     failures: tuple[FailureRecord, ...]
+    num_refused: int
+    num_finished: int
+    num_finished_before: int
 
     @property
     def exit_code(self) -> int:
@@ -82,6 +87,8 @@ def summarize(
     tally: Tally,
     elapsed_seconds: float,
     is_whole: bool,
+    num_refused: int = 0,
+    num_finished_before: int = 0,
 ) -> BatchSummary:
     """Summarize the given chains: of the whole batch (``is_whole``) or of one part.
 
@@ -109,4 +116,7 @@ def summarize(
         waited_seconds=tally.waited_seconds,
         stage_seconds=dict(tally.stage_seconds),
         failures=(*rejected, *final),
+        num_refused=num_refused,
+        num_finished=sum(state is ShotStatus.COMMITTED for chain in chains for state in chain.states),
+        num_finished_before=num_finished_before,
     )

@@ -4,6 +4,7 @@ Each check returns findings; an error that a render would raise becomes a proble
 Starts no ranks and renders nothing.
 """
 
+import contextlib
 import importlib.metadata
 import os
 import shutil
@@ -16,20 +17,53 @@ import torch
 
 from storymem_dist.config.schema import RenderConfig
 from storymem_dist.doctor.finding import Finding, ok, problem, warning
-from storymem_dist.errors import StoryMemError, WeightsNotFound
+from storymem_dist.errors import ConfigError, StoryMemError, WeightsNotFound
 from storymem_dist.hardware import GIB
 from storymem_dist.models.quantized_linear import check_linears
-from storymem_dist.observe.wandb.process import has_api_key
+from storymem_dist.observe.run.format import count
+from storymem_dist.observe.wandb.process import check_settings, has_api_key
 from storymem_dist.parallel.weight_memory import check_weight_memory, decide_experts, weight_memory
-from storymem_dist.story.modes import KINDS
+from storymem_dist.story.loading import StoryBatch, load_storyboards
+from storymem_dist.story.modes import KINDS, T2V
 from storymem_dist.weights.bundle import open_weights, with_generated_weights
 from storymem_dist.weights.checkpoints import WanCheckpoint
+from storymem_dist.weights.prompt_lengths import check_prompt_lengths, cut_text_of
+from storymem_dist.weights.prompt_words import check_prompt_words
 
 _READ_BYTES = 512 * 2**20
 _READ_SECONDS = 2.0
 _READ_BLOCK = 16 * 2**20
 _SLOW_BYTES_PER_SECOND = 500e6
 _MIN_OUTPUT_BYTES = 5 * GIB
+
+
+def check_stories(settings: RenderConfig) -> Iterator[Finding]:
+    """Whether the storyboards that ``stories=`` names can be read; nothing when it names none."""
+    if settings.stories.path is None:
+        return
+    try:
+        batch = load_storyboards(settings.stories.paths())
+    except StoryMemError as error:
+        yield problem("stories", "files", "none can be rendered", str(error))
+        return
+    num_shots = sum(len(story.shots) for story in batch.stories)
+    if batch.stories:
+        yield ok("stories", "files", f"{count(len(batch.stories), 'story', 'stories')}, {count(num_shots, 'shot')}")
+    yield from _check_prompts(settings, batch)
+    for rejected in batch.rejected:
+        yield problem("stories", str(rejected.source), "refused", rejected.message)
+
+
+def _check_prompts(settings: RenderConfig, batch: StoryBatch) -> Iterator[Finding]:
+    """What of the stories is not rendered as it is written; prompts are counted if there are weights to count for."""
+    with contextlib.suppress(StoryMemError):  # weights have their own check
+        weights = open_weights(with_generated_weights(settings.model), (T2V,), settings.sampler.continuation)
+        cut_text = cut_text_of(weights.any_checkpoint)
+        negative_prompt = settings.sampler.needed_negative_prompt
+        batch = check_prompt_lengths(batch, cut_text, negative_prompt=negative_prompt, refuse=False)
+        batch = check_prompt_words(batch, weights.any_checkpoint)
+    for message in batch.all_warnings:
+        yield warning("stories", "text", message, "correct it if this is not what you mean")
 
 
 def check_layers(settings: RenderConfig) -> Iterator[Finding]:
@@ -48,8 +82,8 @@ def check_weights(settings: RenderConfig) -> Iterator[Finding]:
     """Whether the weights of this configuration exist, are complete and fit it; and how fast they can be read."""
     try:
         model = with_generated_weights(settings.model)
-    except OSError as error:
-        yield problem("weights", "tiny", error, "free some space, or set STORYMEM_CACHE to another folder")
+    except StoryMemError as error:
+        yield problem("weights", "small model", "cannot be used", str(error))
         return
     for kind in KINDS:
         try:
@@ -156,6 +190,11 @@ def check_tracking(settings: RenderConfig) -> Iterator[Finding]:
         yield ok("tracking", "wandb", "off")
         return
     version = importlib.metadata.version("wandb")
+    try:
+        check_settings(settings.tracking.wandb)
+    except ConfigError as error:
+        yield problem("tracking", "wandb", f"{version} refuses a setting", str(error))
+        return
     if has_api_key():
         yield ok("tracking", "wandb", f"{version}, mode {mode}, key found")
     elif mode == "online":

@@ -63,7 +63,7 @@ def check_gpus() -> Iterator[Finding]:
     driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     if not torch.cuda.is_available():
         if driver is None:
-            yield warning("gpu", "devices", "none", "without a GPU only model=tiny renders in reasonable time")
+            yield warning("gpu", "devices", "none", "without a GPU only model=nano renders in reasonable time")
         elif torch.version.cuda is None:
             fix = "install a CUDA build of torch: https://pytorch.org/get-started/locally"
             yield problem(

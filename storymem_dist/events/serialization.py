@@ -14,6 +14,8 @@ Paths are relative to the run folder, with forward slashes.
 import dataclasses
 import json
 import math
+import reprlib
+import sys
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -23,6 +25,12 @@ from typing import Any
 from storymem_dist.events.kinds import EVENT_TYPES, Event
 
 SCHEMA_VERSION = 1
+
+LAST_TIME = 253_402_300_800.0
+"""Wall times lie before this one, the end of the year 9999: later ones have no date."""
+
+_MAX_INT = 2**63 - 1
+_STAMP: Mapping[str, type] = {"wall_time": float, "writer": str, "replica": int, "sequence": int}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,34 +88,45 @@ def stamped_to_json(stamped: StampedEvent) -> str:
 
 def stamped_from_json(line: str | bytes) -> StampedEvent:
     """Parse one line. Raises ``ValueError`` when it is incomplete, not of this schema, or not an event."""
-    values = json.loads(line)
+    try:
+        values = json.loads(line)
+    except RecursionError:
+        raise ValueError("a line of an event file is nested too deeply") from None
     if not isinstance(values, dict):
         raise ValueError(f"a line of an event file must be an object, not {type(values).__name__}")
     if values.get("schema") != SCHEMA_VERSION:
         raise ValueError(f"schema={values.get('schema')!r} is not known; this version reads {SCHEMA_VERSION}")
+    event = event_from_dict(values)
     try:
-        return StampedEvent(
-            event=event_from_dict(values),
-            wall_time=float(values["wall_time"]),
-            writer=str(values["writer"]),
-            replica=int(values["replica"]),
-            sequence=int(values["sequence"]),
-        )
-    except (KeyError, TypeError) as error:
+        stamp = {name: _typed(name, values[name], hint) for name, hint in _STAMP.items()}
+    except KeyError as error:
         raise ValueError(f"the stamp of an event is incomplete: {error}") from None
+    if not 0.0 <= stamp["wall_time"] < LAST_TIME or min(stamp["replica"], stamp["sequence"]) < 0:
+        raise ValueError("the stamp of an event is out of range")
+    return StampedEvent(event=event, **stamp)
 
 
 def json_ready(value: Any) -> Any:
-    """Return ``value`` as JSON types: mappings and iterables converted, non-finite numbers None, others text."""
+    """Return ``value`` as JSON types: mappings and iterables converted, non-finite numbers None, others text.
+
+    Text is always valid UTF-8.
+    """
     if isinstance(value, float):
         return value if math.isfinite(value) else None
-    if value is None or isinstance(value, str | bool | int):
+    if value is None or isinstance(value, bool | int):
         return value
+    if isinstance(value, str):
+        return _encodable(value)
     if isinstance(value, Mapping):
-        return {str(key): json_ready(item) for key, item in value.items()}
+        return {_encodable(str(key)): json_ready(item) for key, item in value.items()}
     if isinstance(value, Iterable):
         return [json_ready(item) for item in value]
-    return str(value)
+    return _encodable(str(value))
+
+
+def _encodable(text: str) -> str:
+    """``text`` with each character that UTF-8 cannot hold (from a file name of other bytes) as its escape."""
+    return text if text.isascii() else text.encode(errors="backslashreplace").decode()
 
 
 _HINTS: dict[type[Event], dict[str, Any]] = {}
@@ -135,15 +154,21 @@ def _typed(where: str, value: Any, hint: Any) -> Any:
     if hint is float:
         if value is None:
             return math.nan
-        if isinstance(value, int | float) and not isinstance(value, bool):
+        if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max:
             return float(value)
-    elif hint in (int, str, bool):
-        if isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+    elif hint is int:
+        if isinstance(value, int) and not isinstance(value, bool) and abs(value) <= _MAX_INT:
+            return value
+    elif hint is str:
+        if isinstance(value, str):
+            return _encodable(value)
+    elif hint is bool:
+        if isinstance(value, bool):
             return value
     elif origin is tuple:
         if isinstance(value, list):
             return tuple(_typed(where, item, typing.get_args(hint)[0]) for item in value)
     elif isinstance(value, Mapping):
         item_hint = typing.get_args(hint)[1]
-        return {str(key): _typed(where, item, item_hint) for key, item in value.items()}
-    raise ValueError(f"{where}={value!r} has the wrong type; it must be {hint}")
+        return {_encodable(str(key)): _typed(where, item, item_hint) for key, item in value.items()}
+    raise ValueError(f"{where}={reprlib.repr(value)} has the wrong type or is out of range; it must be {hint}")

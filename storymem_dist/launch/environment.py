@@ -1,4 +1,4 @@
-"""The environment of the ranks that ``launch=torchrun`` starts: every variable that this program sets, and why.
+"""The environment of a render and of the ranks that ``launch=torchrun`` starts: what this program sets, and why.
 
 ``launch/env.sh`` adds what a site decides (Python, job names, caches, network). A variable that is already set keeps
 its value, except where a comment says otherwise.
@@ -7,6 +7,7 @@ its value, except where a comment says otherwise.
 import os
 import secrets
 import socket
+import tempfile
 from pathlib import Path
 
 from storymem_dist.dispatch.stop import STOP_FILES_VARIABLE
@@ -17,13 +18,41 @@ _DEFAULTS = {
     # A collective that fails or times out ends its rank, so that the group restarts instead of hanging.
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
     # When a collective times out, NCCL reports which one and which ranks; it keeps the last 2000 in memory.
-    "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000",
+    "TORCH_FR_BUFFER_SIZE": "2000",
     "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
     # Warnings only; use INFO to examine a link.
     "NCCL_DEBUG": "WARN",
     # The text encoder's tokenizer must not start a thread pool in every rank.
     "TOKENIZERS_PARALLELISM": "false",
 }
+
+
+def set_cache_folders(output: str | Path) -> None:
+    """Keep caches in the run folder ``output`` where the user's own cannot be written: no home, or a read-only one.
+
+    ``XDG_CACHE_HOME`` serves this program's generated weights, Hugging Face, torch and W&B. Call it before any of them
+    is imported. What is set, and can be written, stays; a folder that somebody chose for one of them stays in any case.
+    """
+    caches = Path(output).absolute() / "cache" / "home"
+    home = os.environ.get("HOME", "~")
+    chosen = os.environ.get("XDG_CACHE_HOME")
+    usual = Path(chosen) if chosen else Path(os.path.expanduser(home)) / ".cache"  # noqa: PTH111  # never raises
+    if not _can_write(usual):
+        os.environ["XDG_CACHE_HOME"] = str(caches)
+        os.environ.setdefault("TRITON_CACHE_DIR", str(caches / "triton"))
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(caches / "inductor"))
+
+
+def _can_write(folder: Path) -> bool:
+    """Whether files can be made in ``folder``; makes it where it is missing."""
+    if not folder.is_absolute():
+        return False
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
 
 
 def set_rank_environment(*, num_processes: int, stop_file: Path) -> None:

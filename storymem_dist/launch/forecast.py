@@ -14,12 +14,14 @@ from storymem_dist.artifacts.run_folder import RunFolder, shot_ids
 from storymem_dist.artifacts.video import VideoSettings
 from storymem_dist.config.points import Point
 from storymem_dist.dispatch.plan import BatchPart, PlannedShot, plan_part
-from storymem_dist.errors import StoryboardError
+from storymem_dist.errors import RunFolderError, StoryboardError
 from storymem_dist.observe.run.format import count, duration
 from storymem_dist.render.check import check_job
 from storymem_dist.render.inputs import cost_model, pixel_inputs
+from storymem_dist.terminal.text import printable
 
 _RENDERING_STAGES = ("recall", "condition", "denoise", "decode", "keyframes", "save")
+_LONGEST = 1e9  # seconds of a stage; a record that says more is not a render's
 _NOT_DRAWN = 2**63
 """Replaces a seed that the render will draw. No drawn seed is that large, so no shot is found rendered with it."""
 
@@ -28,13 +30,14 @@ _NOT_DRAWN = 2**63
 class Forecast:
     """What is left to render, of the stories that can be rendered. ``refused``: why each of the others cannot.
 
-    ``device_seconds`` is None where nothing is known about times.
+    ``warnings`` are those of their storyboards. ``device_seconds`` is None where nothing is known about times.
     """
 
     num_stories: int
     num_shots: int
     num_committed: int
     refused: Sequence[str]
+    warnings: Sequence[str] = ()
     longest_chain_share: float
     device_seconds: float | None
 
@@ -70,11 +73,13 @@ def forecast(points: Sequence[Point]) -> Forecast:
     rerender = points[0].settings.dispatch.rerender
     chains: list[float] = []
     refused: list[str] = []
+    warnings: list[str] = []
     num_shots = num_committed = 0
     seconds_per_tflop: list[float] = []
     for point, batch in zip(points, checked.batches, strict=True):
         of_point = f"{point.name}: " if point.name else ""
         refused += [of_point + rejected.message for rejected in batch.rejected]
+        warnings += [of_point + warning for warning in batch.all_warnings]
         known = [(story.story_id, [shot.shot_id for shot in story.shots]) for story in batch.stories]
         part = BatchPart(
             run=_UntouchedFolder(point.settings.output, rerender=shot_ids(rerender, known)),
@@ -104,6 +109,7 @@ def forecast(points: Sequence[Point]) -> Forecast:
         num_shots=num_shots,
         num_committed=num_committed,
         refused=refused,
+        warnings=warnings,
         longest_chain_share=max(chains) / work if work else 0.0,
         device_seconds=work * statistics.median(seconds_per_tflop) if seconds_per_tflop else None,
     )
@@ -111,16 +117,20 @@ def forecast(points: Sequence[Point]) -> Forecast:
 
 def describe(points: Sequence[Point], *, num_replicas: int | None = None) -> str:
     """Return a few lines about what rendering ``points`` would do. ``num_replicas``: None where unknown."""
-    found = forecast(points)
+    try:
+        found = forecast(points)
+    except OSError as error:
+        raise RunFolderError(f"the run folder cannot be read: {error}") from error
     left = found.num_shots - found.num_committed
     where = ", ".join(point.settings.output for point in points)
     stories = count(found.num_stories, "story", "stories")
     lines = [
         *(f"refused: {message}" for message in found.refused),
+        *(f"warning: {message}" for message in found.warnings),
         f"{left} of {found.num_shots} shots are left to render, of {stories}, in {where}",
         _time(found, num_replicas),
     ]
-    return "\n".join(lines) + "\n"
+    return "".join(f"{printable(line)}\n" for line in lines)
 
 
 def _time(found: Forecast, num_replicas: int | None) -> str:
@@ -143,5 +153,6 @@ def _seconds(run: RunFolder, shot: PlannedShot) -> float | None:
         return None
     if record is None:
         return None
-    stages = record.timing.get("stage_seconds", {})
-    return float(sum(stages.get(stage, 0.0) for stage in _RENDERING_STAGES))
+    stages = record.timing.get("stage_seconds")
+    taken = [stages.get(stage) for stage in _RENDERING_STAGES] if isinstance(stages, dict) else []
+    return float(sum(seconds for seconds in taken if isinstance(seconds, int | float) and 0 < seconds < _LONGEST))

@@ -15,8 +15,9 @@ from omegaconf import DictConfig, ListConfig
 from storymem_dist.artifacts.run_folder import MARKER
 from storymem_dist.config.composing import to_plain, to_settings
 from storymem_dist.config.points import Point
-from storymem_dist.errors import ShotError, StoryMemError
+from storymem_dist.errors import ShotError, StoryboardError, StoryMemError
 from storymem_dist.files import canonical_json, names_in, read_json, write_bytes
+from storymem_dist.terminal.text import printable
 
 _LONGEST_NAME = 120
 _ERROR_FILE = Path("logs") / "error.json"  # launchers may put logs/ into a folder before it becomes a run folder
@@ -67,11 +68,20 @@ class PointState:
     stories: str = ""
     num_shots: int = 0
     num_failed: int = 0
+    num_refused: int = 0
     message: str = ""
 
 
 def read_point(folder: Path) -> PointState:
-    """Return the state of the point in ``folder``."""
+    """Return the state of the point in ``folder``; ``unreadable`` where its files say none."""
+    try:
+        return _read_point(folder)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        message = f"{type(error).__name__}: {error}"
+        return PointState(name=folder.name, state="unreadable", exit_code=StoryMemError.exit_code, message=message)
+
+
+def _read_point(folder: Path) -> PointState:
     if (folder / _ERROR_FILE).exists():
         error = read_json(folder / _ERROR_FILE)
         return PointState(
@@ -83,13 +93,18 @@ def read_point(folder: Path) -> PointState:
     except FileNotFoundError:
         state = "running" if (folder / MARKER).exists() else "not started"
         return PointState(name=folder.name, state=state, exit_code=1, num_shots=num_shots)
+    num_refused = int(stop.get("num_refused", 0))  # a version before this one did not count them
+    exit_code = StoryboardError.exit_code if num_refused else 0
+    if stop["state"] == "failed":
+        exit_code = ShotError.exit_code
     return PointState(
         name=folder.name,
         state=str(stop["state"]),
-        exit_code=ShotError.exit_code if stop["state"] == "failed" else 0,
-        stories=f"{stop['num_stories_done']}/{stop['num_stories']}",
+        exit_code=exit_code,
+        stories=f"{stop['num_stories_done']}/{stop['num_stories'] + num_refused}",
         num_shots=num_shots,
         num_failed=int(stop["num_failed"]),
+        num_refused=num_refused,
         message=str(stop["reason"]),
     )
 
@@ -104,7 +119,7 @@ def points_table(points: Sequence[PointState]) -> str:
     """Return a table with a heading and one line for each point."""
     heading = ("point", "state", "stories", "shots", "failed", "")
     rows = [
-        (point.name, point.state, point.stories, str(point.num_shots), str(point.num_failed), point.message)
+        (point.name, point.state, point.stories, str(point.num_shots), str(point.num_failed), printable(point.message))
         for point in points
     ]
     widths = [max(len(row[column]) for row in (heading, *rows)) for column in range(len(heading) - 1)]

@@ -15,9 +15,11 @@ from pathlib import Path
 from storymem_dist.config.launch import SlurmSettings
 from storymem_dist.config.points import Point
 from storymem_dist.errors import ConfigError
+from storymem_dist.launch.again import COMMAND_VARIABLE, command_again
 from storymem_dist.launch.forecast import describe
 from storymem_dist.render.check import check_job
 from storymem_dist.resources import assets_folder
+from storymem_dist.terminal.streams import print_line, print_lines, print_text
 
 TEMPLATES = ("render", "render_array")
 _REPORT_TEMPLATE = "report"
@@ -35,12 +37,12 @@ def submit(points: Sequence[Point], arguments: Sequence[str]) -> int:
     options = [*sbatch_options(launch.slurm, output, is_array=template.stem.endswith("_array"))]
     command = ["sbatch", "--parsable", *options, str(template), *job_arguments(arguments)]
     report = ["sbatch", "--parsable", f"--output={output / 'logs' / 'report-%j.out'}"]
-    environment = job_environment(launch.slurm, output)
+    environment = job_environment(launch.slurm, output) | {COMMAND_VARIABLE: command_again()}
     if launch.dry_run:
-        sys.stdout.write(f"would submit:\n  {_shown(environment, command)}\n")
+        print_lines(["would submit:", f"  {_shown(environment, command)}"])
         if launch.slurm.report:
-            sys.stdout.write(f"and, when it has ended:\n  {_shown(environment, _report(report, 'JOB', output))}\n")
-        sys.stdout.write(describe(points, num_replicas=num_replicas(points[0])))
+            print_lines(["and, when it has ended:", f"  {_shown(environment, _report(report, 'JOB', output))}"])
+        print_text(describe(points, num_replicas=num_replicas(points[0])))
         return 0
     check_job(points)
     if shutil.which("sbatch") is None:
@@ -50,9 +52,9 @@ def submit(points: Sequence[Point], arguments: Sequence[str]) -> int:
         )
     (output / "logs").mkdir(parents=True, exist_ok=True)
     job = _sbatch(command, environment)
-    sys.stdout.write(f"submitted job {job}; logs are in {output / 'logs'}\n")
+    print_line(f"submitted job {job}; logs are in {output / 'logs'}")
     if launch.slurm.report:
-        sys.stdout.write(f"submitted job {_sbatch(_report(report, job, output), environment)} for the report\n")
+        print_line(f"submitted job {_sbatch(_report(report, job, output), environment)} for the report")
     return 0
 
 

@@ -12,7 +12,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
@@ -22,8 +22,12 @@ from hydra.types import HydraContext
 from omegaconf import DictConfig, open_dict, read_write
 
 from storymem_dist.config.points import Point, can_join
-from storymem_dist.errors import ConfigError, StoryMemError
+from storymem_dist.errors import ConfigError, MachineError, StoryMemError
+from storymem_dist.files import expand_home
+from storymem_dist.launch.again import next_line
+from storymem_dist.launch.environment import set_cache_folders
 from storymem_dist.launch.points import forget_error, keep_error, point_of, points_table, read_point, read_points
+from storymem_dist.terminal.streams import print_error_text, print_line, print_text
 
 PLUGIN_MODULE = "hydra_plugins.storymem_launcher"
 """Hydra instantiates only plugins of this namespace; ``register_launcher`` makes this module known there."""
@@ -56,14 +60,15 @@ class SweepLauncher(Launcher):
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Render the points with the given overrides."""
         self._application.begin()
+        SweepTable.refused = 0
         points: list[tuple[str, Point]] = []
-        sweep_folder = str(self._config.output)
+        sweep_folder = expand_home(str(self._config.output), "output")
         for number, overrides in enumerate(job_overrides, start=initial_job_idx):
             config = self._context.config_loader.load_sweep_config(self._config, list(overrides))
             with open_dict(config):
                 config.hydra.job.id = config.hydra.job.num = number
             name = str(config.hydra.job.override_dirname)
-            sweep_folder = str(config.output)
+            sweep_folder = expand_home(str(config.output), "output")
             forget_error(sweep_folder, name)
             try:
                 points.append((name, point_of(_without_hydra(config), name)))
@@ -76,6 +81,8 @@ class SweepLauncher(Launcher):
         if points and points[0][1].settings.launch.mode == "slurm":
             self._application.render([point for _, point in points], sweep=Path(sweep_folder).name)
             return
+        if points:
+            set_cache_folders(points[0][1].settings.output)
         jobs = group_points([point for _, point in points], self._can_begin(sweep_folder, points))
         if len(jobs) > 1 and "RANK" in os.environ:
             error = ConfigError(
@@ -91,12 +98,17 @@ class SweepLauncher(Launcher):
         for job in jobs:
             try:
                 self._application.render(job, sweep=Path(sweep_folder).name)
+            except MachineError as error:  # it would end the other jobs, too; the same command continues
+                SweepTable.error = error
+                self._application.print_error(error)
+                return
             except StoryMemError as error:
                 for point in job:
                     keep_error(sweep_folder, names[id(point)], error)
+                SweepTable.refused = max(SweepTable.refused, error.exit_code)
                 self._application.print_error(error)
             except Exception:  # a bug that ends one job must not lose the others
-                traceback.print_exc()
+                print_error_text(traceback.format_exc().rstrip())
             if any(read_point(Path(point.settings.output)).state == "stopped" for point in job):
                 return
 
@@ -117,6 +129,7 @@ class SweepLauncher(Launcher):
 
     def _note(self, sweep_folder: str, name: str, error: StoryMemError) -> None:
         keep_error(sweep_folder, name, error)
+        SweepTable.refused = max(SweepTable.refused, error.exit_code)
         self._application.print_error(StoryMemError(f"{name}: {error}"))
 
 
@@ -136,17 +149,31 @@ def group_points(points: Sequence[Point], can_begin: Callable[[Point], bool]) ->
 
 
 class SweepTable(Callback):
-    """Ends every multirun, with any launcher, with one table and the exit code of the worst point."""
+    """Ends every multirun, with any launcher, with one table, the next command, and the exit code of the worst point.
+
+    ``error`` is a fault of the machine that ended a multirun in this process; ``refused`` is the highest exit code of
+    the points that this process refused, or 0.
+    """
+
+    error: ClassVar[MachineError | None] = None
+    refused: ClassVar[int] = 0
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Print the state of all points in the sweep's folder; exit with the highest exit code."""
-        if config.launch.mode == "slurm" or config.launch.dry_run:
+        if config.launch.mode == "slurm" or config.launch.dry_run:  # nothing is rendered here
+            if self.refused:
+                sys.exit(self.refused)
             return
-        points = read_points(str(config.output))
+        points = read_points(expand_home(str(config.output), "output"))
+        exit_code = max((point.exit_code for point in points), default=0)
+        if self.error is not None:
+            exit_code = self.error.exit_code
         if os.environ.get("RANK", "0") == "0":
-            sys.stdout.write(f"\nsweep {config.output}: {len(points)} points\n{points_table(points)}")
-            sys.stdout.flush()
-        sys.exit(max((point.exit_code for point in points), default=0))
+            print_line()
+            print_line(f"sweep {config.output}: {len(points)} points")
+            print_text(points_table(points))
+            print_text(next_line(points, exit_code, self.error))
+        sys.exit(exit_code)
 
 
 def register_launcher() -> None:

@@ -10,9 +10,9 @@ import os
 import signal
 import socket
 import sys
-import tempfile
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
@@ -24,7 +24,9 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from storymem_dist.config.launch import LaunchSettings
 from storymem_dist.config.points import Point, points_to_plain
-from storymem_dist.errors import ConfigError, LayoutError
+from storymem_dist.dispatch.stop import signals_that_stop
+from storymem_dist.errors import ConfigError, LayoutError, MachineError, StoryMemError
+from storymem_dist.hardware import machine_fault
 from storymem_dist.launch.environment import set_rank_environment
 from storymem_dist.launch.group_folder import GroupFolder, RankError
 from storymem_dist.parallel.layout import check_heads, plan_layout
@@ -35,18 +37,19 @@ from storymem_dist.render.check import check_job
 _ELASTIC_LOGGER = "torch.distributed.elastic"
 _RENDEZVOUS_SECONDS = 300
 _RENDEZVOUS_PORT = 29400  # torchrun's own default
+_NOTE_SECONDS = 0.5  # for a rank to note at its leases that it was asked to stop
 _CRASH_EXIT_CODE = 1  # ranks died after the last restart
 
 
 def render_with_torchrun(points: Sequence[Point], *, sweep: str | None = None) -> int:
     """Render ``points`` as one job on the ranks of this node; return its exit code.
 
-    Raises ``StoryMemError`` for errors found before the ranks start, and for the error that a rank reported.
+    Raises ``StoryMemError`` for errors found before the ranks start, for the error that a rank reported, and for faults
+    of the machine.
     """
     settings = points[0].settings
     num_processes = check_start(points)
-    with tempfile.TemporaryDirectory(prefix="storymem-ranks-") as name:
-        folder = GroupFolder(Path(name))
+    with _machine_faults(), GroupFolder.of_this_process() as folder:
         folder.write_job(points_to_plain(points, sweep))
         set_rank_environment(num_processes=num_processes, stop_file=folder.stop_file)
         with _signals_become_a_file(folder), _agent_silent_after_error(folder):
@@ -54,6 +57,17 @@ def render_with_torchrun(points: Sequence[Point], *, sweep: str | None = None) -
         if error := folder.error():
             raise error
         return folder.exit_code()
+
+
+@contextmanager
+def _machine_faults() -> Iterator[None]:
+    """Raise ``MachineError`` for a temporary folder that is missing, full or cannot be written."""
+    try:
+        yield
+    except (OSError, StoryMemError) as error:
+        if fault := machine_fault(error, while_writing=isinstance(error, OSError)):
+            raise fault from error
+        raise
 
 
 def check_start(points: Sequence[Point]) -> int:
@@ -139,6 +153,10 @@ def _run(launch: LaunchSettings, parallel: ParallelSettings, num_processes: int,
         if folder.error() is not None:
             return
         rank, failure = error.get_first_failure()
+        if failure.exitcode == MachineError.exit_code:
+            raise MachineError(
+                f"rank {rank} met a fault of the machine and cannot write it into {folder.root}; its message is above"
+            ) from None
         how = f"signal {-failure.exitcode}" if failure.exitcode < 0 else f"exit code {failure.exitcode}"
         raise RankError(
             f"rank {rank} ended with {how}, after {launch.max_restarts} restarts (launch.max_restarts); its last "
@@ -153,18 +171,25 @@ def _signals_become_a_file(folder: GroupFolder) -> Iterator[None]:
 
     def stop(number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and folder.stop_file.exists():
-            for child in _children():
-                os.kill(child, signal.SIGKILL)
+            _end_children()
             raise KeyboardInterrupt
         folder.stop_file.touch()
 
-    handled = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
-    before = {number: signal.signal(number, stop) for number in handled}
+    before = {number: signal.signal(number, stop) for number in signals_that_stop()}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _end_children() -> None:
+    """End the ranks at once; SIGTERM first, so that they can note that this end was asked for."""
+    for number, seconds in ((signal.SIGTERM, _NOTE_SECONDS), (signal.SIGKILL, 0.0)):
+        for child in _children():
+            with suppress(ProcessLookupError):
+                os.kill(child, number)
+        time.sleep(seconds)
 
 
 def _children() -> list[int]:

@@ -5,7 +5,7 @@ Knows nothing about the scorers behind the names.
 
 from dataclasses import dataclass
 
-from storymem_dist.errors import ConfigError, require_at_least, require_one_of
+from storymem_dist.errors import ConfigError, require_between, require_one_of, shown
 
 SIMILARITIES = ("clip", "hsv")
 QUALITIES = ("hpsv3", "sharpness", "none")
@@ -18,9 +18,9 @@ DEFAULT_QUALITY_THRESHOLDS = {"hpsv3": 3.0, "sharpness": 5.0}
 class MemorySettings:
     """Which frames a shot adds to the bank, and which keyframes a shot is shown.
 
-    ``max_keyframes``: most keyframes recalled for one shot; ``num_fixed`` of them are the oldest (the sink), the rest
-    the newest. ``max_per_shot``: most frames chosen from one shot. ``similarity_threshold``: a frame is new when it is
-    less similar than this to the keyframe before it (lowered in steps of ``threshold_step`` until at most
+    ``max_keyframes``: most keyframes recalled for one shot (0: none); ``num_fixed`` of them are the oldest (the sink),
+    the rest the newest. ``max_per_shot``: most frames chosen from one shot. ``similarity_threshold``: a frame is new
+    when it is less similar than this to the keyframe before it (lowered in steps of ``threshold_step`` until at most
     ``max_per_shot`` frames remain), and a duplicate when it is more similar than this to any keyframe of the bank.
     ``quality_threshold``: the lowest score that passes; None means the default of the chosen ``quality``.
     ``clip_model`` is a folder, or a hub id that is in the local cache. ``hpsv3_checkpoint`` is a file, or None for the
@@ -40,9 +40,9 @@ class MemorySettings:
 
     def __post_init__(self) -> None:
         """Raise ``ConfigError`` for the first setting that is not allowed."""
-        require_at_least("memory.max_keyframes", self.max_keyframes, 1)
-        require_at_least("memory.num_fixed", self.num_fixed, 0)
-        require_at_least("memory.max_per_shot", self.max_per_shot, 1)
+        require_between("memory.max_keyframes", self.max_keyframes, 0, 1000)
+        require_between("memory.num_fixed", self.num_fixed, 0, 1000)
+        require_between("memory.max_per_shot", self.max_per_shot, 1, 1000)
         if self.num_fixed > self.max_keyframes:
             raise ConfigError(
                 f"memory.num_fixed={self.num_fixed} is not allowed;"
@@ -50,16 +50,15 @@ class MemorySettings:
             )
         require_one_of("memory.similarity", self.similarity, SIMILARITIES)
         require_one_of("memory.quality", self.quality, QUALITIES)
-        if not 0 < self.similarity_threshold <= 1:
+        is_number = isinstance(self.similarity_threshold, int | float) and self.similarity_threshold is not True
+        if not is_number or not 0 < self.similarity_threshold <= 1:
             raise ConfigError(
-                f"memory.similarity_threshold={self.similarity_threshold!r} is not allowed;"
+                f"memory.similarity_threshold={shown(self.similarity_threshold)} is not allowed;"
                 " it must be above 0 and at most 1"
             )
-        require_at_least("memory.threshold_step", self.threshold_step, 0.001)
-        if self.quality_threshold is not None and not abs(self.quality_threshold) < float("inf"):
-            raise ConfigError(
-                f"memory.quality_threshold={self.quality_threshold!r} is not allowed; use a number or null"
-            )
+        require_between("memory.threshold_step", self.threshold_step, 0.001, 1.0)
+        if self.quality_threshold is not None:
+            require_between("memory.quality_threshold", self.quality_threshold, -1e6, 1e6)
 
 
 SELECTION_KEYS = (

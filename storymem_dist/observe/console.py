@@ -11,7 +11,7 @@ import time
 from collections import deque
 from typing import TextIO
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -24,6 +24,9 @@ from storymem_dist.observe.run.rates import rates, seconds_left
 from storymem_dist.observe.run.state import RunState
 from storymem_dist.observe.run.summary import summary
 from storymem_dist.observe.run.values import Row
+from storymem_dist.terminal.rich_console import SafeConsole, escape_streams
+from storymem_dist.terminal.streams import print_on
+from storymem_dist.terminal.text import printable
 
 MAX_LIVE_ROWS = 24
 """Replicas with their own line in the live view; the others are only counted."""
@@ -47,21 +50,21 @@ def event_line(event: ev.Event, level: str) -> Text | None:
             where = f"{event.num_devices} x {event.device}" + (f" on {event.host}" if event.host else "")
             layout = f", layout {event.layout}" if event.layout else ""
             attention = f", attention {event.attention}" if event.attention else ""
-            return Text(f"started: {', '.join(parts)}; this one has {where}{layout}{attention}") if normal else None
+            return _text(f"started: {', '.join(parts)}; this one has {where}{layout}{attention}") if normal else None
         case ev.JobFinished():
             style = {"finished": "green", "stopped": "yellow"}.get(event.outcome, "red")
-            return Text(f"{event.outcome}: {event.num_rendered} rendered, {event.num_failed} failed", style=style)
+            return _text(f"{event.outcome}: {event.num_rendered} rendered, {event.num_failed} failed", style=style)
         case ev.StoryFinished():
             if event.outcome == "finished":
                 where = f": {event.video}" if event.video else ""
-                return Text(f"{event.story_id} is complete{where}", style="green bold")
-            return Text(f"{event.story_id} is incomplete: {event.message}", style="red")
+                return _text(f"{event.story_id} is complete{where}", style="green bold")
+            return _text(f"{event.story_id} is incomplete: {event.message}", style="red")
         case ev.ShotStarted():
             if not normal:
                 return None
             memory = f", {fmt.count(event.num_memory, 'memory keyframe')}" if event.num_memory else ""
             why = f" ({event.why})" if event.why else ""
-            return Text(f"{event.story_id}/{event.shot_id} started: {event.mode}, seed {event.seed}{memory}{why}")
+            return _text(f"{event.story_id}/{event.shot_id} started: {event.mode}, seed {event.seed}{memory}{why}")
         case ev.ShotFinished():
             stages = event.stage_seconds
             slow = sorted((name for name in stages if stages[name] >= 0.05), key=lambda name: -stages[name])[:3]
@@ -69,31 +72,36 @@ def event_line(event: ev.Event, level: str) -> Text | None:
             kept = f", kept {fmt.count(len(event.keyframes), 'keyframe')}" if normal else ""
             detail = f" ({slowest})" if slowest and normal else ""
             took = fmt.duration(event.elapsed_seconds)
-            return Text(f"{event.story_id}/{event.shot_id} finished in {took}{detail}{kept}", style="green")
+            return _text(f"{event.story_id}/{event.shot_id} finished in {took}{detail}{kept}", style="green")
         case ev.ShotFailed():
             again = "; will be tried again" if event.will_retry else ""
             at = f" in {event.stage}" if event.stage else ""
-            return Text(f"{event.story_id}/{event.shot_id} failed{at}: {event.reason}{again}", style="red")
+            return _text(f"{event.story_id}/{event.shot_id} failed{at}: {event.reason}{again}", style="red")
         case ev.ShotResumed():
-            return Text(f"{event.story_id}/{event.shot_id} resumes after step {event.step} of {event.num_steps}")
+            return _text(f"{event.story_id}/{event.shot_id} resumes after step {event.step} of {event.num_steps}")
         case ev.ShotSkipped():
             if event.reason == "committed":
-                return Text(f"{event.story_id}/{event.shot_id} is already committed", style="dim") if verbose else None
-            return Text(f"{event.story_id}/{event.shot_id} skipped: {event.reason}", style="yellow")
+                return _text(f"{event.story_id}/{event.shot_id} is already committed", style="dim") if verbose else None
+            return _text(f"{event.story_id}/{event.shot_id} skipped: {event.reason}", style="yellow")
         case ev.StoryboardRejected():
-            return Text(f"{event.source} rejected: {event.message}", style="red")
+            return _text(f"{event.source} rejected: {event.message}", style="red")
         case ev.WarningIssued():
-            return Text(f"warning: {event.message}", style="yellow")
+            return _text(f"warning: {event.message}", style="yellow")
         case ev.StopRequested():
-            return Text(f"stopping after this step ({event.reason})", style="yellow")
+            return _text(f"stopping after this step ({event.reason})", style="yellow")
         case ev.ReplicaWaited():
-            return Text(f"waited {fmt.duration(event.elapsed_seconds)}: {event.reason}") if verbose else None
+            return _text(f"waited {fmt.duration(event.elapsed_seconds)}: {event.reason}") if verbose else None
         case ev.StageFinished():
             shot = f"{event.story_id}/{event.shot_id} " if event.shot_id else ""
-            return Text(f"{shot}{event.stage} {fmt.duration(event.elapsed_seconds)}", style="dim") if verbose else None
+            return _text(f"{shot}{event.stage} {fmt.duration(event.elapsed_seconds)}", style="dim") if verbose else None
         case ev.MemoryDecided():
             return _memory_line(event) if verbose else None
     return None
+
+
+def _text(text: str, style: str = "") -> Text:
+    """Text of any origin, in one line."""
+    return Text(printable(text), style=style)
 
 
 def _memory_line(event: ev.MemoryDecided) -> Text:
@@ -105,7 +113,7 @@ def _memory_line(event: ev.MemoryDecided) -> Text:
     )
     why = f": {event.why}" if event.why else ""
     what = f"{event.verdict.replace('_', ' ')} {source} frame {event.source_frame_index}"
-    return Text(f"{event.story_id}/{event.shot_id} {what}{scores}{why}", style="dim")
+    return _text(f"{event.story_id}/{event.shot_id} {what}{scores}{why}", style="dim")
 
 
 def _weights_text(event: ev.WeightsProgress) -> str:
@@ -163,7 +171,7 @@ class PlainConsole:
         """Write the summary (if the whole batch is known)."""
         if self._summarize:
             self.tick()
-            Console(file=self._stream, width=120, no_color=True, highlight=False).print(summary(self._state))
+            SafeConsole(self._stream, width=120, no_color=True, highlight=False).print(summary(self._state))
 
     def _progress(self, stamped: ev.StampedEvent) -> None:
         event = stamped.event
@@ -188,8 +196,7 @@ class PlainConsole:
     def _write(self, stamped: ev.StampedEvent, text: str) -> None:
         clock = time.strftime("%H:%M:%S", time.localtime(stamped.wall_time))
         self._last_line = stamped.wall_time
-        self._stream.write(f"{clock} r{stamped.replica}  {text}\n")
-        self._stream.flush()
+        print_on(self._stream, f"{clock} r{stamped.replica}  {text}")
 
 
 class LiveConsole:
@@ -199,7 +206,7 @@ class LiveConsole:
     tick_seconds = 0.25
 
     def __init__(
-        self, console: Console, *, level: str = "normal", title: str = "", tail: JournalTail | None = None
+        self, console: SafeConsole, *, level: str = "normal", title: str = "", tail: JournalTail | None = None
     ) -> None:
         self._console = console
         self._level = level
@@ -214,6 +221,7 @@ class LiveConsole:
             console=console, auto_refresh=False, transient=True, redirect_stdout=True, redirect_stderr=True
         )
         self._live.start()
+        escape_streams()  # until the view stops
         console.show_cursor(True)  # a killed process must not leave the terminal without a cursor
 
     def handle(self, stamped: ev.StampedEvent) -> None:
@@ -274,9 +282,9 @@ class LiveConsole:
         self._add_batch_row(table)
         for key, row in rows[:MAX_LIVE_ROWS]:
             what, bar, detail = self._row_cells(row)
-            table.add_row(Text(self._state.row_label(key), style="cyan"), what, bar, detail)
+            table.add_row(_text(self._state.row_label(key), style="cyan"), what, bar, detail)
         if len(rows) > MAX_LIVE_ROWS:
-            table.add_row(Text(f"and {len(rows) - MAX_LIVE_ROWS} more replicas", style="dim"), "", "", "")
+            table.add_row(_text(f"and {len(rows) - MAX_LIVE_ROWS} more replicas", style="dim"), "", "", "")
         return Group(Text(""), table, *self._news)
 
     def _add_batch_row(self, table: Table) -> None:
@@ -296,25 +304,25 @@ class LiveConsole:
             detail.append(f" · {fmt.number(pace)} clips/device-hour", style="dim")
         num_shots = self._state.num_shots
         table.add_row(
-            Text(self._title or "batch", style="bold"),
-            Text(f"{finished} of {fmt.count(num_shots, 'shot')}"),
+            _text(self._title or "batch", style="bold"),
+            _text(f"{finished} of {fmt.count(num_shots, 'shot')}"),
             _bar(finished, num_shots),
             detail,
         )
 
     def _row_cells(self, row: Row) -> tuple[Text, RenderableType, Text]:
         if row.is_over:
-            return Text(row.starts[-1].outcome, style="dim"), Text(""), Text("")
+            return _text(row.starts[-1].outcome, style="dim"), Text(""), Text("")
         if row.weights:
             event = next(reversed(row.weights.values()))
             bar = _bar(event.bytes_done, event.bytes_total)
             rate = fmt.byte_rate(event.bytes_done, event.elapsed_seconds)
             amount = f"{fmt.byte_count(event.bytes_done)} of {fmt.byte_count(event.bytes_total)} · {rate}"
-            return Text(f"{event.action} {event.what}"), bar, Text(amount)
+            return _text(f"{event.action} {event.what}"), bar, Text(amount)
         attempt = row.attempt
         if attempt is None:
-            return Text(row.stage or "waiting", style="" if row.stage else "dim"), Text(""), Text("")
-        what = Text(f"{attempt.started.story_id}/{attempt.started.shot_id}")
+            return _text(row.stage or "waiting", style="" if row.stage else "dim"), Text(""), Text("")
+        what = _text(f"{attempt.started.story_id}/{attempt.started.shot_id}")
         facts = [row.stage] if row.stage else []
         if attempt.step:
             facts += [f"{attempt.step}/{attempt.num_steps}", fmt.step_time(row.seconds_per_step)]
@@ -322,7 +330,7 @@ class LiveConsole:
             facts.append(f"{attempt.num_reused_steps} reused")
         if row.gpu_memory_gib is not None:
             facts.append(fmt.gib(row.gpu_memory_gib))
-        return what, _bar(attempt.step, attempt.num_steps), Text(" · ".join(facts))
+        return what, _bar(attempt.step, attempt.num_steps), _text(" · ".join(facts))
 
 
 def _bar(done: float, total: float) -> ProgressBar:

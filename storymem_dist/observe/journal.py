@@ -16,9 +16,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from storymem_dist.events import StampedEvent, stamped_from_json, stamped_to_json
+from storymem_dist.files import open_regular, resolve_inside
 
 MAX_PENDING_BYTES = 64 * 2**20
 """Bytes kept in memory while the disk refuses writes (about 300,000 events)."""
+
+MAX_READ_BYTES = 2 * 2**30
+"""Bytes that a reader takes from all event files of a folder together (about ten million events)."""
 
 
 def new_writer_id(replica: int, *, rank: int | None = None, suffix: str = "") -> str:
@@ -46,7 +50,8 @@ class JournalWriter:
         self.num_lost = 0
         self.last_error: OSError | None = None
         self._pending = bytearray()
-        self._descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
+        self._descriptor = os.open(self.path, flags, 0o666)
 
     def write(self, stamped: StampedEvent) -> None:
         """Append one line. Never raises because of the file system; ``last_error`` is None after success."""
@@ -79,11 +84,12 @@ class JournalWriter:
 
 
 class JournalTail:
-    """Follows all event files of a folder.
+    """Follows all event files of a run's folder ``events``. Only regular files inside the run folder are read.
 
     ``offsets`` maps file names to the bytes already returned: save them and pass them in again to continue after a
     restart. ``skip`` names writers whose files are not read. A last line without its newline is left for later (its
-    writer is still writing it, or was killed); a complete line that is no event is counted in ``num_unreadable``.
+    writer is still writing it, or was killed); a complete line that is no event is counted in ``num_unreadable``. After
+    ``MAX_READ_BYTES`` nothing more is read.
     """
 
     def __init__(self, folder: Path, *, offsets: Mapping[str, int] | None = None, skip: tuple[str, ...] = ()) -> None:
@@ -99,8 +105,11 @@ class JournalTail:
         call again until the list is empty. Files that cannot be read are retried by the next call.
         """
         events: list[StampedEvent] = []
-        for path in self._files():
-            events.extend(self._read_new(path, max_bytes))
+        num_read = -1
+        while not events and num_read != sum(self.offsets.values()):  # a part without a single event is passed over
+            num_read = sum(self.offsets.values())
+            for path in self._files():
+                events.extend(self._read_new(path, max_bytes))
         events.sort(key=lambda stamped: (stamped.wall_time, stamped.writer, stamped.sequence))
         return events
 
@@ -112,13 +121,18 @@ class JournalTail:
 
     def _read_new(self, path: Path, max_bytes: int) -> Iterator[StampedEvent]:
         offset = self.offsets.get(path.name, 0)
+        if sum(self.offsets.values()) > MAX_READ_BYTES:
+            return
         try:
-            with path.open("rb") as file:
+            with open_regular(resolve_inside(self.folder.parent, f"{self.folder.name}/{path.name}")) as file:
                 file.seek(offset)
                 data = file.read(max_bytes)
         except OSError:
             return
         complete = data[: data.rfind(b"\n") + 1]
+        if not complete and len(data) == max_bytes:  # no event is that long: whatever this is, read on behind it
+            complete = data + b"\n"
+            offset -= 1
         self.offsets[path.name] = offset + len(complete)
         for line in complete.split(b"\n")[:-1]:
             try:
@@ -127,9 +141,12 @@ class JournalTail:
                 self.num_unreadable += 1
 
 
-def read_journal(folder: Path) -> list[StampedEvent]:
-    """Return all events of all writers in ``folder``, ordered by wall time (within a writer: as written)."""
-    tail = JournalTail(folder)
+def read_journal(source: Path | JournalTail) -> list[StampedEvent]:
+    """Return all events of all writers in a folder, ordered by wall time (within a writer: as written).
+
+    A ``JournalTail`` at its beginning also counts what was unreadable.
+    """
+    tail = source if isinstance(source, JournalTail) else JournalTail(source)
     events: list[StampedEvent] = []
     while new := tail.poll():
         events.extend(new)

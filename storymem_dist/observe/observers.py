@@ -9,7 +9,6 @@ Knows threads and queues; nothing of what back ends do with events.
 """
 
 import queue
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ from typing import Protocol
 
 from storymem_dist.events import Event, StampedEvent, WarningIssued
 from storymem_dist.observe.journal import JournalWriter
+from storymem_dist.terminal.streams import print_error
 
 QUEUE_SIZE = 4096
 """Events that may wait for one back end; about ten minutes of a busy replica."""
@@ -207,4 +207,4 @@ class _Lane:
 
 
 def _print_to_stderr(line: str) -> None:
-    sys.stderr.write(f"storymem: {line}\n")
+    print_error(f"storymem: {line}")

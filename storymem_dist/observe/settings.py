@@ -3,14 +3,16 @@
 None of them changes a pixel. Knows only the plain values; ``observe/start.py`` turns them into observers.
 """
 
-import re
 from dataclasses import dataclass, field
+from typing import Any
 
-from storymem_dist.errors import ConfigError, require_at_least, require_one_of
+from storymem_dist.errors import require_between, require_one_of
+from storymem_dist.observe.wandb.limits import check_names
 
 CONSOLE_MODES = ("auto", "live", "plain", "off")
 CONSOLE_LEVELS = ("quiet", "normal", "verbose")
 WANDB_MODES = ("auto", "online", "offline", "off")
+_WEEK = 7 * 24 * 3600.0
 
 
 @dataclass(kw_only=True, slots=True)
@@ -30,7 +32,7 @@ class ConsoleSettings:
     def __post_init__(self) -> None:
         require_one_of("tracking.console.mode", self.mode, CONSOLE_MODES)
         require_one_of("tracking.console.level", self.level, CONSOLE_LEVELS)
-        require_at_least("tracking.console.line_interval_seconds", self.line_interval_seconds, 0.0)
+        require_between("tracking.console.line_interval_seconds", self.line_interval_seconds, 0.0, _WEEK)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -65,17 +67,18 @@ class WandbSettings:
 
     def __post_init__(self) -> None:
         require_one_of("tracking.wandb.mode", self.mode, WANDB_MODES)
-        if not self.project or re.search(r"[/\\#?%:]", self.project):
-            raise ConfigError(
-                f"tracking.wandb.project={self.project!r} is not allowed; it must be a name without / \\ # ? % :"
-            )
+        check_names(**self.names())
         for key in ("num_shot_videos", "num_story_videos", "num_memory_images"):
-            require_at_least(f"tracking.wandb.{key}", getattr(self, key), -1)
-        require_at_least("tracking.wandb.max_video_mib", self.max_video_mib, 0.0)
-        require_at_least("tracking.wandb.thumbnail_height", self.thumbnail_height, 16)
-        require_at_least("tracking.wandb.poll_interval_seconds", self.poll_interval_seconds, 0.05)
-        require_at_least("tracking.wandb.init_timeout_seconds", self.init_timeout_seconds, 0.1)
-        require_at_least("tracking.wandb.finish_timeout_seconds", self.finish_timeout_seconds, 0.0)
+            require_between(f"tracking.wandb.{key}", getattr(self, key), -1, 1_000_000)
+        require_between("tracking.wandb.max_video_mib", self.max_video_mib, 0.0, 1_000_000.0)
+        require_between("tracking.wandb.thumbnail_height", self.thumbnail_height, 16, 4096)
+        require_between("tracking.wandb.poll_interval_seconds", self.poll_interval_seconds, 0.05, 3600.0)
+        require_between("tracking.wandb.init_timeout_seconds", self.init_timeout_seconds, 0.1, _WEEK)
+        require_between("tracking.wandb.finish_timeout_seconds", self.finish_timeout_seconds, 0.0, _WEEK)
+
+    def names(self) -> dict[str, Any]:
+        """The settings that W&B has limits for, by key."""
+        return {key: getattr(self, key) for key in ("project", "entity", "group", "name", "notes", "tags")}
 
 
 @dataclass(kw_only=True, slots=True)
@@ -92,4 +95,4 @@ class TrackingSettings:
     system_interval_seconds: float = 15.0
 
     def __post_init__(self) -> None:
-        require_at_least("tracking.system_interval_seconds", self.system_interval_seconds, 0.0)
+        require_between("tracking.system_interval_seconds", self.system_interval_seconds, 0.0, _WEEK)

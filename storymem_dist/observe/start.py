@@ -12,8 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TextIO
 
-from rich.console import Console
-
 from storymem_dist.events import JobStarted, NullObserver, Observer, WarningIssued
 from storymem_dist.observe.console import LiveConsole, PlainConsole
 from storymem_dist.observe.journal import JournalTail, JournalWriter, new_writer_id
@@ -21,7 +19,10 @@ from storymem_dist.observe.observers import BackEnd, Observers
 from storymem_dist.observe.run.state import RunState
 from storymem_dist.observe.settings import ConsoleSettings, TrackingSettings
 from storymem_dist.observe.system import SystemSampler
+from storymem_dist.observe.wandb.limits import fitting
 from storymem_dist.observe.wandb.process import WandbProcess, choose_mode
+from storymem_dist.terminal.rich_console import SafeConsole
+from storymem_dist.terminal.streams import print_error
 
 SILENCE_SECONDS = 90.0
 """At the end, a replica that sent nothing for this long (not even system samples) is not waited for."""
@@ -99,7 +100,7 @@ class RenderObservers:
             try:
                 back_ends.append(WandbProcess(self._run_folder, settings.wandb))
             except OSError as error:
-                sys.stderr.write(f"storymem: Weights & Biases is off, its feeder cannot be started: {error}\n")
+                print_error(f"storymem: Weights & Biases is off, its feeder cannot be started: {error}")
         return back_ends
 
     def _write_report(self) -> None:
@@ -108,7 +109,7 @@ class RenderObservers:
         try:
             write_report(self._run_folder, self._run_folder / "report.html")
         except Exception as error:  # a failed report must not fail a rendered batch
-            sys.stderr.write(f"storymem: report.html could not be written: {type(error).__name__}: {error}\n")
+            print_error(f"storymem: report.html could not be written: {type(error).__name__}: {error}")
 
 
 def start_observers(
@@ -126,7 +127,7 @@ def start_observers(
     written.
     """
     if sweep is not None and settings.wandb.group is None:
-        settings = replace(settings, wandb=replace(settings.wandb, group=sweep))
+        settings = replace(settings, wandb=replace(settings.wandb, group=fitting(sweep)))
     return RenderObservers(settings, run_folder, place, stream=stream or sys.stderr)
 
 
@@ -143,7 +144,7 @@ def make_console(
     if mode == "off" or (mode == "live" and not is_first_leader):
         return None
     if mode == "live":
-        return LiveConsole(Console(file=stream, force_terminal=True), level=settings.level, tail=tail)
+        return LiveConsole(SafeConsole(stream, force_terminal=True), level=settings.level, tail=tail)
     return PlainConsole(stream, level=settings.level, line_interval_seconds=settings.line_interval_seconds, tail=tail)
 
 

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from storymem_dist.errors import StoryMemError
+from storymem_dist.hardware import machine_fault
 
 T = TypeVar("T")
 _ALIVE = b""  # an empty message: the leader is still working
@@ -24,8 +25,8 @@ class LeaderDecides:
     """``decide(fn)`` runs ``fn`` on the first rank of ``group`` and sends its outcome to all of them.
 
     The value must survive pickling, and tensors in it must be on the CPU. A value that cannot be pickled fails the call
-    on every rank. An exception arrives as it was raised; one that cannot be pickled arrives as ``RuntimeError`` with
-    its type and text.
+    on every rank. An exception arrives as it was raised, or as ``MachineError`` if the machine caused it (causes do not
+    survive pickling); one that cannot be pickled arrives as ``RuntimeError`` with its type and text.
     """
 
     def __init__(self, group: dist.ProcessGroup, *, keep_alive_seconds: float) -> None:
@@ -42,7 +43,7 @@ class LeaderDecides:
             try:
                 value, error = fn(), None
             except BaseException as caught:  # an interrupt, too, must reach the ranks that wait
-                value, error = None, caught
+                value, error = None, machine_fault(caught) or caught
         message, error = _packed(value, error)
         self._send(message)
         if error is not None:
@@ -89,7 +90,7 @@ def all_or_none(group: dist.ProcessGroup, fn: Callable[[], T]) -> T:
     try:
         value = fn()
     except Exception as caught:
-        error = caught
+        error = machine_fault(caught) or caught
     message, _ = _packed(None, error)
     messages: list[Any] = [None] * group.size()
     dist.all_gather_object(messages, message, group=group)

@@ -6,12 +6,14 @@ started ranks; nothing here looks at the machine.
 
 from dataclasses import dataclass
 
-from storymem_dist.errors import ConfigError, require_at_least, require_one_of
+from storymem_dist.errors import ConfigError, require_between, require_one_of
 
 WEIGHTS = ("replicated", "fsdp", "fsdp_offload", "zero3")
 DEVICES = ("auto", "cpu", "cuda")
 BACKENDS = ("auto", "gloo", "nccl")
 ZERO3_OFFLOADS = ("cpu",)
+_MAX_RANKS = 65_536
+_LONGEST_WAIT = 30 * 24 * 3600.0  # a month; timers of the system count further, clusters do not
 
 
 @dataclass(kw_only=True, slots=True)
@@ -60,12 +62,13 @@ class ParallelSettings:
 
     def __post_init__(self) -> None:
         if self.num_replicas is not None:
-            require_at_least("parallel.num_replicas", self.num_replicas, 1)
+            require_between("parallel.num_replicas", self.num_replicas, 1, _MAX_RANKS)
+        require_between("parallel.cfg", self.cfg, 1, 2)
         require_one_of("parallel.cfg", self.cfg, (1, 2))
-        require_at_least("parallel.ring", self.ring, 1)
-        require_at_least("parallel.ulysses", self.ulysses, 1)
+        require_between("parallel.ring", self.ring, 1, _MAX_RANKS)
+        require_between("parallel.ulysses", self.ulysses, 1, _MAX_RANKS)
         require_one_of("parallel.weights", self.weights, WEIGHTS)
-        require_at_least("parallel.prefetch_blocks", self.prefetch_blocks, 0)
+        require_between("parallel.prefetch_blocks", self.prefetch_blocks, 0, 1000)
         if self.zero3_offload == "nvme":
             raise ConfigError(
                 "parallel.zero3_offload=nvme (weights on disk) has never been run and is not supported; use cpu"
@@ -73,9 +76,11 @@ class ParallelSettings:
         require_one_of("parallel.zero3_offload", self.zero3_offload, ZERO3_OFFLOADS)
         require_one_of("parallel.device", self.device, DEVICES)
         require_one_of("parallel.backend", self.backend, BACKENDS)
-        require_at_least("parallel.cpu_threads", self.cpu_threads, 1)
-        require_at_least("parallel.collective_timeout_seconds", self.collective_timeout_seconds, 1)
-        require_at_least("parallel.leader_timeout_seconds", self.leader_timeout_seconds, 1)
+        require_between("parallel.cpu_threads", self.cpu_threads, 1, 4096)
+        require_between("parallel.collective_timeout_seconds", self.collective_timeout_seconds, 1, _LONGEST_WAIT)
+        require_between("parallel.leader_timeout_seconds", self.leader_timeout_seconds, 1, _LONGEST_WAIT)
+        if self.stall_timeout_seconds is not None:
+            require_between("parallel.stall_timeout_seconds", self.stall_timeout_seconds, 1, _LONGEST_WAIT)
         if self.stall_timeout_seconds is not None and not self.stall_timeout_seconds >= self.collective_timeout_seconds:
             raise ConfigError(
                 f"parallel.stall_timeout_seconds={self.stall_timeout_seconds} is not allowed; it must be at least "

@@ -1,4 +1,4 @@
-"""The prompts of a job, encoded once: spread over all ranks, shared through the prompt cache.
+"""Prompts encoded once: spread over the ranks of a job or a replica, shared through the prompt cache.
 
 What is cached already is not encoded again, a rank with nothing to encode loads no encoder, and the encoder is released
 before this returns, so that its memory is free for the experts. Works on one process without a process group. Knows
@@ -7,7 +7,7 @@ nothing about stories or guidance: a negative prompt is a prompt like any other.
 
 import gc
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -54,26 +54,29 @@ def encode_prompts(
     load_encoder: Callable[[], Encoder],
     *,
     place: WorldRank,
+    group: dist.ProcessGroup | None = None,
     min_prompts_per_rank: int = MIN_PROMPTS_PER_RANK,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
     """Encode every prompt that has no entry in ``cache``.
 
-    Collective over all started ranks, which pass equal prompts and a cache on one file system. ``load_encoder`` is
-    called on ranks that have prompts to encode: one for every ``min_prompts_per_rank`` missing prompts, rounded up.
-    ``on_progress(done, total)`` counts missing prompts. If a rank fails, every rank raises its exception.
+    Collective over the ranks of ``place``, which pass equal prompts and a cache on one file system; ``group`` is their
+    gloo group (without it, ``place`` must be all started ranks). An entry that another process writes meanwhile is not
+    encoded again. ``load_encoder`` is called on ranks that have prompts to encode: one for every
+    ``min_prompts_per_rank`` missing prompts, rounded up. ``on_progress(done, total)`` counts missing prompts. If a rank
+    fails, every rank raises its exception.
     """
     first_of_path: dict[Path, str] = {}
     for prompt in prompts:
         first_of_path.setdefault(cache.path(prompt), prompt)
-    with _control_group(place.world_size) as group:
+    with nullcontext(group) if group is not None else all_ranks(place.world_size) as group:
         missing = _missing_anywhere(list(first_of_path.values()), cache, place, group)
         num_encoding = min(place.world_size, -(-len(missing) // min_prompts_per_rank))
         encoder: Encoder | None = None
 
         def encode_mine(batch: list[str]) -> None:
             nonlocal encoder
-            if place.rank < len(batch):
+            if place.rank < len(batch) and cache.find(batch[place.rank]) is None:
                 encoder = load_encoder() if encoder is None else encoder
                 cache.store(batch[place.rank], encoder.encode([batch[place.rank]])[0])
 
@@ -107,8 +110,8 @@ def _together(group: dist.ProcessGroup | None, fn: Callable[[], T]) -> T:
 
 
 @contextmanager
-def _control_group(world_size: int) -> Iterator[dist.ProcessGroup | None]:
-    """A gloo group of all started ranks for small messages, None for one rank.
+def all_ranks(world_size: int) -> Iterator[dist.ProcessGroup | None]:
+    """A gloo group of all started ranks for small messages, None for one rank. Collective over them.
 
     It waits long, because one rank may read a large encoder from a slow disk; a peer that dies is noticed immediately.
     """

@@ -31,6 +31,7 @@ from storymem_dist.errors import CollectiveFailed
 from storymem_dist.parallel.hangs import Sighting, Verdict, judge
 from storymem_dist.parallel.session import Session
 from storymem_dist.parallel.settings import ParallelSettings
+from storymem_dist.terminal.streams import print_error
 
 _LONGEST_INTERVAL = 1.0  # seconds between two looks
 _INTERVALS_PER_TIMEOUT = 10
@@ -264,8 +265,7 @@ class Watch:
                 self._exchange()
 
     def _report(self, message: str) -> None:
-        sys.stderr.write(f"storymem: {message}\n")
-        sys.stderr.flush()
+        print_error(f"storymem: {message}")
         reporting = threading.Thread(target=self._tell, args=(message,), name="replica-watch-report", daemon=True)
         reporting.start()
         reporting.join(_REPORT_SECONDS)  # it may need the disk or lock that hangs

@@ -28,7 +28,7 @@ from storymem_dist.dispatch.stop import StopSwitch
 from storymem_dist.dispatch.summary import BatchSummary, Replica
 from storymem_dist.errors import StoryMemError
 from storymem_dist.events import StepFinished, timed_stage
-from storymem_dist.hardware import current_device, device_memory
+from storymem_dist.hardware import current_device, device_memory, machine_fault
 
 
 def render_batch(
@@ -49,8 +49,9 @@ def render_batch(
     ``loaded`` is the kind of experts that the renderer has already loaded. ``on_crash`` is called with an unexpected
     error that ends the batch, before the wait for a shot that is being saved. All ranks return the same summary.
 
-    Raises ``RunFolderError`` and other ``StoryMemError`` when the batch cannot begin, and any error of the renderer
-    that is not the fault of one shot; a restart then claims the shot in flight again.
+    Raises ``RunFolderError`` and other ``StoryMemError`` when the batch cannot begin, ``MachineError`` when the machine
+    fails (no shot is then marked as failed), and any error of the renderer that is not the fault of one shot; a restart
+    then claims the shot in flight again.
     """
     coordinator = Coordinator(
         parts=parts,
@@ -81,6 +82,9 @@ def render_batch(
         coordinator.close(at_once=True)
         raise
     except BaseException as error:
+        if fault := machine_fault(error):
+            coordinator.close()
+            raise fault from error
         on_crash(error)
         coordinator.close(crashed=True)
         raise
@@ -100,6 +104,8 @@ def _render_shot(
     except DenoiseStopped as stopped:
         leader_decides(partial(coordinator.shot_stopped, stopped.state))
     except StoryMemError as error:
+        if fault := machine_fault(error):
+            raise fault from error
         leader_decides(
             partial(coordinator.shot_failed, str(error), type(error).__name__, details=traceback.format_exc())
         )

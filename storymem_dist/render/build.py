@@ -14,7 +14,7 @@ from torch import Tensor
 from storymem_dist.diffusion.experts import ExpertPair
 from storymem_dist.diffusion.settings import SamplerSettings
 from storymem_dist.events import ThroughputSampled
-from storymem_dist.hardware import current_device, device_memory
+from storymem_dist.hardware import GIB, current_device, device_memory
 from storymem_dist.models.attention import start_backend
 from storymem_dist.models.precision import set_fp32_precision
 from storymem_dist.models.quantized_linear import check_linears
@@ -198,9 +198,30 @@ class Engine:
 
     def load_text_encoder(self) -> TextEncoder:
         """Load the text encoder onto the device that the settings name."""
+        return load_text_encoder(self._weights.any_checkpoint, self._text_device, self.text_dtype)
+
+    def make_room_for_text_encoder(self) -> None:
+        """Drop the experts if the text encoder does not fit next to them. Collective over the replica.
+
+        The next shot loads them again.
+        """
+        if self.clips.kind is not None and not self.session.leader_decides(self._has_room_for_text_encoder):
+            self.clips.release()
+
+    def _has_room_for_text_encoder(self) -> bool:
+        device = self._text_device
+        if device.type != "cuda":
+            return True
+        torch.cuda.empty_cache()
+        free, _ = torch.cuda.mem_get_info(device)
+        path = self._weights.any_checkpoint.text_encoder_path
+        files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+        return free > 1.1 * sum(file.stat().st_size for file in files) + GIB
+
+    @property
+    def _text_device(self) -> torch.device:
         choice = self._model.text_encoder_device
-        device = self.session.device if choice == "auto" else torch.device(choice)
-        return load_text_encoder(self._weights.any_checkpoint, device, self.text_dtype)
+        return self.session.device if choice == "auto" else torch.device(choice)
 
     def encode_texts(self, texts: Sequence[str], *, keep_encoder: bool = False) -> dict[str, Tensor]:
         """Return embeddings ``[L <= 512, text_dim]`` on the CPU, by text. Every rank encodes all of them.

@@ -1,18 +1,26 @@
-"""Checks a job before anything starts: settings, storyboards, weights.
+"""Checks a job before anything starts: settings, storyboards, weights, and the memory of one shot.
 
-Knows nothing of ranks, run folders or devices.
+Knows nothing of ranks or run folders, and of devices only their memory.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from storymem_dist.config.points import Point
+from storymem_dist.config.schema import RenderConfig
 from storymem_dist.errors import StoryboardError
+from storymem_dist.observe.wandb.process import check_settings
+from storymem_dist.parallel.clip_memory import check_clip_memory
 from storymem_dist.parallel.layout import check_guidance
 from storymem_dist.render.inputs import choose_stories, kinds_of
 from storymem_dist.story.loading import StoryBatch, load_storyboards
 from storymem_dist.story.modes import KINDS
 from storymem_dist.weights.bundle import Weights, open_weights, with_generated_weights
+from storymem_dist.weights.prompt_lengths import check_prompt_lengths, cut_text_of
+from storymem_dist.weights.prompt_words import check_prompt_words
 from storymem_dist.weights.settings import ModelSettings
 
 
@@ -28,14 +36,14 @@ class CheckedJob:
 def check_job(points: Sequence[Point]) -> CheckedJob:
     """Check settings, storyboards and weights of a job without starting anything. Reads only headers of weights.
 
-    A storyboard that cannot be read is listed in ``rejected`` of its batch. Raises ``StoryMemError`` for the first
-    other error, and when no storyboard can be read.
+    A storyboard that cannot be read, or whose prompts are too long for ``stories.long_prompts=refuse``, is listed in
+    ``rejected`` of its batch. Raises ``StoryMemError`` for the first other error, and when no storyboard is left.
     """
     batches = []
     for point in points:
+        check_settings(point.settings.tracking.wandb)
         batch = choose_stories(load_storyboards(point.settings.stories.paths()), point.settings.stories)
-        if not batch.stories:
-            raise StoryboardError("no storyboard can be rendered: " + "; ".join(one.message for one in batch.rejected))
+        _require_stories(batch)
         sampler = point.settings.sampler
         check_guidance(
             point.settings.parallel,
@@ -50,4 +58,38 @@ def check_job(points: Sequence[Point]) -> CheckedJob:
     model = with_generated_weights(settings.model)
     kinds = [kind for kind in KINDS if kind in needed]
     weights = open_weights(model, kinds, settings.sampler.continuation)
+    if settings.launch.mode != "slurm":  # the memory of this machine says nothing about a cluster's
+        for point in points:
+            _check_memory(point.settings, weights)
+    cut_text = cut_text_of(weights.any_checkpoint)
+    batches = [
+        check_prompt_lengths(
+            batch,
+            cut_text,
+            negative_prompt=point.settings.sampler.needed_negative_prompt,
+            refuse=point.settings.stories.long_prompts == "refuse",
+        )
+        for point, batch in zip(points, batches, strict=True)
+    ]
+    for batch in batches:
+        _require_stories(batch)
+    batches = [check_prompt_words(batch, weights.any_checkpoint) for batch in batches]
     return CheckedJob(batches=batches, model=model, weights=weights)
+
+
+def _check_memory(settings: RenderConfig, weights: Weights) -> None:
+    on_gpu = settings.parallel.device != "cpu" and torch.cuda.is_available()
+    started = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
+    check_clip_memory(
+        settings.sampler,
+        settings.parallel,
+        weights.any_checkpoint.dit_config,
+        getattr(torch, settings.model.dtype),
+        device=torch.device("cuda" if on_gpu else "cpu"),
+        ranks_per_node=started or settings.launch.processes_per_node or (torch.cuda.device_count() if on_gpu else 1),
+    )
+
+
+def _require_stories(batch: StoryBatch) -> None:
+    if not batch.stories:
+        raise StoryboardError("no storyboard can be rendered: " + "; ".join(one.message for one in batch.rejected))

@@ -5,7 +5,6 @@ Both end with the job; the process may render another one afterwards. Changes no
 
 import logging
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
@@ -13,6 +12,8 @@ import torch
 
 from storymem_dist.config.schema import DebugSettings
 from storymem_dist.events import Event, Observer, ThroughputSampled, WeightsProgress
+from storymem_dist.terminal.streams import print_error_text
+from storymem_dist.terminal.text import printable
 
 PACKAGE = "storymem_dist"
 WORKSPACE_VARIABLE = "CUBLAS_WORKSPACE_CONFIG"
@@ -49,13 +50,19 @@ class _LoggedEvents:
         self._observer.notify(event)
 
 
+class _Line(logging.Formatter):
+    """A record in one line, and its trace below."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return printable(super().formatMessage(record))
+
+
 class _StandardError(logging.Handler):
     """Writes to the current ``sys.stderr``: a live console replaces it while it draws."""
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            sys.stderr.write(f"{self.format(record)}\n")
-            sys.stderr.flush()
+            print_error_text(self.format(record))
         except Exception:
             self.handleError(record)
 
@@ -64,7 +71,7 @@ class _StandardError(logging.Handler):
 def _log_lines(level: str, *, rank: str) -> Iterator[None]:
     """Write the log lines of this package to standard error, each with the rank in front."""
     handler = _StandardError()
-    handler.setFormatter(logging.Formatter(f"[rank {rank}] %(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(_Line(f"[rank {rank}] %(asctime)s %(levelname)s %(name)s: %(message)s"))
     package = logging.getLogger(PACKAGE)
     before = package.level
     for name, known in logging.root.manager.loggerDict.items():

@@ -43,7 +43,7 @@ def choose_stories(batch: StoryBatch, settings: StoriesSettings) -> StoryBatch:
     stories = batch.stories[: settings.max_stories]
     if settings.max_shots is not None:
         stories = tuple(first_shots(story, settings.max_shots) for story in stories)
-    return StoryBatch(stories=stories, rejected=batch.rejected)
+    return replace(batch, stories=stories)
 
 
 def first_shots(story: Story, max_shots: int) -> Story:

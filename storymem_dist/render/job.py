@@ -17,11 +17,12 @@ import torch
 from storymem_dist.artifacts.prompt_cache import PromptCache
 from storymem_dist.artifacts.run_folder import RunFolder
 from storymem_dist.config.points import Point
-from storymem_dist.dispatch.plan import BatchPart, plan_part
+from storymem_dist.dispatch.plan import BatchPart
 from storymem_dist.dispatch.stop import StopSwitch, own_stop_files
 from storymem_dist.dispatch.summary import BatchSummary, Replica
 from storymem_dist.errors import StoryboardError
-from storymem_dist.events import Observer, ThroughputSampled, timed_stage
+from storymem_dist.events import Observer, ThroughputSampled, WarningIssued, timed_stage
+from storymem_dist.hardware import machine_fault
 from storymem_dist.memory.scorers import ScorerShelf
 from storymem_dist.models.attention import describe_backend
 from storymem_dist.observe.settings import TrackingSettings
@@ -36,7 +37,7 @@ from storymem_dist.render.debugging import debugging, logged
 from storymem_dist.render.identity import device_name, group_identity, job_identity, package_versions
 from storymem_dist.render.inputs import config_hash, cost_model, pixel_inputs
 from storymem_dist.render.outcome import announce, print_outcome, report_loading
-from storymem_dist.render.prompts import CachedPrompts
+from storymem_dist.render.prompts import CachedPrompts, prompts_left, shots_left
 from storymem_dist.render.shot import ShotRules, StoryShotRenderer, negative_prompts
 from storymem_dist.story.loading import StoryBatch
 from storymem_dist.story.modes import KINDS
@@ -53,9 +54,20 @@ def render_job(points: Sequence[Point], *, sweep: str | None = None) -> int:
     folder, stories, sampler, memory, video and tracking; all other settings are those of the first point. ``sweep`` is
     the name of their sweep.
 
-    Raises ``StoryMemError`` for what is wrong with the job. Most of it is found before weights are read; scorers and
-    the contents of the run folders are checked after that.
+    Raises ``StoryMemError`` for what is wrong with the job, and ``MachineError`` for faults of the machine. Most
+    mistakes are found before weights are read; scorers and the contents of the run folders are checked after that.
     """
+    board = ProgressBoard()
+    try:
+        with _stop_switch(points, board).listening() as stop:
+            return _render_job(points, sweep, stop, board)
+    except Exception as error:
+        if fault := machine_fault(error):
+            raise fault from error
+        raise
+
+
+def _render_job(points: Sequence[Point], sweep: str | None, stop: StopSwitch, board: ProgressBoard) -> int:
     checked = check_job(points)
     settings, weights = points[0].settings, checked.weights
     with (
@@ -81,7 +93,6 @@ def render_job(points: Sequence[Point], *, sweep: str | None = None) -> int:
             session.backend,
             session.layout,
         )
-        board = ProgressBoard()
         dtype, head_dim = getattr(torch, checked.model.dtype), weights.any_checkpoint.dit_config.head_dim
         attention = describe_backend(checked.model.attention, device=session.device, dtype=dtype, head_dim=head_dim)
         parts, all_observers = [], []
@@ -91,6 +102,8 @@ def render_job(points: Sequence[Point], *, sweep: str | None = None) -> int:
             all_observers.append(observers)
             part = _part(point, batch, run, weights, board.watching(logged(observers.observer)), session)
             announce(part, batch, run_id, session, attention)
+            for message in weights.lora_warnings():
+                part.observers.notify(WarningIssued(message=message, source="weights"))
             parts.append(part)
 
         def warn(message: str) -> None:
@@ -98,7 +111,7 @@ def render_job(points: Sequence[Point], *, sweep: str | None = None) -> int:
                 observers.warn(message, "parallel")
 
         with Watch(session, settings.parallel, look=board.look, tell=warn) as watch:
-            summary = _render_parts(parts, points, checked, session, board, watch)
+            summary = _render_parts(parts, points, checked, session, stop, watch)
     print_outcome(points, checked.batches, summary, session)
     rejected = any(batch.rejected for batch in checked.batches)
     return summary.exit_code or (StoryboardError.exit_code if rejected else 0)
@@ -109,6 +122,15 @@ def tracking_of_part(tracking: TrackingSettings, *, num_parts: int) -> TrackingS
     if num_parts == 1 or tracking.console.mode == "off":
         return tracking
     return replace(tracking, console=replace(tracking.console, mode="plain"))
+
+
+def _stop_switch(points: Sequence[Point], board: ProgressBoard) -> StopSwitch:
+    """What asks this job to stop. Made before weights are read: a stop file that appears meanwhile counts."""
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    files = [RunFolder(point.settings.output).stop_file for point in points]
+    stop = StopSwitch(files, own_files=own_stop_files(), restarted=restarted, on_ask=board.sign)
+    stop.start_watching()
+    return stop
 
 
 def _part(
@@ -125,7 +147,13 @@ def _part(
         config_hash=config_hash(point.plain),
         config_text=json.dumps(point.plain, indent=2, ensure_ascii=False, sort_keys=True),
         observers=observer,
-        host={"versions": package_versions(), "device": device_name(session.device), "layout": str(session.layout)},
+        host={
+            "versions": package_versions(),
+            "device": device_name(session.device),
+            "layout": str(session.layout),
+            "loras": weights.lora_facts(),
+        },
+        num_refused=len(batch.rejected),
     )
 
 
@@ -134,14 +162,10 @@ def _render_parts(
     points: Sequence[Point],
     checked: CheckedJob,
     session: Session,
-    board: ProgressBoard,
+    stop: StopSwitch,
     watch: Watch,
 ) -> BatchSummary:
     settings, weights = points[0].settings, checked.weights
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-    stop_files = [part.run.stop_file for part in parts]
-    stop_switch = StopSwitch(stop_files, own_files=own_stop_files(), restarted=restarted, on_ask=board.sign)
-    stop_switch.start_watching()  # before weights are read: a stop file that is made meanwhile counts
     engine = Engine.start(
         checked.model,
         weights,
@@ -162,10 +186,13 @@ def _render_parts(
     prompts = CachedPrompts(
         PromptCache(cache, text_encoder_identity(weights.any_checkpoint, engine.text_dtype)),
         engine.load_text_encoder,
+        team=session.team,
+        replica=session.replica,
+        num_replicas=session.layout.replica,
+        make_room=engine.make_room_for_text_encoder,
     )
     with timed_stage(parts[0].observers, "text"):
-        wanted = [shot.prompt for part in parts for story in part.stories for shot in story.shots]
-        prompts.ensure_together([*dict.fromkeys(wanted), *negative_prompts(rules)], session)
+        prompts.begin(partial(prompts_left, parts, session.layout.replica), negative_prompts(rules), session)
     renderer = StoryShotRenderer(
         clips=engine.clips,
         prompts=prompts,
@@ -175,27 +202,28 @@ def _render_parts(
         measure=engine.measure,
         retries_in_place=session.layout.ranks_per_replica == 1,
     )
-    loaded = _load_together(parts, engine, session, share_reads=settings.parallel.share_reads)
-    with stop_switch.listening() as stop:
-        return render_batch(
-            parts=parts,
-            renderer=renderer,
-            settings=settings.dispatch,
-            replica=Replica(
-                index=session.replica,
-                count=session.layout.replica,
-                num_devices=session.layout.ranks_per_replica,
-                job_id=job_identity(),
-            ),
-            stop=stop,
-            leader_decides=session.leader_decides,
-            check_contents=settings.debug.verify_records,
-            loaded=loaded,
-            on_crash=watch.note,
-        )
+    loaded = _load_together(parts, engine, session, stop, share_reads=settings.parallel.share_reads)
+    return render_batch(
+        parts=parts,
+        renderer=renderer,
+        settings=settings.dispatch,
+        replica=Replica(
+            index=session.replica,
+            count=session.layout.replica,
+            num_devices=session.layout.ranks_per_replica,
+            job_id=job_identity(),
+        ),
+        stop=stop,
+        leader_decides=session.leader_decides,
+        check_contents=settings.debug.verify_checksums,
+        loaded=loaded,
+        on_crash=watch.note,
+    )
 
 
-def _load_together(parts: Sequence[BatchPart], engine: Engine, session: Session, *, share_reads: bool) -> str | None:
+def _load_together(
+    parts: Sequence[BatchPart], engine: Engine, session: Session, stop: StopSwitch, *, share_reads: bool
+) -> str | None:
     """Load the first experts on all replicas of this node together, so that one rank reads them for all.
 
     Returns their kind. None where ranks do not share reads: each replica then loads at its first shot, and so do all
@@ -205,7 +233,7 @@ def _load_together(parts: Sequence[BatchPart], engine: Engine, session: Session,
         return None
     # Two agreements, since other jobs may commit shots meanwhile. First all readers of this node take the answer of one
     # of them, then all ranks of a replica, on any node, take the answer of their leader.
-    on_node: str | None = session.readers.decide(lambda: first_kind_left(parts))
+    on_node: str | None = session.readers.decide(lambda: None if stop.reason() else first_kind_left(parts))
     kind = session.leader_decides(lambda: on_node)
     if kind is not None:
         with timed_stage(parts[0].observers, "load"), engine.experts.reading_together():
@@ -215,13 +243,5 @@ def _load_together(parts: Sequence[BatchPart], engine: Engine, session: Session,
 
 def first_kind_left(parts: Sequence[BatchPart]) -> str | None:
     """Return the kind of experts that the first uncommitted shots need; None when all shots are committed."""
-    left = set()
-    for part_index, part in enumerate(parts):
-        for _, planned in plan_part(part_index, part):
-            if isinstance(planned, StoryboardError):
-                continue
-            for shot in planned:
-                if not part.run.shot(shot.story_id, shot.shot_id).is_committed(shot.fingerprint):
-                    left.add(shot.kind)
-                    break
+    left = {shots[0].kind for shots in shots_left(parts)}
     return min(left, key=KINDS.index, default=None)

@@ -4,8 +4,8 @@ Knows events and standard output; decides nothing.
 """
 
 import os
+import shlex
 import socket
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,17 +14,23 @@ from storymem_dist.artifacts.run_folder import RunFolder
 from storymem_dist.config.points import Point
 from storymem_dist.dispatch.plan import BatchPart
 from storymem_dist.dispatch.summary import BatchSummary
-from storymem_dist.events import JobStarted, Observer, StoryboardRejected, WeightsProgress
+from storymem_dist.events import JobStarted, Observer, StoryboardRejected, WarningIssued, WeightsProgress
 from storymem_dist.hardware import peak_tflops
+from storymem_dist.observe.run.format import count
 from storymem_dist.parallel.session import Session
 from storymem_dist.render.identity import device_name, group_identity, package_versions
 from storymem_dist.story.loading import StoryBatch
+from storymem_dist.story.problems import one_line
+from storymem_dist.terminal.streams import print_lines
 
 _PROGRESS_SECONDS = 0.25
 
 
 def announce(part: BatchPart, batch: StoryBatch, run_id: str, session: Session, attention: str) -> None:
-    """Report the start of the job to the observers of one part, and the storyboards that it cannot render."""
+    """Report the start of the job to the observers of one part, and the storyboards that it cannot render.
+
+    The first rank also reports the warnings of all stories.
+    """
     part.observers.notify(
         JobStarted(
             run_id=run_id,
@@ -44,7 +50,10 @@ def announce(part: BatchPart, batch: StoryBatch, run_id: str, session: Session, 
         )
     )
     for rejected in batch.rejected:
-        part.observers.notify(StoryboardRejected(source=str(rejected.source), message=rejected.message))
+        part.observers.notify(StoryboardRejected(source=one_line(str(rejected.source)), message=rejected.message))
+    if session.rank == 0:
+        for warning in batch.all_warnings:
+            part.observers.notify(WarningIssued(message=one_line(warning), source="stories"))
 
 
 def report_loading(observer: Observer) -> Callable[[str, int, int], None]:
@@ -71,21 +80,31 @@ def print_outcome(
     """Print the end of the job in a few lines on standard output; rank 0 only."""
     if session.rank != 0:
         return
-    out = sys.stdout.write
+    lines = []
     for point, batch in zip(points, batches, strict=True):
         of_point = f"{point.name}: " if point.name else ""
         for story in batch.stories:
             video = RunFolder(point.settings.output).story_video(story.story_id)
             if video.exists():
-                out(f"{of_point}{story.name}: {video}\n")
+                lines.append(f"{of_point}{story.name}: {video}")
         for rejected in batch.rejected:
-            out(f"{of_point}refused: {rejected.message}\n")
+            lines.append(f"{of_point}refused: {rejected.message}")
+        if batch.all_warnings:
+            num = count(len(batch.all_warnings), "warning")
+            command = f"storymem-report {shlex.quote(str(point.settings.output))}"
+            lines.append(f"{of_point}{num} about storyboards: {command} shows them")
     for failure in summary.failures:
-        out(f"failed: {failure.story_id} {failure.shot_id}: {failure.reason}\n")
+        lines.append(f"failed: {failure.story_id} {failure.shot_id}: {failure.reason}")
     where = points[0].settings.output if len(points) == 1 else Path(points[0].settings.output).parent
-    out(
-        f"{summary.state}: {summary.num_stories_done} of {summary.num_stories} stories, {summary.num_rendered} shots "
-        f"rendered here, {summary.num_skipped} found finished, {summary.num_failed} failed, "
-        f"{summary.num_blocked} blocked by them; everything is in {where}\n"
-    )
-    sys.stdout.flush()
+    print_lines([*lines, f"{last_line(summary)}; everything is in {where}"])
+
+
+def last_line(summary: BatchSummary) -> str:
+    """Return the end of the whole batch in words: every storyboard file counts, and every replica's shots."""
+    parts = [
+        f"{summary.state}: {summary.num_stories_done} of {summary.num_stories + summary.num_refused} stories are done",
+        f"{count(summary.num_refused, 'file')} refused" if summary.num_refused else "",
+        f"{count(summary.num_finished - summary.num_finished_before, 'shot')} rendered, {summary.num_finished_before} "
+        f"found finished, {summary.num_failed} failed, {summary.num_blocked} blocked by them",
+    ]
+    return "; ".join(part for part in parts if part)

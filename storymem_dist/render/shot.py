@@ -23,7 +23,7 @@ from storymem_dist.memory.bank import Keyframe, MemoryBank, Recall, reference_ke
 from storymem_dist.memory.keyframes import Chosen, choose_keyframes
 from storymem_dist.memory.scorers import Quality, Similarity
 from storymem_dist.memory.settings import MemorySettings
-from storymem_dist.render.clip import ClipRequest, ClipSampler, to_uint8
+from storymem_dist.render.clip import ClipRequest, ClipSampler, Stage, no_stage, to_uint8
 from storymem_dist.story.images import open_reference_image
 from storymem_dist.story.modes import M2V, MI2V, MM2V, NUM_GIVEN_FRAMES
 from storymem_dist.story.schema import Story
@@ -35,8 +35,11 @@ NUM_TAIL_FRAMES = max(NUM_GIVEN_FRAMES.values())
 class PromptSource(Protocol):
     """Text embeddings by prompt."""
 
-    def embeds(self, prompt: str) -> Tensor:
-        """Return the embedding ``[L <= 512, text_dim]`` of a prompt, on the CPU."""
+    def embeds(self, prompt: str, stage: Stage = no_stage) -> Tensor:
+        """Return the embedding ``[L <= 512, text_dim]`` of a prompt, on the CPU. Collective over the replica.
+
+        ``stage("text")`` is open while prompts are encoded; nothing is marked where none has to be.
+        """
         ...
 
 
@@ -94,12 +97,13 @@ class StoryShotRenderer:
         """See ``ShotRenderer.render``."""
         rules, seconds = self._rules[job.part], dict[str, float]()
         stage = partial(timed_stage, rules.observer, story_id=job.story_id, shot_id=job.shot_id, totals=seconds)
+        prompt = self._embeds(job, stage)
         with stage("recall"):
             bank = MemoryBank((*references(job.story, rules.sampler), *history.keyframes))
             recall = bank.recall(rules.memory) if job.kind == M2V else Recall(keyframes=(), decisions=())
             recalled = {"recalled": [asdict(decision) for decision in recall.decisions]}
             _report(rules.observer, job, recalled)
-            request = self._request(job, history, recall)
+            request = self._request(job, history, recall, prompt)
         try:
             pixels = self._clips.sample(
                 request,
@@ -126,7 +130,14 @@ class StoryShotRenderer:
             stage_seconds=seconds,
         )
 
-    def _request(self, job: ShotJob, history: ShotHistory, recall: Recall) -> ClipRequest:
+    def _embeds(self, job: ShotJob, stage: Stage) -> PromptEmbeds:
+        sampler = self._rules[job.part].sampler
+        return PromptEmbeds(
+            prompt_LE=self._prompts.embeds(job.shot.prompt, stage),
+            negative_LE=self._prompts.embeds(sampler.negative_prompt, stage) if sampler.needs_negative_prompt else None,
+        )
+
+    def _request(self, job: ShotJob, history: ShotHistory, recall: Recall, prompt: PromptEmbeds) -> ClipRequest:
         sampler = self._rules[job.part].sampler
         num_given = NUM_GIVEN_FRAMES[job.mode]
         given = None
@@ -140,10 +151,7 @@ class StoryShotRenderer:
             given = history.tail[-num_given:]
         return ClipRequest(
             mode=job.mode,
-            prompt=PromptEmbeds(
-                prompt_LE=self._prompts.embeds(job.shot.prompt),
-                negative_LE=self._prompts.embeds(sampler.negative_prompt) if sampler.needs_negative_prompt else None,
-            ),
+            prompt=prompt,
             seed=job.seed,
             sampler=sampler,
             memory_images=[keyframe.image for keyframe in recall.keyframes],

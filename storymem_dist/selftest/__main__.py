@@ -6,17 +6,23 @@ import time
 from collections.abc import Sequence
 
 import torch
-from rich.console import Console
 
 from storymem_dist.errors import StoryMemError
 from storymem_dist.models.wan.presets import WAN22_A14B
 from storymem_dist.parallel.session import start_session
 from storymem_dist.parallel.settings import BACKENDS, DEVICES, ParallelSettings
 from storymem_dist.selftest.layouts import SelfTest
+from storymem_dist.terminal.program import Parser, program
+from storymem_dist.terminal.streams import print_error, print_line
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the self-test on every started rank; returns the exit code."""
+    with program("selftest"):
+        return _run(arguments)
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     options = _parse(arguments)
     settings = ParallelSettings(
         device=options.device, backend=options.backend, collective_timeout_seconds=options.timeout_seconds
@@ -27,25 +33,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     started = time.monotonic()
     try:
         with start_session(settings) as session:
-            console = Console(quiet=session.rank != 0, highlight=False, soft_wrap=True)
-            console.print(
+            say = print_line if session.rank == 0 else _nothing
+            say(
                 f"ranks: {session.world_size}, {session.device.type} ({session.backend or 'no process group'}), "
                 f"torch {torch.__version__}"
             )
-            findings = SelfTest(session, settings, console, options.timeout_seconds).run(options.block_dim)
+            findings = SelfTest(session, settings, say, options.timeout_seconds).run(options.block_dim)
     except StoryMemError as error:
-        Console(stderr=True, highlight=False, soft_wrap=True).print(str(error), markup=False)
+        print_error(error)
         return error.exit_code
     verdict = f"{len(findings)} FAILED" if findings else "all equal to one device"
-    console.print(f"{verdict}, {time.monotonic() - started:.0f} s")
+    say(f"{verdict}, {time.monotonic() - started:.0f} s")
     return 1 if findings else 0
+
+
+def _nothing(line: object) -> None:
+    """Print nothing: the first rank prints for all."""
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     full = WAN22_A14B.t2v
-    parser = argparse.ArgumentParser(
-        prog="python -m storymem_dist.selftest", description="Compare layouts with one device."
-    )
+    parser = Parser(prog="python -m storymem_dist.selftest", description="Compare layouts with one device.")
     parser.add_argument("--device", choices=DEVICES, default="auto")
     parser.add_argument("--backend", choices=BACKENDS, default="auto")
     parser.add_argument(

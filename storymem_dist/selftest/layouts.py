@@ -2,7 +2,6 @@
 
 import faulthandler
 import os
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,7 +10,6 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from rich.console import Console
 
 from storymem_dist.errors import ConfigError
 from storymem_dist.models.quantized_linear import LINEARS, check_linears
@@ -20,6 +18,7 @@ from storymem_dist.parallel.session import Session, start_session
 from storymem_dist.parallel.settings import ParallelSettings
 from storymem_dist.selftest.collectives import collective_checks
 from storymem_dist.selftest.reference import NUM_HEADS, TINY, Reference, one_block, vae_error
+from storymem_dist.terminal.streams import print_error
 
 TINY_TOLERANCE = 1e-5
 """Largest error of the small models in fp32, in units of the largest expected value."""
@@ -47,10 +46,12 @@ class Mismatch:
 class SelfTest:
     """Checks all layouts; every rank runs the same checks and receives the findings of all ranks."""
 
-    def __init__(self, world: Session, settings: ParallelSettings, console: Console, timeout_seconds: float) -> None:
+    def __init__(
+        self, world: Session, settings: ParallelSettings, say: Callable[[object], None], timeout_seconds: float
+    ) -> None:
         self._world = world
         self._settings = settings
-        self._console = console
+        self._say = say
         self._timeout_seconds = timeout_seconds
         self._verdicts: dist.ProcessGroup | None = None
         if world.world_size > 1:  # waits for the slowest rank to give up
@@ -102,14 +103,14 @@ class SelfTest:
         try:
             check_linears(linears, device)
         except ConfigError as error:
-            self._console.print(f"not tested: {error}", markup=False)
+            self._say(f"not tested: {error}")
             return
         reference = Reference(TINY, torch.bfloat16, device, tolerance=EIGHT_BIT_TOLERANCE, linears=linears)
         try:
             for axes in widest:
                 self._run(axes, "fsdp", reference)
         except ConfigError as error:  # raised on all ranks, before any message
-            self._console.print(f"not tested: {error}", markup=False)
+            self._say(f"not tested: {error}")
 
     def _check(self, layout: str, name: str, check: Callable[[], float], *, tolerance: float) -> None:
         """Run one check on all ranks and show its line. ``check`` returns an error, to be at most ``tolerance``."""
@@ -125,11 +126,11 @@ class SelfTest:
         new = [Mismatch(layout=layout, check=name, rank=rank, problem=o[1]) for rank, o in enumerate(outcomes) if o[1]]
         self._findings += new
         verdict = "FAILED" if new else f"ok, error {max(o[0] for o in outcomes):.1e}" if tolerance else "ok"
-        self._console.print(f"{layout:<58} {name:<38} {verdict}", markup=False)
+        self._say(f"{layout:<58} {name:<38} {verdict}")
         for finding in new:
-            self._console.print(f"  FAILED {finding}", markup=False)
+            self._say(f"  FAILED {finding}")
         if any(o[2] for o in outcomes):
-            self._console.print("  the ranks are out of step now; the remaining checks are skipped", markup=False)
+            self._say("  the ranks are out of step now; the remaining checks are skipped")
             raise _OutOfStep
 
     def _gather(self, outcome: tuple[float, str, bool]) -> list[tuple[float, str, bool]]:
@@ -145,7 +146,7 @@ class SelfTest:
 
         def give_up() -> None:
             seconds = f"{2 * self._timeout_seconds:.0f} s"
-            sys.stderr.write(f"FAILED {what}: rank {self._world.rank}: no answer for {seconds}\n")
+            print_error(f"FAILED {what}: rank {self._world.rank}: no answer for {seconds}")
             faulthandler.dump_traceback()
             os._exit(1)
 

@@ -10,17 +10,21 @@ import os
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from storymem_dist.errors import StoryboardError
 from storymem_dist.story.checking import build_story
 from storymem_dist.story.parsing import STORYBOARD_SUFFIXES, parse_document
+from storymem_dist.story.problems import Unreadable, one_line
 from storymem_dist.story.schema import Story
+from storymem_dist.story.shapes import MAX_STORIES_PER_FILE, find_stories
+from storymem_dist.story.warnings import Warnings
 
 MAX_STORY_ID_BYTES = 96
 """Leaves room in a file name's 255 bytes for prefixes and suffixes."""
 
+_MAX_NAMED = 5
 _PATTERNS = ", ".join(f"*{suffix}" for suffix in STORYBOARD_SUFFIXES)
 
 
@@ -34,26 +38,39 @@ class RejectedStoryboard:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoryBatch:
-    """The result of a request for storyboards. ``stories`` have distinct ``story_id``; the order is reproducible."""
+    """The result of a request for storyboards. ``stories`` have distinct ``story_id``; the order is reproducible.
+
+    ``warnings`` are those of no single story.
+    """
 
     stories: tuple[Story, ...]
     rejected: tuple[RejectedStoryboard, ...]
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def all_warnings(self) -> tuple[str, ...]:
+        """The warnings of the batch and of its stories, a sentence each."""
+        return (*self.warnings, *(warning for story in self.stories for warning in story.warnings))
 
 
 def load_storyboard(path: str | os.PathLike[str]) -> Story:
-    """Load one storyboard file (JSON, JSON5 or YAML). Raises ``StoryboardError``."""
+    """Load one storyboard file (JSON, JSON5, JSON Lines or YAML) that holds one story. Raises ``StoryboardError``."""
     file = Path(path)
     try:
-        return build_story(parse_document(file), story_id=story_id_from(file.stem), source=file)
+        stories = _stories_in(file)
+        if len(stories) > 1:
+            raise StoryboardError(f"{file}: {len(stories)} stories; load_storyboards reads them all")
+        return stories[0].load()
     except StoryboardError as error:
-        raise StoryboardError(_one_line(str(error))) from None
+        raise StoryboardError(one_line(str(error))) from None
 
 
 def load_storyboards(spec: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> StoryBatch:
     """Load every storyboard that ``spec`` names: a file, a folder (not its subfolders), a glob, or a list of these.
 
     Files of a folder or glob are sorted by name, entries of a list keep their order, and a file named twice is loaded
-    once. Two files with the same ``story_id`` are both rejected. Raises ``StoryboardError`` when nothing is found.
+    once. A file of several stories gives them the ids ``file-1``, ``file-2`` and so on. Stories with the same
+    ``story_id`` are all rejected. Raises ``StoryboardError`` when nothing is found.
     """
     rejected: list[RejectedStoryboard] = []
     files: dict[Path, Path] = {}
@@ -62,30 +79,92 @@ def load_storyboards(spec: str | os.PathLike[str] | Iterable[str | os.PathLike[s
             for file in _find(entry):
                 files.setdefault(file.resolve(), file)
         except StoryboardError as error:
-            rejected.append(RejectedStoryboard(source=_as_source(entry), message=_one_line(str(error))))
+            rejected.append(RejectedStoryboard(source=_as_source(entry), message=one_line(str(error))))
     if not files:
         raise StoryboardError(
             "; ".join(problem.message for problem in rejected)
             or f"stories is an empty list; allowed: files, folders or globs of {_PATTERNS}"
         )
 
-    namesakes: defaultdict[str, list[Path]] = defaultdict(list)
+    unloaded: list[_Unloaded] = []
     for file in files.values():
-        namesakes[story_id_from(file.stem).casefold()].append(file)
-    stories: list[Story] = []
-    for file in files.values():
-        story_id = story_id_from(file.stem)
         try:
-            others = [str(other) for other in namesakes[story_id.casefold()] if other != file]
+            unloaded += _stories_in(file)
+        except StoryboardError as error:
+            unloaded.append(_Unloaded(file, story_id_from(file.stem), str(file), Unreadable(str(error))))
+    namesakes: defaultdict[str, list[_Unloaded]] = defaultdict(list)
+    for one in unloaded:
+        namesakes[_folded(one.story_id)].append(one)
+    stories: list[Story] = []
+    for one in unloaded:
+        try:
+            others = [other.where for other in namesakes[_folded(one.story_id)] if other is not one]
             if others:
+                more = f" and {len(others) - _MAX_NAMED} more" if len(others) > _MAX_NAMED else ""
                 raise StoryboardError(
-                    f"{file}: the story id {story_id!r} is also that of {', '.join(others)};"
+                    f"{one.where}: the story id {one.story_id!r} is also that of"
+                    f" {', '.join(others[:_MAX_NAMED])}{more};"
                     " allowed: file names that differ before the suffix"
                 )
-            stories.append(load_storyboard(file))
+            stories.append(one.load())
         except StoryboardError as error:
-            rejected.append(RejectedStoryboard(source=file, message=_one_line(str(error))))
+            rejected.append(RejectedStoryboard(source=one.file, message=one_line(str(error))))
     return StoryBatch(stories=tuple(stories), rejected=tuple(rejected))
+
+
+@dataclass(frozen=True, slots=True)
+class _Unloaded:
+    """One story of a file before it is checked. ``document`` is ``Unreadable`` (a whole message) if it has none."""
+
+    file: Path
+    story_id: str
+    where: str
+    document: object
+    name: str = ""
+    warnings: Warnings = field(default_factory=Warnings)
+
+    def load(self) -> Story:
+        """Check the document and return its story. Raises ``StoryboardError``."""
+        if isinstance(self.document, Unreadable):
+            raise StoryboardError(str(self.document))
+        return build_story(
+            self.document,
+            story_id=self.story_id,
+            name=self.name,
+            source=self.file,
+            where=self.where,
+            warnings=self.warnings,
+        )
+
+
+def _stories_in(file: Path) -> list[_Unloaded]:
+    """The stories of a file, at least one. Raises ``StoryboardError`` when the file cannot be read."""
+    parsed = parse_document(file)
+    try:
+        found = [one for document in parsed.documents for one in find_stories(document)]
+        if len(found) > MAX_STORIES_PER_FILE:
+            raise Unreadable(f"{len(found)} storyboards in one file; allowed: at most {MAX_STORIES_PER_FILE}")
+    except Unreadable as error:
+        raise StoryboardError(f"{file}: {error}") from None
+    stories = []
+    for number, one in enumerate(found, start=1):
+        stem, name, where = file.stem, file.stem, str(file)
+        if len(found) > 1:
+            stem, name, where = f"{stem}-{number}", f"{name} {number}", f"{where}, story {number}"
+        document = one.document
+        if isinstance(document, Unreadable):
+            document = Unreadable(f"{where}: {document}")
+        warnings = Warnings(quotes="; put the text in quotes" if parsed.is_yaml else "")
+        for note in [*(parsed.notes if number == 1 else []), *one.notes]:
+            warnings.add(note)
+        warnings.add_unused(one.unused)
+        stories.append(_Unloaded(file, story_id_from(stem), where, document, name, warnings))
+    return stories
+
+
+def _folded(story_id: str) -> str:
+    """``story_id`` as file systems compare names that do not distinguish case."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFD", story_id).casefold())
 
 
 def story_id_from(stem: str) -> str:
@@ -147,10 +226,3 @@ def _storyboards_among(paths: Iterable[Path]) -> list[Path]:
 
 def _as_source(entry: object) -> Path | str:
     return entry if isinstance(entry, Path) else str(entry)
-
-
-def _one_line(message: str) -> str:
-    """``message`` with line breaks and other unprintable characters as escapes."""
-    return "".join(
-        character if character.isprintable() else character.encode("unicode_escape").decode() for character in message
-    )

@@ -1,46 +1,47 @@
 """Turns a storyboard file into plain data: dicts, lists, text, numbers, truth values.
 
-Reads JSON, JSON5 and YAML in bounded time, whatever the file is (garbage, a device, ten gigabytes, a YAML bomb), and
-reports what is wrong with it. Knows nothing about the required content of a storyboard.
+Reads JSON, JSON5, JSON Lines and YAML, also inside one Markdown fence, in bounded time, whatever the file is (garbage,
+a device, ten gigabytes, a YAML bomb), and reports what is wrong with it. Knows nothing about the required content of a
+storyboard.
 """
 
 import json
 import re
 import stat
-from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import json5
-import yaml
-
 from storymem_dist.errors import StoryboardError
+from storymem_dist.story.json_text import load, parse_json, parse_lines, parse_values
+from storymem_dist.story.problems import Unreadable
+from storymem_dist.story.yaml_text import parse_yaml
 
-STORYBOARD_SUFFIXES = (".json", ".json5", ".yaml", ".yml")
+YAML_SUFFIXES = (".yaml", ".yml")
+LINES_SUFFIXES = (".jsonl", ".ndjson")
+STORYBOARD_SUFFIXES = (".json", ".json5", *LINES_SUFFIXES, *YAML_SUFFIXES)
 
 MAX_FILE_BYTES = 2**20
 """A storyboard is a few kilobytes; all thirty of ST-Bench together are 150 KB."""
 
-MAX_JSON5_CHARACTERS = 32 * 2**10
-"""The json5 package reads 10 to 35 kB per second. Comments and trailing commas, the usual JSON5, do not need it."""
+MAX_LINES = 10_000
+"""Lines of a file in JSON Lines, blank ones included. A line that is no JSON takes some time to be refused."""
 
-MAX_DEPTH = 32
-"""Nesting allowed in YAML, whose C composer would overflow the stack; the JSON parsers guard themselves."""
-
-# libyaml is about thirty times faster than the Python loader; both are safe loaders.
-_SafeYamlLoader: type = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-
-# An unterminated string or comment runs to the end of the text, so that no start is scanned twice.
-_STRING = r'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\Z)' + r"|'[^'\\]*+(?:\\.[^'\\]*+)*+(?:'|\Z)"
-_STRING_OR_COMMENT = re.compile(_STRING + r"|//[^\n\r]*|/\*.*?(?:\*/|\Z)", re.DOTALL)
-_STRING_OR_TRAILING_COMMA = re.compile(_STRING + r"|,(?=\s*[\]}])", re.DOTALL)
-_JSON5_POSITION = re.compile(r"<string>:(\d+) (.*?)(?: at column (\d+))?\Z", re.DOTALL)
+_FENCE = re.compile(r"[ \t]*(```+|~~~+)[ \t]*([\w+.-]*)([^`~{\[]*)\Z")
 
 
-class _Unreadable(Exception):
-    """What is wrong with a document; the caller adds the file."""
+@dataclass(slots=True)
+class Parsed:
+    """The documents of a file as plain data; ``Unreadable`` for a bad line among several.
+
+    ``notes`` say what was read although it is not the file's format. ``is_yaml``: a cure may be to use quotes.
+    """
+
+    documents: list[object]
+    notes: list[str] = field(default_factory=list)
+    is_yaml: bool = False
 
 
-def parse_document(path: Path) -> object:
+def parse_document(path: Path) -> Parsed:
     """Read ``path`` by its suffix and return its plain data.
 
     Raises ``StoryboardError`` naming the file when it is not a readable, regular UTF-8 file of at most
@@ -55,9 +56,9 @@ def parse_document(path: Path) -> object:
     try:
         text = _decode(_read_bytes(path))
         if not text.strip():
-            raise _Unreadable("the file is empty; a storyboard holds story_name, story_overview and scenes")
-        return _parse_yaml(text) if suffix in (".yaml", ".yml") else _parse_json(text)
-    except _Unreadable as problem:
+            raise Unreadable("the file is empty; a storyboard holds story_name, story_overview and scenes")
+        return _parse(text, suffix)
+    except Unreadable as problem:
         raise StoryboardError(f"{path}: {problem}") from None
     except RecursionError:
         raise StoryboardError(f"{path}: nested too deeply; a storyboard nests 4 levels") from None
@@ -67,135 +68,125 @@ def _read_bytes(path: Path) -> bytes:
     try:
         mode = path.stat().st_mode
         if stat.S_ISDIR(mode):
-            raise _Unreadable("this is a folder; give one storyboard file")
+            raise Unreadable("this is a folder; give one storyboard file")
         if not stat.S_ISREG(mode):
-            raise _Unreadable("this is not a regular file")
+            raise Unreadable("this is not a regular file")
         with path.open("rb") as file:
             raw = file.read(MAX_FILE_BYTES + 1)
     except FileNotFoundError:
-        raise _Unreadable("no such file") from None
+        raise Unreadable("no such file") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        raise _Unreadable(f"cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        raise Unreadable(f"cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if len(raw) > MAX_FILE_BYTES:
-        raise _Unreadable(f"larger than {MAX_FILE_BYTES // 2**20} MiB, the most a storyboard may have")
+        raise Unreadable(f"larger than {MAX_FILE_BYTES // 2**20} MiB, the most a storyboard may have")
     return raw
 
 
 def _decode(raw: bytes) -> str:
     if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise _Unreadable("this is UTF-16; save the file as UTF-8")
+        raise Unreadable("line 1: this is UTF-16 or UTF-32; save the file as UTF-8")
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
-        raise _Unreadable(
+        raise Unreadable(
             f"not UTF-8: byte 0x{raw[error.start]:02x} in line {line} (offset {error.start}); save the file as UTF-8"
         ) from None
     if "\0" in text:
         line = text.count("\n", 0, text.index("\0")) + 1
-        raise _Unreadable(f"a NUL byte in line {line}; this is not a text file in UTF-8")
+        raise Unreadable(f"a NUL byte in line {line}; this is not a text file in UTF-8, save it as UTF-8")
     return text
 
 
-def _parse_json(text: str) -> object:
-    """JSON, then JSON with comments and trailing commas blanked out, then full JSON5 if the text is short enough."""
+def _parse(text: str, suffix: str) -> Parsed:
+    by_suffix = dict.fromkeys(YAML_SUFFIXES, _parse_yaml) | dict.fromkeys(LINES_SUFFIXES, _parse_lines)
+    parse = by_suffix.get(suffix, _parse_json)
     try:
-        return _loads_json(text)
-    except json.JSONDecodeError:
-        pass
+        return parse(text)
+    except Unreadable:
+        if (fenced := _inside_fence(text)) is None:
+            raise
+    inside, language = fenced
+    languages = {"yaml": _parse_yaml, "yml": _parse_yaml, "jsonl": _parse_lines}
+    parse = languages.get(language, _parse_json if language.startswith("json") else parse)
+    parsed = parse(inside)
+    parsed.notes.append("read what is inside the Markdown fence (```); the rest of the file is ignored")
+    return parsed
+
+
+def _parse_json(text: str) -> Parsed:
     try:
-        return _loads_json(_blank_json5_extras(text))
+        return Parsed([parse_json(text)])
+    except Unreadable:
+        if (several := _several(text, may_begin_badly=False)) is None:
+            raise
+    several.notes.append(f"the file holds {len(several.documents)} storyboards, as JSON Lines does; one story each")
+    return several
+
+
+def _parse_lines(text: str) -> Parsed:
+    try:
+        return Parsed([load(text)])
     except json.JSONDecodeError as error:
-        as_json = error
-    json_problem = f"line {as_json.lineno}, column {as_json.colno}: {as_json.msg}"
-    if len(text) > MAX_JSON5_CHARACTERS:
-        raise _Unreadable(
-            f"not valid JSON, {json_problem} (comments and trailing commas are allowed; the rest of JSON5, such as keys"
-            f" without quotes, only in files of up to {MAX_JSON5_CHARACTERS // 2**10} KiB)"
-        )
-    try:
-        return json5.loads(text, object_pairs_hook=_no_duplicate_keys)
-    except ValueError as error:
-        position = _JSON5_POSITION.match(str(error))
-    if position is None or (int(position[1]), int(position[3] or 0)) <= (as_json.lineno, as_json.colno):
-        raise _Unreadable(f"not valid JSON or JSON5, {json_problem}")
-    line, problem, column = position.groups()
-    raise _Unreadable(f"not valid JSON or JSON5, line {line}, column {column}: {problem}")
+        several = _several(text, may_begin_badly=True)
+        if several is None:
+            _, first = next(parse_lines(text))
+            problem = first if isinstance(first, Unreadable) else f"line {error.lineno}: {error.msg}"
+            raise Unreadable(f"not valid JSON Lines, {problem}; write each storyboard on one line") from error
+        return several
 
 
-def _loads_json(text: str) -> object:
+def _several(text: str, *, may_begin_badly: bool) -> Parsed | None:
+    """The JSON texts of ``text``, one after the other or one a line, None if it is something else.
+
+    A bad line stops no other. Only a file whose name says so ``may_begin_badly``.
+    """
+    if (values := parse_values(text)) is not None:
+        return Parsed(values)
+    if text.count("\n") > MAX_LINES:
+        return None
+    lines = [value for _, value in parse_lines(text)]
+    if may_begin_badly:
+        looks_right = 2 * sum(isinstance(value, dict) for value in lines) >= len(lines)
+    else:
+        looks_right = isinstance(lines[0], dict) and all(line.lstrip()[:1] in ("", "{") for line in text.split("\n"))
+    return Parsed(lines) if looks_right and len(lines) > 1 else None
+
+
+def _parse_yaml(text: str) -> Parsed:
     try:
-        return json.loads(text, object_pairs_hook=_no_duplicate_keys)
-    except json.JSONDecodeError:
+        found = parse_yaml(text)
+    except Unreadable:
+        try:
+            return Parsed([load(text)])  # YAML does not read all of JSON: half a surrogate pair, a tab before a value
+        except (json.JSONDecodeError, Unreadable, RecursionError):
+            pass
         raise
-    except ValueError as error:  # Python refuses integers of more than 4300 digits
-        raise _Unreadable(f"a number is too long: {error}") from None
+    documents = [document for document in found.documents if document is not None] or [None]
+    return Parsed(documents, found.notes, is_yaml=True)
 
 
-def _blank_json5_extras(text: str) -> str:
-    """``text`` with comments and trailing commas replaced by spaces, so that positions in errors stay correct."""
+def _inside_fence(text: str) -> tuple[str, str] | None:
+    """What is inside the only Markdown fence of ``text``, and its language; None if there is no fence or nothing in it.
 
-    def blank(match: re.Match[str]) -> str:
-        found = match[0]
-        return found if found[0] in "\"'" else re.sub(r"[^\n]", " ", found)
-
-    return _STRING_OR_TRAILING_COMMA.sub(blank, _STRING_OR_COMMENT.sub(blank, text))
-
-
-def _no_duplicate_keys(items: Iterable[tuple[str, object]]) -> dict[str, object]:
-    pairs = list(items)
-    document = dict(pairs)
-    if len(document) != len(pairs):
-        seen: set[str] = set()
-        for key, _ in pairs:
-            if key in seen:
-                raise _Unreadable(f"the key {key[:80]!r} is written twice in one object")
-            seen.add(key)
-    return document
-
-
-class _YamlLoader(_SafeYamlLoader):
-    """The safe loader, which also rejects a key that is written twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[object, object]:
-        """Build a dict; the base class would keep the last of two equal keys."""
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                if key.value in seen:
-                    line = key.start_mark.line + 1
-                    raise _Unreadable(f"line {line}: the key {key.value[:80]!r} is written twice in one mapping")
-                seen.add(key.value)
-        return dict(super().construct_mapping(node, deep=deep))
-
-
-def _parse_yaml(text: str) -> object:
-    try:
-        _check_yaml_structure(text)
-        return yaml.load(text, Loader=_YamlLoader)
-    except (_Unreadable, RecursionError):
-        raise
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        raise _Unreadable(f"not valid YAML, {where}{' '.join(str(error.problem or error.context).split())}") from None
-    except Exception as error:  # the YAML constructors raise many types for values such as "!!int x" or month 13
-        raise _Unreadable(f"not valid YAML: {' '.join(str(error).split())[:200]}") from None
-
-
-def _check_yaml_structure(text: str) -> None:
-    """Reject aliases (a few lines of them expand to gigabytes) and deep nesting, before anything is built."""
-    depth = 0
-    for event in yaml.parse(text, Loader=_SafeYamlLoader):
-        if isinstance(event, yaml.AliasEvent):
-            raise _Unreadable(f"{_line(event)}YAML aliases (*{event.anchor}) are not allowed; write the value out")
-        if isinstance(event, yaml.CollectionStartEvent):
-            depth += 1
-            if depth > MAX_DEPTH:
-                raise _Unreadable(f"{_line(event)}nested too deeply; a storyboard nests 4 levels")
-        elif isinstance(event, yaml.CollectionEndEvent):
-            depth -= 1
-
-
-def _line(event: yaml.Event) -> str:
-    return f"line {event.start_mark.line + 1}: " if event.start_mark else ""
+    Lines outside become blank, so that line numbers stay correct. A fence that is not closed ends with the text.
+    Raises ``Unreadable`` when there are several.
+    """
+    lines = text.split("\n")
+    openings: list[int] = []
+    inside: list[str] = [""] * len(lines)
+    language = mark = ""
+    for index, line in enumerate(lines):
+        match = _FENCE.match(line)
+        if not mark and match:
+            openings.append(index + 1)
+            mark, language = match[1], language or match[2].lower()
+        elif mark and match and not match[2] and not match[3].strip() and match[1].startswith(mark):
+            mark = ""
+        elif mark:
+            inside[index] = line
+    if len(openings) > 1:
+        listed = ", ".join(map(str, openings[:5])) + (", ..." if len(openings) > 5 else "")
+        raise Unreadable(f"{len(openings)} Markdown fences (lines {listed}); leave one in each file")
+    text = "\n".join(inside)
+    return (text, language) if text.strip() else None

@@ -7,6 +7,9 @@ scene boundaries matter only for seeds (as in StoryMem) and for display.
 from dataclasses import dataclass
 from pathlib import Path
 
+PROMPT_TEXT_KEYS = ("prompt", "video_prompt", "text")
+"""Keys of the text in a prompt that is written as an object."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shot:
@@ -42,7 +45,8 @@ class Story:
     """A storyboard. ``story_id`` is unique in a job and safe as a folder name (from the file's stem).
 
     ``reference_images`` (MR2V) are absolute paths; they are the initial memory. ``seed`` overrides the job's seed.
-    ``source`` is the file the story came from, None when it was built in Python.
+    ``source`` is the file the story came from, None when it was built in Python. ``warnings`` say, a sentence each,
+    what was read although it is not the format, and what is not rendered as it is written.
     """
 
     story_id: str
@@ -53,6 +57,7 @@ class Story:
     seed: int | None = None
     style: str = ""
     source: Path | None = None
+    warnings: tuple[str, ...] = ()
 
     @property
     def shots(self) -> tuple[Shot, ...]:

@@ -23,8 +23,9 @@ from storymem_dist.models.wan.presets import EXPERTS, HIGH_NOISE, I2V_IN_DIM, LO
 from storymem_dist.story.modes import M2V, T2V
 from storymem_dist.weights.key_maps import native_dit_key
 from storymem_dist.weights.loading import SafetensorsSource, TensorSource, WeightDelta, check_deltas, check_keys
+from storymem_dist.weights.packagings import refuse_file, refuse_folder, refuse_part, refuse_tensors
 from storymem_dist.weights.prepared import Float8Source, PreparedManifest, check_files, is_prepared, read_manifest
-from storymem_dist.weights.safetensors_file import SafetensorsFile
+from storymem_dist.weights.safetensors_file import SafetensorsFile, refuse_other_formats
 
 IN_DIMS = {"t2v": T2V_IN_DIM, "i2v": I2V_IN_DIM}
 """Input channels of the experts, by kind of base model."""
@@ -38,6 +39,20 @@ REPOS = {"t2v": "Wan-AI/Wan2.2-T2V-A14B", "i2v": "Wan-AI/Wan2.2-I2V-A14B"}
 _STORED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ZIP_MAGIC = b"PK"
 _TI2V_5B_IN_DIM = 48
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelFolders:
+    """The folders of a whole model: ``open_checkpoint(t2v_dir, "t2v")`` and ``(i2v_dir, "i2v")``, ``storymem_lora``."""
+
+    t2v_dir: Path
+    i2v_dir: Path
+    lora_dir: Path
+
+    @classmethod
+    def inside(cls, root: Path) -> "ModelFolders":
+        """The folders under the names of the published repositories, inside one folder."""
+        return cls(t2v_dir=root / "Wan2.2-T2V-A14B", i2v_dir=root / "Wan2.2-I2V-A14B", lora_dir=root / "StoryMem")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,11 +122,7 @@ def open_checkpoint(path: str | Path, kind: str) -> WanCheckpoint:
         CheckpointError: a file is damaged, or the weights are of another model than ``kind``.
     """
     require_one_of("kind", kind, IN_DIMS)
-    root = Path(path)
-    if not root.is_dir():
-        raise WeightsNotFound(
-            f"{kind.upper()} weights: {root} is not a folder; get them with: {download_command(root, kind)}"
-        )
+    root = require_folder(path, kind)
     manifest = _check_prepared(root, kind) if is_prepared(root) else None
     layout = _prepared_layout(manifest) if manifest else _detect_layout(root, kind)
     folders = {expert: root / folder for expert, folder in layout.expert_folders.items()}
@@ -121,6 +132,7 @@ def open_checkpoint(path: str | Path, kind: str) -> WanCheckpoint:
     for expert in EXPERTS:
         stored = SafetensorsSource(str(folders[expert]), files[expert], layout.rename)
         sources[expert] = Float8Source(stored) if manifest and manifest.dtype == "float8" else stored
+        refuse_tensors(sources[expert], download_command(root, kind))
         _check_dtypes(sources[expert])
         check_keys(dit_shapes(config), sources[expert])
     parts = _check_other_parts(root, layout, kind)
@@ -139,6 +151,17 @@ def open_checkpoint(path: str | Path, kind: str) -> WanCheckpoint:
         sources=sources,
         prepared=manifest,
     )
+
+
+def require_folder(path: str | Path, kind: str) -> Path:
+    """The folder of a base model. Raises ``WeightsNotFound``, with the command that fetches it, if it is none."""
+    root = Path(path)
+    refuse_file(root, download_command(root, kind))
+    if not root.is_dir():
+        raise WeightsNotFound(
+            f"{kind.upper()} weights: {root} is not a folder; get them with: {download_command(root, kind)}"
+        )
+    return root
 
 
 @lru_cache(maxsize=8)
@@ -166,6 +189,8 @@ def sharded_files(folder: Path, fetch_command: str) -> list[SafetensorsFile]:
         if len(files) == 1:
             return [SafetensorsFile(files[0])]
         problem = "there are no .safetensors files" if not files else "there are several shards but no index"
+        if not files and any(folder.glob("*.gguf")):
+            problem = "there are GGUF files, whose quantized tensors cannot be read here, and no .safetensors files"
         raise WeightsNotFound(f"{folder}: {problem}; complete it with: {fetch_command}")
     weight_map = read_json(indexes[0]).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -242,6 +267,7 @@ def _detect_layout(root: Path, kind: str) -> CheckpointLayout:
                 f"(high and low noise); complete it with: {download_command(root, kind)}"
             )
     _refuse_other_models(root / "config.json", kind)
+    refuse_folder(root, download_command(root, kind))
     found = ", ".join(sorted(path.name for path in root.iterdir())[:5]) or "nothing"
     raise WeightsNotFound(
         f"{kind.upper()} weights: {root} is not a Wan2.2-A14B folder (it holds: {found}; expected high_noise_model/ "
@@ -294,7 +320,7 @@ def _check_dtypes(source: TensorSource) -> None:
         if source.dtype(key) not in _STORED_DTYPES:
             raise CheckpointError(
                 f"{source.name}: {key} is stored as {source.dtype(key)}; allowed: "
-                f"{', '.join(str(dtype) for dtype in _STORED_DTYPES)} (quantized files lack their scales here)"
+                f"{', '.join(str(dtype) for dtype in _STORED_DTYPES)}"
             )
 
 
@@ -302,6 +328,7 @@ def _check_other_parts(root: Path, layout: CheckpointLayout, kind: str) -> dict[
     parts = {"vae": root / layout.vae, "text_encoder": root / layout.text_encoder, "tokenizer": root / layout.tokenizer}
     for name, path in parts.items():
         if not path.exists():
+            refuse_part(path, download_command(root, kind))
             raise WeightsNotFound(
                 f"{root}: the {name.replace('_', ' ')} is missing: {path}; complete it with: "
                 f"{download_command(root, kind)}"
@@ -320,6 +347,7 @@ def _check_other_parts(root: Path, layout: CheckpointLayout, kind: str) -> dict[
 
 def _check_pth(path: Path) -> None:
     """Reject a truncated zip archive (its directory is at its end); older pickles are checked when they are read."""
+    refuse_other_formats(path)
     with path.open("rb") as file:
         start = file.read(len(_ZIP_MAGIC))
     if start == _ZIP_MAGIC and not zipfile.is_zipfile(path):

@@ -3,16 +3,16 @@
 For ``storymem-weights inspect``: facts in the order in which they are printed. Knows nothing about devices or jobs.
 """
 
-import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from storymem_dist.errors import CheckpointError, WeightsNotFound
-from storymem_dist.models.wan.presets import HIGH_NOISE
+from storymem_dist.errors import CheckpointError, StoryMemError, WeightsNotFound
+from storymem_dist.models.wan.presets import EXPERTS, HIGH_NOISE
 from storymem_dist.weights.checkpoints import (
     DIFFUSERS,
     IN_DIMS,
@@ -23,10 +23,16 @@ from storymem_dist.weights.checkpoints import (
     read_json,
 )
 from storymem_dist.weights.key_maps import native_dit_key
-from storymem_dist.weights.loading import TensorSource, read_state_dict
-from storymem_dist.weights.lora import STORYMEM_FOLDERS, LoraFile, open_lora
+from storymem_dist.weights.loading import TensorSource, is_safetensors, read_state_dict, read_torch
+from storymem_dist.weights.lora import STORYMEM_FOLDERS, ScaledLora, open_lora_by_expert
+from storymem_dist.weights.lora.container import CONFIG_NAME, find_file
+from storymem_dist.weights.lora.file import BOTH, SKIP
+from storymem_dist.weights.lora.layouts import looks_like_lora
+from storymem_dist.weights.lora.scale import ALPHA_RULE, NONE, RSLORA, scale_of
+from storymem_dist.weights.lora.storymem import backbone_file
 from storymem_dist.weights.prepared import is_prepared, read_manifest
 from storymem_dist.weights.safetensors_file import SafetensorsFile
+from storymem_dist.weights.state_dict import first_keys
 
 Facts = dict[str, Any]
 
@@ -46,8 +52,12 @@ def inspect_weights(path: Path) -> Facts:
         raise WeightsNotFound(f"{path}: no such file or folder")
     if path.is_file():
         return _inspect_file(path)
+    if any(backbone_file(path, expert) for expert in EXPERTS):
+        return _inspect_storymem(path, [path])
     if any((path / folder).is_dir() for folder in STORYMEM_FOLDERS.values()) or path.name in STORYMEM_FOLDERS.values():
-        return _inspect_storymem(path)
+        return _inspect_storymem(path, [path / folder for folder in STORYMEM_FOLDERS.values()])
+    if _is_lora_folder(path):
+        return _inspect_file(find_file(path))
     return _inspect_checkpoint(open_checkpoint(path, kind_of(path)))
 
 
@@ -103,32 +113,60 @@ def _inspect_checkpoint(checkpoint: WanCheckpoint) -> Facts:
     return facts
 
 
-def _inspect_storymem(path: Path) -> Facts:
-    folders = [path] if path.name in STORYMEM_FOLDERS.values() else [path / name for name in STORYMEM_FOLDERS.values()]
+def _inspect_storymem(path: Path, folders: Sequence[Path]) -> Facts:
     facts: Facts = {"what": "StoryMem LoRAs", "path": str(path)}
     for folder in folders:
-        files = sorted(file for suffix in ("safetensors", "pth") for file in folder.glob(f"backbone_*.{suffix}"))
+        files = [file for expert in EXPERTS if (file := backbone_file(folder, expert))]
         if not files:
             facts[folder.name] = "not there"
         for file in files:
-            facts[f"{folder.name}/{file.name}"] = _describe_lora(open_lora(file), rule="rslora")
+            facts[f"{folder.name}/{file.name}"] = _describe_lora(file, rule=RSLORA)
     return facts
 
 
-def _inspect_file(path: Path) -> Facts:
-    if path.suffix == ".safetensors":
+def _is_lora_folder(path: Path) -> bool:
+    """Whether a folder has no layout of a base model, and a LoRA as peft or diffusers saves it."""
+    if (path / CONFIG_NAME).is_file():
+        return True
+    is_model = any(
+        (path / folder).is_dir() for layout in (NATIVE, DIFFUSERS) for folder in layout.expert_folders.values()
+    )
+    try:
+        return not is_model and not is_prepared(path) and _has_halves(_tensors_of(find_file(path)))
+    except StoryMemError:
+        return False
+
+
+def _has_halves(keys: Iterable[str]) -> bool:
+    return any(map(looks_like_lora, keys))
+
+
+def _tensors_of(path: Path) -> dict[str, tuple[torch.dtype, torch.Size]]:
+    """Type and shape of every tensor of a file, also of those one level deeper in a ``.pth`` file."""
+    if is_safetensors(path):
         file = SafetensorsFile(path)
-        tensors = {key: (file[key].dtype, file[key].shape) for key in file}
-    else:
-        tensors = {key: (value.dtype, value.shape) for key, value in read_state_dict(path).items()}
-    return _describe_file(path, tensors) | {"path": str(path)}
+        return {key: (file[key].dtype, file[key].shape) for key in file}
+    loaded: list[Any] = [read_torch(path)]
+    found: dict[str, tuple[torch.dtype, torch.Size]] = {}
+    for _ in range(3):
+        loaded = [values for values in loaded if isinstance(values, Mapping)]
+        for values in loaded:
+            found |= {key: (one.dtype, one.shape) for key, one in values.items() if isinstance(one, Tensor)}
+        loaded = [one for values in loaded for one in values.values() if isinstance(one, Mapping)]
+    if not found:
+        read_state_dict(path)  # its error says what is there instead
+    return found
+
+
+def _inspect_file(path: Path) -> Facts:
+    return _describe_file(path, _tensors_of(path)) | {"path": str(path)}
 
 
 def _describe_file(path: Path, keys: Mapping[str, tuple[torch.dtype, torch.Size]]) -> Facts:
     stored = _describe_types([dtype for dtype, _ in keys.values()], [shape for _, shape in keys.values()])
     native = {native_dit_key(key.removeprefix("model.diffusion_model.")): key for key in keys}
-    if any(".lora_" in key for key in keys):
-        return {"what": "a LoRA", **_describe_lora(open_lora(path)), "weights": stored}
+    if _has_halves(keys):
+        return {"what": "a LoRA", **_describe_lora(path), "weights": stored}
     if _DIT_MARK in native:
         in_dim = keys[native[_DIT_MARK]][1][1]
         kind = next((kind.upper() for kind, expected in IN_DIMS.items() if expected == in_dim), "neither T2V nor I2V")
@@ -145,22 +183,47 @@ def _describe_file(path: Path, keys: Mapping[str, tuple[torch.dtype, torch.Size]
     )
 
 
-def _describe_lora(file: LoraFile, rule: str | None = None) -> Facts:
-    ranks = Counter(module.rank for module in file.modules.values())
-    targets = Counter(".".join(name.split(".")[2:]) or name for name in file.modules)
-    alphas = {module.alpha for module in file.modules.values()}
-    rank = ranks.most_common(1)[0][0]
-    no_alpha = alphas == {None}
-    alpha = rank if no_alpha else max(value for value in alphas if value is not None)
-    scales = {"alpha": alpha / rank, "rslora": alpha / math.sqrt(rank), "none": 1.0}
-    shown = scales if rule is None else {rule: scales[rule]}
-    return {
-        "rank": ", ".join(f"{rank} ({count} targets)" for rank, count in ranks.items()),
-        "alpha": "not stored: taken as the rank" if no_alpha else ", ".join(str(value) for value in alphas),
-        "scale by rule": ", ".join(f"{name} {value:.4f}" for name, value in shown.items()),
-        "targets": ", ".join(f"{name} x{count}" for name, count in sorted(targets.items())),
-        "parameters": f"{sum(m.rank * (m.in_features + m.out_features) for m in file.modules.values()):,}",
+def _describe_lora(path: Path, rule: str | None = None) -> Facts:
+    """What a LoRA file holds, for each expert that its keys name. Keys without a place are listed, not refused."""
+    parts = {
+        expert: _describe_part(ScaledLora(file), rule)
+        for expert, file in open_lora_by_expert(path, unmatched=SKIP).items()
     }
+    return parts[BOTH] if BOTH in parts else {f"for the expert {expert}": facts for expert, facts in parts.items()}
+
+
+def _describe_part(lora: ScaledLora, rule: str | None) -> Facts:
+    file = lora.file
+    facts: Facts = {}
+    if modules := file.modules.values():
+        said, alphas = lora.describe(), {module.alpha for module in modules}
+        largest = max(modules, key=lambda module: module.alpha if module.alpha is not None else module.rank)
+        alpha = largest.rank if largest.alpha is None else largest.alpha
+        scales = {name: scale_of(name, alpha, largest.rank) for name in (ALPHA_RULE, RSLORA, NONE)}
+        shown = scales if rule is None else {rule: scales[rule]}
+        targets = Counter(".".join(name.split(".")[2:]) or name for name in file.modules)
+        facts = {
+            "rank": ", ".join(
+                f"{rank} ({count} targets)" for rank, count in Counter(module.rank for module in modules).items()
+            ),
+            "alpha": "not stored: taken as the rank" if alphas == {None} else ", ".join(sorted(map(str, alphas))),
+            "scale found in": ", ".join(file.places) or "nothing",
+            "scale by rule": ", ".join(f"{name} {value:.4f}" for name, value in shown.items()),
+            "targets": ", ".join(f"{name} x{count}" for name, count in sorted(targets.items())),
+            "parameters": f"{sum(m.rank * (m.in_features + m.out_features) for m in modules):,}",
+        }
+        if rule is None:
+            facts["scale with auto"] = f"{said['scale']} (rule {said['rule_used']})"
+    if num_biases := sum(module.bias_key is not None for module in modules):
+        facts["biases of lora_B"] = num_biases
+    if file.patches:
+        changed = Counter(
+            ".".join(name.split(".")[2:]) if name.startswith("blocks.") else name for name in file.patches
+        )
+        facts["exact changes"] = ", ".join(f"{name} x{count}" for name, count in sorted(changed.items()))
+    if file.unmatched:
+        facts["unmatched keys"] = first_keys(file.unmatched)
+    return facts
 
 
 def _describe_tensors(source: TensorSource) -> str:

@@ -5,7 +5,7 @@ for tensors of any size. Weights of 8-bit layers are quantized row by row, after
 process holds which rows (``local_part``). Knows nothing about Wan, LoRA files or process groups.
 """
 
-import pickle
+import re
 import time
 import zipfile
 from collections import deque
@@ -14,14 +14,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from storymem_dist.errors import CheckpointError
 from storymem_dist.models.quantized_linear import QuantizedLinear
-from storymem_dist.weights.safetensors_file import SafetensorsFile
+from storymem_dist.weights.safetensors_file import SafetensorsFile, refuse_other_formats
 from storymem_dist.weights.state_dict import check_no_keys
 
 CHUNK_BYTES = 16 * 2**20
@@ -289,19 +289,50 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         CheckpointError: the file is damaged, or holds anything but named tensors.
     """
     path = Path(path)
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        first_line = str(error).partition("\n")[0] or type(error).__name__
-        raise CheckpointError(
-            f"{path}: cannot be read as a state dict ({first_line}); allowed: a .pth file with nothing "
-            "but named tensors, as torch.save writes it"
-        ) from None
+    loaded = read_torch(path)
     if isinstance(loaded, dict) and set(loaded) == {"state_dict"}:
         loaded = loaded["state_dict"]
     if not isinstance(loaded, dict) or not loaded or not all(isinstance(value, Tensor) for value in loaded.values()):
         raise CheckpointError(f"{path}: not a state dict (a {type(loaded).__name__} without named tensors)")
     return loaded
+
+
+def read_torch(path: Path) -> Any:
+    """What ``torch.save`` wrote: tensors (as of ``read_state_dict``) in plain containers, with plain values.
+
+    Raises:
+        CheckpointError: the file is damaged, of another format, or holds objects whose unpickling could run code.
+    """
+    refuse_other_formats(path)
+    try:
+        if path.suffix == ".safetensors":  # torch would choose another reader by the name
+            with path.open("rb") as file:
+                return torch.load(file, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # torch raises many kinds for damaged files; none of its advice fits here
+        global_name = re.search(r"GLOBAL (\S+)", str(error))
+        if global_name or "weights_only" in str(error):
+            what = f", such as {global_name[1]}" if global_name else ""
+            problem = f"holds Python objects{what}, which could run code while they are read, so it is not read"
+        else:
+            problem = f"damaged, or not a file that torch.save wrote ({type(error).__name__})"
+        raise CheckpointError(
+            f"{path}: cannot be read as a state dict: {problem}; allowed: a .safetensors file, or a .pth file with "
+            "nothing but named tensors, as torch.save writes it"
+        ) from None
+
+
+def is_safetensors(path: Path) -> bool:
+    """Whether a file's content is safetensors, whatever its suffix; what is neither that nor torch's goes by suffix.
+
+    Raises:
+        CheckpointError: it is a file of another known format.
+    """
+    refuse_other_formats(path)
+    with path.open("rb") as file:
+        start = file.read(9)
+    is_torch = start.startswith((b"PK\x03\x04", b"\x80\x02\x8a"))
+    return start[8:] == b"{" or (path.suffix == ".safetensors" and not is_torch)
 
 
 def row_ranges(

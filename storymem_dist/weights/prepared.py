@@ -54,29 +54,47 @@ class PreparedManifest:
         """Write the manifest into ``root``, atomically."""
         write_bytes(root / MANIFEST_NAME, json.dumps(asdict(self), indent=1).encode())
 
-    def check_request(self, root: Path, continuation: str | None, loras: Mapping[str, Sequence[ScaledLora]]) -> None:
+    def check_request(
+        self,
+        root: Path,
+        continuation: str | None,
+        loras: Mapping[str, Sequence[ScaledLora]],
+        storymem: Mapping[str, ScaledLora] | None = None,
+    ) -> None:
         """Raise ``CheckpointError`` unless the job needs exactly the LoRAs that are merged here.
 
         Args:
             root: the folder, for messages.
             continuation: the job's mode; None when the job needs no StoryMem LoRA (T2V).
             loras: the job's further LoRAs, by expert; without any, the merged ones are used.
+            storymem: the job's StoryMem LoRA, by expert; without it, the merged one is used.
         """
         wanted = None if continuation is None else STORYMEM_FOLDERS[MM2V if continuation == MM2V else MI2V]
-        if self.storymem_lora != wanted:
+        is_own = self.storymem_lora is not None and self.storymem_lora not in STORYMEM_FOLDERS.values()
+        if self.storymem_lora != wanted and not (is_own and wanted):  # a folder of one's own serves every mode
             raise CheckpointError(
                 f"{root}: prepared with {self.storymem_lora or 'no StoryMem LoRA'}, but this job needs "
                 f"{wanted or 'none'} (continuation={continuation}); prepare the weights for it"
             )
+        if storymem and any(
+            self._merged(expert, is_storymem=True) != [storymem[expert].identity] for expert in EXPERTS
+        ):
+            rules = {one["scale_rule"] for loras in self.loras.values() for one in loras if one["is_storymem"]}
+            raise CheckpointError(
+                f"{root}: model.storymem_lora with its scale rule is not what is merged into these prepared weights "
+                f"(merged with the rule {' and '.join(sorted(rules))}); prepare them again, or use what is merged with "
+                "model.storymem_lora=null"
+            )
         asked = {expert: [lora.identity for lora in loras.get(expert, ())] for expert in EXPERTS}
-        merged = {
-            expert: [one["identity"] for one in self.loras[expert] if not one["is_storymem"]] for expert in EXPERTS
-        }
+        merged = {expert: self._merged(expert, is_storymem=False) for expert in EXPERTS}
         if any(asked.values()) and asked != merged:
             raise CheckpointError(
                 f"{root}: model.loras are not the ones merged into these prepared weights; prepare them again, or "
                 "leave model.loras empty to use what is merged"
             )
+
+    def _merged(self, expert: str, *, is_storymem: bool) -> list[str]:
+        return [one["identity"] for one in self.loras[expert] if one["is_storymem"] is is_storymem]
 
 
 class Float8Source:

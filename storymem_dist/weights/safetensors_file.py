@@ -141,8 +141,28 @@ class SafetensorsFile:
             self.close()
 
 
+_OTHER_FORMATS: Mapping[bytes, str] = {
+    b"GGUF": "a GGUF file: its quantized tensors cannot be read here; use the .safetensors file of the same weights",
+    b"version https://git-lfs": "a Git LFS pointer instead of the file; fetch it with: git lfs pull",
+    b"<!DOCTYPE": "a web page instead of the file; download it again",
+    b"<!doctype": "a web page instead of the file; download it again",
+    b"<html": "a web page instead of the file; download it again",
+}
+"""What people have under the name of a file of weights, by its first bytes."""
+
+
+def refuse_other_formats(path: Path) -> None:
+    """Raise ``CheckpointError`` if the first bytes of a file, whatever its suffix, are of a format that is not read."""
+    with path.open("rb") as file:
+        start = file.read(max(map(len, _OTHER_FORMATS)))
+    for magic, what in _OTHER_FORMATS.items():
+        if start.startswith(magic):
+            raise CheckpointError(f"{path}: {what}")
+
+
 def _read_header(path: Path, num_bytes: int) -> tuple[dict[str, Any], int]:
     """The parsed header and the offset of the data behind it."""
+    refuse_other_formats(path)
     with path.open("rb") as file:
         prefix = file.read(_PREFIX.size)
         if len(prefix) < _PREFIX.size:
@@ -158,9 +178,9 @@ def _read_header(path: Path, num_bytes: int) -> tuple[dict[str, Any], int]:
         raw = file.read(header_bytes)
     try:
         header = json.loads(raw)
-    except ValueError:
+    except (ValueError, RecursionError):
         header = None
-    if not isinstance(header, dict):
+    if not isinstance(header, dict) or not isinstance(header.get("__metadata__", {}), dict):
         raise CheckpointError(f"{path}: not a safetensors file (its header is not a JSON object)")
     return header, _PREFIX.size + header_bytes
 
@@ -174,7 +194,9 @@ def _parse_entries(path: Path, header: dict[str, Any], data_start: int, num_byte
         try:
             dtype, shape = DTYPES[value["dtype"]], torch.Size(value["shape"])
             start, stop = (data_start + offset for offset in value["data_offsets"])
-        except (KeyError, TypeError, ValueError):
+            if min(shape, default=0) < 0 or not data_start <= start <= stop:
+                raise ValueError
+        except (KeyError, TypeError, ValueError, OverflowError, RuntimeError):
             raise CheckpointError(f"{path}: the header's entry for {key!r} cannot be used: {value!r}") from None
         if stop - start != prod(shape) * dtype.itemsize:
             raise CheckpointError(

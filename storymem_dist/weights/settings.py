@@ -1,12 +1,13 @@
 """Settings of the weights: where they are and in which form they are kept. Knows nothing about how they are read."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
-from storymem_dist.errors import require_one_of
+from storymem_dist.errors import ConfigError, require_between, require_one_of
 from storymem_dist.models.attention import BACKENDS
 from storymem_dist.models.precision import VAE_PRECISIONS
 from storymem_dist.models.quantized_linear import LINEARS
-from storymem_dist.weights.lora import LoraSettings
+from storymem_dist.weights.lora import SCALE_RULES, lora_list
 
 COMPUTE_DTYPES = ("bfloat16", "float32")
 EXPERT_RESIDENCIES = ("auto", "resident", "swap")
@@ -16,20 +17,26 @@ EXPERT_RESIDENCIES = ("auto", "resident", "swap")
 class ModelSettings:
     """The ``model`` group.
 
-    ``generate`` names a preset whose seeded checkpoint is written to the user's cache on first use; the three paths are
-    then filled from it. ``loras`` are merged after the StoryMem LoRA, in order. ``experts``: ``resident`` keeps both on
-    the device, ``swap`` both in host memory and one on the device; ``auto`` decides by the device's memory.
-    ``attention`` is one of ``models.attention.BACKENDS``. ``linears`` is the number format of the blocks' matrix
-    products, one of ``models.quantized_linear.LINEARS``: ``float8`` and ``int8`` are lossy. ``cache_text_keys`` keeps
-    the keys and values of a shot's texts on the device (A14B: 0.84 GB) instead of computing them at every step; pixels
-    are the same. ``vae_precision`` is the precision of the VAE's convolutions on CUDA: ``tf32`` (torch's default, and
-    so the original code's) or ``float32``; all other fp32 arithmetic is exact in both cases.
+    ``packed`` is a file with a whole small model (``weights.packed``), and ``packed_sha256`` what it must be (None: not
+    checked). ``generate`` names a preset with seeded random weights. In both cases a checkpoint is written to the
+    user's cache on first use, and the three paths are filled from it. ``storymem_scale_rule`` is the rule of that LoRA
+    (StoryMem's own are rsLoRA). ``loras`` are merged after it, in order; each is a path or a mapping with the fields of
+    ``LoraSettings``, and becomes one. ``experts``: ``resident`` keeps both on the device, ``swap`` both in host memory
+    and one on the device; ``auto`` decides by the device's memory. ``attention`` is one of
+    ``models.attention.BACKENDS``. ``linears`` is the number format of the blocks' matrix products, one of
+    ``models.quantized_linear.LINEARS``: ``float8`` and ``int8`` are lossy. ``cache_text_keys`` keeps the keys and
+    values of a shot's texts on the device (A14B: 0.84 GB) instead of computing them at every step; pixels are the same.
+    ``vae_precision`` is the precision of the VAE's convolutions on CUDA: ``tf32`` (torch's default, and so the original
+    code's) or ``float32``; all other fp32 arithmetic is exact in both cases.
     """
 
     t2v_checkpoint: str | None = None
     i2v_checkpoint: str | None = None
     storymem_lora: str | None = None
-    loras: list[LoraSettings] = field(default_factory=list)
+    storymem_scale_rule: str = "rslora"
+    loras: Any = field(default_factory=list)
+    packed: str | None = None
+    packed_sha256: str | None = None
     generate: str | None = None
     generate_seed: int = 0
     dtype: str = "bfloat16"
@@ -42,6 +49,13 @@ class ModelSettings:
     vae_precision: str = "tf32"
 
     def __post_init__(self) -> None:
+        if self.packed is not None and self.generate is not None:
+            raise ConfigError(
+                f"model.packed={self.packed} and model.generate={self.generate} are two models; set one to null"
+            )
+        self.loras = lora_list(self.loras)
+        require_between("model.generate_seed", self.generate_seed, -(2**62), 2**62)
+        require_one_of("model.storymem_scale_rule", self.storymem_scale_rule, SCALE_RULES)
         require_one_of("model.dtype", self.dtype, COMPUTE_DTYPES)
         require_one_of("model.text_encoder_dtype", self.text_encoder_dtype, COMPUTE_DTYPES)
         require_one_of("model.experts", self.experts, EXPERT_RESIDENCIES)

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 
 from torch import Tensor, nn
 
-from storymem_dist.errors import CheckpointError
+from storymem_dist.errors import CheckpointError, shortened
 
 _NUM_NAMED_KEYS = 3
 
@@ -30,6 +30,11 @@ def assign_state_dict(module: nn.Module, state: Mapping[str, Tensor], *, where: 
 def check_no_keys(problem: str, keys: Collection[str]) -> None:
     """Raise ``CheckpointError`` naming ``problem`` and the first few of ``keys`` if there are any."""
     if keys:
-        first = ", ".join(sorted(keys)[:_NUM_NAMED_KEYS])
-        more = f" and {len(keys) - _NUM_NAMED_KEYS} more" if len(keys) > _NUM_NAMED_KEYS else ""
-        raise CheckpointError(f"{problem}: {first}{more}")
+        raise CheckpointError(f"{problem}: {first_keys(keys)}")
+
+
+def first_keys(keys: Collection[str]) -> str:
+    """The first few keys, and how many more there are."""
+    named = [shortened(key if key.isprintable() else ascii(key)) for key in sorted(keys)[:_NUM_NAMED_KEYS]]
+    first = ", ".join(named)
+    return f"{first} and {len(keys) - _NUM_NAMED_KEYS} more" if len(keys) > _NUM_NAMED_KEYS else first

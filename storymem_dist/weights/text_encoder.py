@@ -66,7 +66,7 @@ def load_text_encoder(
     for path, what in ((weights, "text encoder"), (tokenizer_folder, "tokenizer")):
         if not path.exists():
             raise WeightsNotFound(f"{path}: no {what} here; it is part of every Wan2.2-A14B download")
-    tokenizer = _load_tokenizer(tokenizer_folder)
+    tokenizer = load_tokenizer(tokenizer_folder)
     load = _from_transformers_folder if weights.is_dir() else _from_native_file
     model = load(weights, device, dtype)
     if len(tokenizer) > model.config.vocab_size:
@@ -121,7 +121,8 @@ def _from_transformers_folder(path: Path, device: torch.device | str, dtype: tor
     return model.to(device)
 
 
-def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer alone. Raises ``CheckpointError`` when the folder holds none."""
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # transformers and tokenizers raise a dozen types here, even plain Exception

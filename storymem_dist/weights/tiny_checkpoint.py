@@ -7,18 +7,18 @@ jobs or devices.
 
 import json
 import shutil
-import uuid
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from storymem_dist.files import locked_folder, replace_folder
 from storymem_dist.models.wan.dit import DiTConfig
 from storymem_dist.models.wan.presets import EXPERTS, TINY, ModelPreset
-from storymem_dist.weights.checkpoints import NATIVE, dit_shapes
+from storymem_dist.weights.cached_folder import ensure_folder
+from storymem_dist.weights.checkpoints import NATIVE, ModelFolders, dit_shapes
 from storymem_dist.weights.lora import STORYMEM_FOLDERS
 from storymem_dist.weights.random_weights import random_vae, random_weight, text_encoder_shapes
 from storymem_dist.weights.safetensors_file import write_safetensors
@@ -29,46 +29,27 @@ FORMAT_VERSION = 3
 LORA_TARGETS = (*(f"{part}.{letter}" for part in ("self_attn", "cross_attn") for letter in "qkvo"), "ffn.0", "ffn.2")
 """The linears of a block that the StoryMem LoRA changes."""
 
-_MANIFEST = "storymem_tiny.json"
 _LORA_RANK = 4
 # rsLoRA multiplies by sqrt(rank) = 2; the change is then about a tenth of the weight
 _LORA_STD = 0.3
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TinyCheckpoint:
-    """Folders for ``open_checkpoint(..., "t2v")``, ``open_checkpoint(..., "i2v")`` and ``storymem_lora``."""
+def generate_tiny_checkpoint(root: Path, seed: int = 0) -> ModelFolders:
+    """Write the tiny checkpoint of ``seed`` to ``root``, unless it is there already and whole.
 
-    t2v_dir: Path
-    i2v_dir: Path
-    lora_dir: Path
-
-
-def generate_tiny_checkpoint(root: Path, seed: int = 0) -> TinyCheckpoint:
-    """Write the tiny checkpoint of ``seed`` to ``root``, unless it is there already.
-
-    Several processes may call this at once: one writes a temporary folder and renames it, the others wait. A folder of
-    another seed or format version is replaced.
+    Several processes may call this at once. A folder of another seed or format version is replaced.
     """
-    root = Path(root)
-    checkpoint = TinyCheckpoint(
-        t2v_dir=root / "Wan2.2-T2V-A14B", i2v_dir=root / "Wan2.2-I2V-A14B", lora_dir=root / "StoryMem"
-    )
-    manifest = {"format_version": FORMAT_VERSION, "seed": seed, "preset": json.loads(json.dumps(asdict(TINY)))}
-    with locked_folder(root):
-        if _read_manifest(root) == manifest:
-            return checkpoint
-        fresh = root.with_name(f".{root.name}.{uuid.uuid4().hex}")
-        try:
-            t2v = generate_checkpoint(fresh / checkpoint.t2v_dir.name, TINY, "t2v", seed=seed)
-            generate_checkpoint(fresh / checkpoint.i2v_dir.name, TINY, "i2v", seed=seed, shared_parts=t2v)
-            for continuation, folder_name in STORYMEM_FOLDERS.items():
-                _write_lora(fresh / checkpoint.lora_dir.name / folder_name, TINY.i2v, seed, continuation)
-            (fresh / _MANIFEST).write_text(json.dumps(manifest, indent=1))
-            replace_folder(root, fresh)
-        finally:
-            shutil.rmtree(fresh, ignore_errors=True)
-    return checkpoint
+    made_from = {"format_version": FORMAT_VERSION, "seed": seed, "preset": asdict(TINY)}
+    ensure_folder(root, made_from, partial(_write_tiny, seed))
+    return ModelFolders.inside(root)
+
+
+def _write_tiny(seed: int, root: Path) -> None:
+    folders = ModelFolders.inside(root)
+    generate_checkpoint(folders.t2v_dir, TINY, "t2v", seed=seed)
+    generate_checkpoint(folders.i2v_dir, TINY, "i2v", seed=seed, shared_parts=folders.t2v_dir)
+    for continuation, folder_name in STORYMEM_FOLDERS.items():
+        _write_lora(folders.lora_dir / folder_name, TINY.i2v, seed, continuation)
 
 
 def generate_checkpoint(
@@ -153,13 +134,6 @@ def _write_lora(folder: Path, config: DiTConfig, seed: int, continuation: str) -
         with write_safetensors(folder / f"backbone_{expert}.safetensors", entries) as writer:
             for key, (shape, gain) in halves.items():
                 writer.write(key, random_weight(seed, f"{continuation}/{expert}", key, shape) * gain)
-
-
-def _read_manifest(root: Path) -> object:
-    try:
-        return json.loads((root / _MANIFEST).read_text())
-    except (OSError, ValueError):
-        return None
 
 
 SPECIAL_TOKENS = ("<pad>", "</s>", "<unk>")

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -16,18 +17,22 @@ from storymem_dist.parallel.session import Session, start_session
 from storymem_dist.parallel.settings import ParallelSettings
 from storymem_dist.weights.checkpoints import open_checkpoint
 from storymem_dist.weights.loading import TensorSource, load_dit_weights
-from storymem_dist.weights.lora import LoraSettings, ScaledLora, open_loras, storymem_lora
-from storymem_dist.weights.tiny_checkpoint import TinyCheckpoint, generate_tiny_checkpoint
+from storymem_dist.weights.lora import LoraSettings, ScaledLora, open_lora, open_loras, storymem_lora
+from storymem_dist.weights.tiny_checkpoint import ModelFolders, generate_tiny_checkpoint
+from tests.helpers.lora_layouts import PATCHED, SHAPES
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny_dit import largest_error, make_inputs
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyCheckpoint:
-    return generate_tiny_checkpoint(tmp_path_factory.mktemp("weights") / "tiny")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> ModelFolders:
+    folders = generate_tiny_checkpoint(tmp_path_factory.mktemp("weights") / "tiny")
+    same_in_t2v_and_i2v = {parameter: key for parameter, key in PATCHED.items() if "patch_embedding" not in parameter}
+    save_file({key: torch.randn(SHAPES[name]) for name, key in same_in_t2v_and_i2v.items()}, _exact_changes(folders))
+    return folders
 
 
-def load_whole(tiny: TinyCheckpoint, deltas: list[ScaledLora], dtype: torch.dtype) -> WanDiT:
+def load_whole(tiny: ModelFolders, deltas: list[ScaledLora], dtype: torch.dtype) -> WanDiT:
     checkpoint = open_checkpoint(tiny.i2v_dir, "i2v")
     dit = WanDiT(checkpoint.dit_config, dtype=dtype).eval().requires_grad_(False)
     load_dit_weights(dit, checkpoint.expert("high_noise"), deltas)
@@ -49,12 +54,17 @@ def _full(parameter: Tensor, session: Session) -> Tensor:
     return torch.cat(parts)
 
 
+def _exact_changes(tiny: ModelFolders) -> Path:
+    """Where this test keeps a LoRA of exact changes: weights, biases, norms and modulations."""
+    return tiny.lora_dir.parent / "exact.safetensors"
+
+
 def _build_on_layouts(
-    tiny: TinyCheckpoint, layouts: list[ParallelSettings], dtype: torch.dtype
+    tiny: ModelFolders, layouts: list[ParallelSettings], dtype: torch.dtype
 ) -> list[dict[str, object]]:
     dist.init_process_group("gloo")
-    lora = storymem_lora(tiny.lora_dir, "mi2v")["high_noise"]
-    whole = load_whole(tiny, [lora], dtype)
+    loras = [storymem_lora(tiny.lora_dir, "mi2v")["high_noise"], ScaledLora(open_lora(_exact_changes(tiny)))]
+    whole = load_whole(tiny, loras, dtype)
     outcomes = []
     for settings in layouts:
         checkpoint = open_checkpoint(tiny.i2v_dir, "i2v")
@@ -64,7 +74,7 @@ def _build_on_layouts(
             dit, report = build_expert(
                 checkpoint.dit_config,
                 source,
-                [lora],
+                loras,
                 session=session,
                 settings=settings,
                 dtype=dtype,
@@ -84,7 +94,7 @@ def _build_on_layouts(
     return outcomes
 
 
-def test_each_rank_reads_its_own_part_and_holds_the_same_bits_as_one_device(tiny: TinyCheckpoint) -> None:
+def test_each_rank_reads_its_own_part_and_holds_the_same_bits_as_one_device(tiny: ModelFolders) -> None:
     layouts = [
         ParallelSettings(ulysses=4, weights="fsdp"),
         ParallelSettings(ulysses=4, weights="fsdp_offload"),
@@ -102,7 +112,7 @@ def test_each_rank_reads_its_own_part_and_holds_the_same_bits_as_one_device(tiny
         assert sum(o["bytes_read"] for o in outcomes_of_layout) == outcomes_of_layout[0]["bytes_total"]
 
 
-def test_replicas_of_a_node_read_the_weights_once_between_them(tiny: TinyCheckpoint) -> None:
+def test_replicas_of_a_node_read_the_weights_once_between_them(tiny: ModelFolders) -> None:
     layouts = [
         ParallelSettings(),
         ParallelSettings(ulysses=2, weights="fsdp"),
@@ -122,7 +132,7 @@ def test_replicas_of_a_node_read_the_weights_once_between_them(tiny: TinyCheckpo
     assert bytes_read[3] == [total] * 4
 
 
-def _load_different_experts(tiny: TinyCheckpoint) -> tuple[list[str], bool]:
+def _load_different_experts(tiny: ModelFolders) -> tuple[list[str], bool]:
     settings = ParallelSettings()
     with start_session(settings) as session:
         checkpoint = open_checkpoint(tiny.i2v_dir, "i2v")
@@ -135,11 +145,11 @@ def _load_different_experts(tiny: TinyCheckpoint) -> tuple[list[str], bool]:
         return _same_bits(dit, alone, session), report.bytes_read > 0
 
 
-def test_replicas_that_load_different_experts_read_on_their_own(tiny: TinyCheckpoint) -> None:
+def test_replicas_that_load_different_experts_read_on_their_own(tiny: ModelFolders) -> None:
     assert run_ranks(_load_different_experts, 2, (tiny,)) == [([], True), ([], True)]
 
 
-def _forward_with_wrong_scale(tiny: TinyCheckpoint) -> tuple[float, float]:
+def _forward_with_wrong_scale(tiny: ModelFolders) -> tuple[float, float]:
     """Errors against one device: with the LoRA at its own scale, and at 1."""
     right = storymem_lora(tiny.lora_dir, "mi2v")["high_noise"]
     path = str(right.file.path)
@@ -159,7 +169,7 @@ def _forward_with_wrong_scale(tiny: TinyCheckpoint) -> tuple[float, float]:
     return errors[0], errors[1]
 
 
-def test_a_lora_merged_into_shards_at_scale_one_would_be_seen(tiny: TinyCheckpoint) -> None:
+def test_a_lora_merged_into_shards_at_scale_one_would_be_seen(tiny: ModelFolders) -> None:
     for right, wrong in run_ranks(_forward_with_wrong_scale, 2, (tiny,)):
         assert right <= 1e-5
         assert wrong > 1e-3
@@ -180,7 +190,7 @@ class FailingSource:
         return self._source.read(key, rows, pin_memory=pin_memory)
 
 
-def _one_rank_cannot_read(tiny: TinyCheckpoint, settings: ParallelSettings, broken_rank: int) -> tuple[str, str]:
+def _one_rank_cannot_read(tiny: ModelFolders, settings: ParallelSettings, broken_rank: int) -> tuple[str, str]:
     checkpoint = open_checkpoint(tiny.t2v_dir, "t2v")
     source = checkpoint.expert("low_noise")
     with start_session(settings) as session:
@@ -203,14 +213,14 @@ def _still_in_step(session: Session) -> str:
     ids=["each reads", "one reads for all"],
 )
 def test_a_rank_that_cannot_read_fails_the_load_on_every_rank(
-    tiny: TinyCheckpoint, settings: ParallelSettings, broken_rank: int
+    tiny: ModelFolders, settings: ParallelSettings, broken_rank: int
 ) -> None:
     for message, afterwards in run_ranks(_one_rank_cannot_read, 2, (tiny, replace(settings), broken_rank)):
         assert message == "shard 3 is truncated at blocks.1.ffn.0.weight"
         assert afterwards == "in step"
 
 
-def test_one_rank_builds_the_same_expert_without_any_group(tiny: TinyCheckpoint, tmp_path: Path) -> None:
+def test_one_rank_builds_the_same_expert_without_any_group(tiny: ModelFolders, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(tiny.i2v_dir, "i2v")
     settings = ParallelSettings(device="cpu")
     with start_session(settings) as session:

@@ -14,7 +14,7 @@ from storymem_dist.parallel.settings import ParallelSettings
 from storymem_dist.weights.checkpoints import open_checkpoint
 from storymem_dist.weights.loading import load_dit_weights
 from storymem_dist.weights.lora import storymem_lora
-from storymem_dist.weights.tiny_checkpoint import TinyCheckpoint, generate_tiny_checkpoint
+from storymem_dist.weights.tiny_checkpoint import ModelFolders, generate_tiny_checkpoint
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny_dit import largest_error, make_inputs
 
@@ -24,11 +24,11 @@ SHARDED_FORMATS = pytest.mark.parametrize("linears", ["float8", pytest.param("in
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyCheckpoint:
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> ModelFolders:
     return generate_tiny_checkpoint(tmp_path_factory.mktemp("weights") / "tiny")
 
 
-def load_whole(tiny: TinyCheckpoint, linears: str, expert: str = "high_noise") -> WanDiT:
+def load_whole(tiny: ModelFolders, linears: str, expert: str = "high_noise") -> WanDiT:
     checkpoint = open_checkpoint(tiny.i2v_dir, "i2v")
     dit = WanDiT(checkpoint.dit_config, dtype=torch.bfloat16).eval().requires_grad_(False)
     quantize_linears(dit.blocks, linears)
@@ -36,7 +36,7 @@ def load_whole(tiny: TinyCheckpoint, linears: str, expert: str = "high_noise") -
     return dit
 
 
-def _build(tiny: TinyCheckpoint, linears: str, session, settings: ParallelSettings, expert: str = "high_noise"):
+def _build(tiny: ModelFolders, linears: str, session, settings: ParallelSettings, expert: str = "high_noise"):
     checkpoint = open_checkpoint(tiny.i2v_dir, "i2v")
     return build_expert(
         checkpoint.dit_config,
@@ -65,7 +65,7 @@ def _differing(found: WanDiT, expected: WanDiT) -> list[str]:
 
 
 @torch.no_grad()
-def _on_layouts(tiny: TinyCheckpoint, layouts: list[ParallelSettings], linears: str) -> list[dict[str, object]]:
+def _on_layouts(tiny: ModelFolders, layouts: list[ParallelSettings], linears: str) -> list[dict[str, object]]:
     dist.init_process_group("gloo")
     whole = load_whole(tiny, linears)
     inputs = make_inputs(whole.config)
@@ -90,7 +90,7 @@ def _on_layouts(tiny: TinyCheckpoint, layouts: list[ParallelSettings], linears: 
 
 @SHARDED_FORMATS
 @pytest.mark.parametrize("num_ranks", [2, 4])
-def test_sharded_layers_have_the_bits_of_one_device(tiny: TinyCheckpoint, linears: str, num_ranks: int) -> None:
+def test_sharded_layers_have_the_bits_of_one_device(tiny: ModelFolders, linears: str, num_ranks: int) -> None:
     layouts = [
         ParallelSettings(cfg=2, ulysses=num_ranks // 2, weights="fsdp"),
         ParallelSettings(cfg=2, ulysses=num_ranks // 2, weights="fsdp_offload"),
@@ -108,7 +108,7 @@ def test_sharded_layers_have_the_bits_of_one_device(tiny: TinyCheckpoint, linear
 
 
 @FORMATS
-def test_one_rank_reads_and_quantizes_for_all(tiny: TinyCheckpoint, linears: str) -> None:
+def test_one_rank_reads_and_quantizes_for_all(tiny: ModelFolders, linears: str) -> None:
     layouts = [ParallelSettings(), ParallelSettings(share_reads=False)]
     by_rank = run_ranks(_on_layouts, 2, (tiny, layouts, linears))
     for rank, (shared, alone) in enumerate(by_rank):
@@ -120,7 +120,7 @@ def test_one_rank_reads_and_quantizes_for_all(tiny: TinyCheckpoint, linears: str
 
 
 @torch.no_grad()
-def _swapped(tiny: TinyCheckpoint, linears: str, weights: str) -> list[bool]:
+def _swapped(tiny: ModelFolders, linears: str, weights: str) -> list[bool]:
     settings = ParallelSettings(cfg=1 if weights == "replicated" else 2, weights=weights)
     names = ("high_noise", "low_noise")
     with start_session(settings) as session:
@@ -138,5 +138,5 @@ def _swapped(tiny: TinyCheckpoint, linears: str, weights: str) -> list[bool]:
 
 @SHARDED_FORMATS
 @pytest.mark.parametrize(("weights", "num_ranks"), [("replicated", 1), ("fsdp", 2)])
-def test_experts_take_turns_on_the_device(tiny: TinyCheckpoint, linears: str, weights: str, num_ranks: int) -> None:
+def test_experts_take_turns_on_the_device(tiny: ModelFolders, linears: str, weights: str, num_ranks: int) -> None:
     assert run_ranks(_swapped, num_ranks, (tiny, linears, weights)) == [[True] * 4] * num_ranks

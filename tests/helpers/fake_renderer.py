@@ -47,6 +47,7 @@ def make_story(story_id: str, num_shots: int, *, changed: Mapping[int, str] | No
 def make_part(root: Path, stories: Sequence[Story], **changes: object) -> BatchPart:
     """A batch part of small clips. ``changes`` go to the sampler, ``observers`` to the part."""
     observers = changes.pop("observers", None)
+    num_refused = int(str(changes.pop("num_refused", 0)))
     sampler = SamplerSettings(**{**SAMPLER, **changes})  # type: ignore[arg-type]
     shared = {"height": sampler.height, "width": sampler.width, "steps": sampler.num_inference_steps}
     return BatchPart(
@@ -67,6 +68,7 @@ def make_part(root: Path, stories: Sequence[Story], **changes: object) -> BatchP
         ),
         config_hash="c0ffee",
         config_text="fake: true\n",
+        num_refused=num_refused,
         **({} if observers is None else {"observers": observers}),  # type: ignore[arg-type]
     )
 

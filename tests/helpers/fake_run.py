@@ -5,6 +5,7 @@ writers as a render. Times are wall times of the past, so that reports of it alw
 """
 
 import contextlib
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from storymem_dist.artifacts.records import ShotRecord, StoredKeyframe
 from storymem_dist.artifacts.run_folder import RunFolder
 from storymem_dist.artifacts.shot_folder import ClipFiles, keyframe_name, new_attempt_id, tail_name
 from storymem_dist.artifacts.video import VideoSettings, concat_clips
+from storymem_dist.files import quick_digest
 from storymem_dist.memory.bank import Keyframe, MemoryBank
 from storymem_dist.memory.settings import MemorySettings
 from storymem_dist.observe.journal import JournalWriter
@@ -67,7 +69,8 @@ class FakeRun:
     def __post_init__(self) -> None:
         self.folder = RunFolder(self.root)
         self.run_id = self.folder.open()
-        self.folder.write_config("c0ffee", "model:\n  dtype: float32\nsampler:\n  num_inference_steps: 4\n")
+        config = {"model": {"dtype": "float32"}, "sampler": {"num_inference_steps": 4}}
+        self.folder.write_config("c0ffee", json.dumps(config, indent=2))
         self.stories = [make_story(number, self.num_shots) for number in range(self.num_stories)]
         for story in self.stories:
             self.folder.write_storyboard(story)
@@ -279,6 +282,7 @@ class FakeRun:
             width=WIDTH,
             fps=FPS,
             clip="clip.mp4",
+            clip_sample=quick_digest(place.attempt_folder(attempt_id) / "clip.mp4"),
             keyframes=tuple(
                 StoredKeyframe(slot=k.slot, frame_index=k.frame_index, file=keyframe_name(k.slot)) for k in keyframes
             ),

@@ -109,14 +109,14 @@ def test_a_shot_that_cannot_be_saved_fails_alone_while_another_is_rendered(
 
     def full() -> None:
         wait_for(rendering)
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise OSError(errno.EINVAL, "Invalid argument")
 
     while_saving(monkeypatch, FIRST, full)
     events = Events()
     renderer = FakeRenderer(before_step=lambda job, step: rendering.set() if job.story_id == "ocean" else None)
     summary = render(root, events=events, renderer=renderer)
     assert (summary.state, summary.num_rendered, summary.num_failed, summary.num_blocked) == ("failed", 4, 1, 1)
-    assert "cannot be saved" in summary.failures[0].reason and "No space left" in summary.failures[0].reason
+    assert "cannot be saved" in summary.failures[0].reason and "Invalid argument" in summary.failures[0].reason
     assert begun_and_ended(events)[:3] == [f"ShotStarted {FIRST}", f"ShotStarted {SECOND}", f"ShotFailed {FIRST}"]
     assert not list((root / "stories/city/shot_01/attempts").iterdir())
     monkeypatch.undo()
@@ -145,6 +145,31 @@ def test_an_error_of_this_program_while_saving_is_not_blamed_on_the_running_shot
     assert not list((root / "leases").iterdir())
     monkeypatch.undo()
     assert render(root).state == "done"
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["between two steps", "when the next is handed in"])
+def test_a_crash_while_saving_counts_as_a_death_of_that_shot_alone(
+    root: Path, monkeypatch: pytest.MonkeyPatch, late: bool
+) -> None:
+    """The shot that was rendered meanwhile is not to blame: its lease is released."""
+    crash_now = threading.Event()
+
+    def fail() -> None:
+        wait_for(crash_now)
+        raise RuntimeError("a fault of the encoder")
+
+    def before_step(job: ShotJob, step: int) -> None:
+        if job.story_id == "ocean" and step == (3 if late else 0):
+            if late:
+                threading.Timer(0.5, crash_now.set).start()  # after the last look, which is before this step
+            else:
+                crash_now.set()
+
+    while_saving(monkeypatch, FIRST, fail)
+    with pytest.raises(RuntimeError, match="encoder"):
+        render(root, renderer=FakeRenderer(step_seconds=0.1, before_step=before_step))
+    left = [path.name for path in (root / "leases").glob("*.lease")]
+    assert [name.split(".")[:2] for name in left] == [FIRST.split(":")], left
 
 
 def test_a_stop_waits_for_the_save_and_keeps_the_steps_of_the_running_shot(

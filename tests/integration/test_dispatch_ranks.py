@@ -15,7 +15,7 @@ from storymem_dist.dispatch.protocol import ShotJob
 from storymem_dist.dispatch.settings import DispatchSettings
 from storymem_dist.dispatch.stop import StopSwitch
 from storymem_dist.dispatch.summary import BatchSummary, Replica
-from storymem_dist.errors import RunFolderError, ShotError
+from storymem_dist.errors import MachineError, RunFolderError, ShotError
 from storymem_dist.events import ShotFailed, ShotSkipped
 from storymem_dist.render.batch import render_batch
 from tests.helpers.batches import STORIES, render
@@ -77,13 +77,16 @@ def test_all_ranks_of_a_replica_do_the_same_and_only_the_leader_touches_the_fold
     renderers = [FakeRenderer(before_step=before_step), FakeRenderer(before_step=before_step)]
 
     def run(rank: int) -> None:
-        summaries[rank] = render_batch(
-            parts=[make_part(root if rank == 0 else root.parent / "never", STORIES)],
-            renderer=renderers[rank],
-            settings=DispatchSettings(poll_seconds=0.01, checkpoint_every_steps=1),
-            leader_decides=lock_step.of(rank),
-            stop=stop if rank == 0 else StopSwitch(),
-        )
+        try:
+            summaries[rank] = render_batch(
+                parts=[make_part(root if rank == 0 else root.parent / "never", STORIES)],
+                renderer=renderers[rank],
+                settings=DispatchSettings(poll_seconds=0.01, checkpoint_every_steps=1),
+                leader_decides=lock_step.of(rank),
+                stop=stop if rank == 0 else StopSwitch(),
+            )
+        except MachineError as error:
+            summaries[rank] = str(error)
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(2)]
     for thread in threads:
@@ -91,7 +94,11 @@ def test_all_ranks_of_a_replica_do_the_same_and_only_the_leader_touches_the_fold
     for thread in threads:
         thread.join(60)
     assert summaries[0] == summaries[1]
-    assert summaries[0].state == {"none": "done", "stop": "stopped"}.get(trouble, "failed")
+    if trouble == "full disk":
+        assert "No space left on device; free space there" in summaries[0]
+        assert not list((root / "leases").iterdir()) and not list((root / "failures").iterdir())
+    else:
+        assert summaries[0].state == {"none": "done", "stop": "stopped", "failure": "failed"}[trouble]
     assert renderers[0].rendered == renderers[1].rendered and renderers[0].prepared == renderers[1].prepared
     assert not (root.parent / "never").exists()
 

@@ -244,16 +244,60 @@ def test_an_image_that_cannot_be_decoded_is_found_when_it_is_needed(root: Path) 
     assert "set aside" in events.of(WarningIssued)[0].message
 
 
-def test_changed_contents_of_the_same_size_are_found_on_demand(root: Path) -> None:
+def flip(path: Path, position: int = -10) -> None:
+    """Change one bit in place."""
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1
+    path.write_bytes(bytes(data))
+
+
+def test_a_changed_bit_of_a_clip_is_found_by_every_resume_and_the_shot_is_rendered_again(root: Path) -> None:
+    render(root)
+    whole, events = finished_files(root), Events()
+    flip(next((root / "stories/city/shot_02/attempts").rglob("clip.mp4")))
+    assert render(root, events=events).num_rendered == 1
+    assert finished_files(root) == whole
+    (warning,) = events.of(WarningIssued)
+    assert "was set aside: the contents of clip.mp4 have changed; the shot is rendered again" in warning.message
+
+
+def test_changed_contents_that_no_sample_covers_are_found_on_demand(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("artifacts.records", "dispatch.saving", "dispatch.story_video"):
+        monkeypatch.setattr(f"storymem_dist.{module}.quick_digest", lambda path: "the sample")
     render(root)
     whole = finished_files(root)
-    clip = next((root / "stories/city/shot_02/attempts").rglob("clip.mp4"))
-    data = bytearray(clip.read_bytes())
-    data[-10] ^= 1
-    clip.write_bytes(bytes(data))
+    flip(next((root / "stories/city/shot_02/attempts").rglob("clip.mp4")))
+    flip(root / "stories/ocean/story.mp4")
     assert render(root).num_rendered == 0
+    assert finished_files(root) != whole
     assert render(root, check_contents=True).num_rendered == 1
     assert finished_files(root) == whole
+
+
+def test_a_changed_bit_of_a_story_video_is_found_and_the_video_made_again(root: Path) -> None:
+    render(root)
+    whole, events = finished_files(root), Events()
+    flip(root / "stories/ocean/story.mp4", 1000)
+    changed = (root / "stories/ocean/story.mp4").read_bytes()
+    assert render(root, events=events).num_rendered == 0
+    assert finished_files(root) == whole
+    (aside,) = (root / "stories/ocean").glob("story.damaged-*")
+    assert aside.read_bytes() == changed
+    (warning,) = events.of(WarningIssued)
+    assert str(aside) in warning.message and "set aside" in warning.message
+
+
+def test_a_run_without_samples_and_checksums_of_an_earlier_version_is_not_touched(root: Path) -> None:
+    render(root)
+    for path in (root / "stories").rglob("*.json"):
+        value = json.loads(path.read_text())
+        value.get("host", {}).pop("checksum", None)
+        path.write_text(json.dumps({k: v for k, v in value.items() if k not in ("clip_sample", "sample", "sha256")}))
+    before = inodes(root)
+    assert render(root, check_contents=True).num_rendered == 0
+    assert inodes(root) == before
 
 
 def test_views_and_story_videos_that_are_gone_come_back_without_rendering(root: Path) -> None:

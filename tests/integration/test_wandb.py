@@ -1,19 +1,23 @@
 """Weights & Biases from the outside: a run fed offline, read back from its own files, equals the event files."""
 
+import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import storymem_dist.events as ev
+from storymem_dist.errors import RunFolderError
+from storymem_dist.files import hold_lock
 from storymem_dist.observe.journal import read_journal
 from storymem_dist.observe.settings import WandbSettings
-from storymem_dist.observe.wandb.process import WandbProcess
+from storymem_dist.observe.wandb.folder import own_folder, supersede_offline_runs
+from storymem_dist.observe.wandb.process import WandbProcess, feed_by_hand
 from tests.helpers.fake_run import START_TIME, FakeRun
 from tests.helpers.wandb_file import WandbRun, memory_rows_of_events, read_segments
 
@@ -22,8 +26,6 @@ ROOT = Path(__file__).parents[2]
 
 def feed(run_folder: Path, environment: Mapping[str, str] | None = None, **settings: Any) -> None:
     """What ``python -m storymem_dist.observe.wandb.process RUN`` does."""
-    import json
-
     command = [
         sys.executable,
         "-m",
@@ -150,22 +152,123 @@ def test_everything_that_a_later_sync_needs_lies_in_the_run_folder(fed: tuple[Fa
     assert any(path.read_bytes()[:3] == b"\xff\xd8\xff" for path in staged), "thumbnails of tables are staged there"
 
 
-def test_a_restart_continues_the_same_run_after_what_it_logged(tmp_path: Path) -> None:
-    run = FakeRun(tmp_path / "run", num_stories=1, num_shots=2)
-    with run.replica(0) as replica:
-        run.shot(replica, 0, 0)
-        run.shot(replica, 0, 1, stop_after_step=2)
+def four_starts(tmp_path: Path) -> tuple[FakeRun, list[Callable[[], None]]]:
+    """A run and its four starts: each ends inside a shot or at the end, as a job without network is resumed."""
+    run = FakeRun(tmp_path / "run", num_stories=1, num_shots=3)
+
+    def first() -> None:
+        with run.replica(0) as replica:
+            run.shot(replica, 0, 0)
+            run.shot(replica, 0, 1, stop_after_step=2)
+
+    def second() -> None:
+        with run.replica(0, at=START_TIME + 100) as replica:
+            run.shot(replica, 0, 1, resume_at=2)
+
+    def third() -> None:
+        with run.replica(0, at=START_TIME + 200) as replica:
+            run.shot(replica, 0, 2, stop_after_step=3)
+
+    def fourth() -> None:
+        with run.replica(0, at=START_TIME + 300) as replica:
+            run.shot(replica, 0, 2, resume_at=3)
+            run.finish_story(replica, 0)
+            run.finish(replica)
+
+    return run, [first, second, third, fourth]
+
+
+def check_it_holds_all(run: FakeRun, segment: WandbRun, num_steps: int, num_shots: int) -> None:
+    """The one live offline run holds every row once, its media and its table."""
+    assert segment.run_id == run.run_id and segment.finished
+    assert [row["_step"] for row in segment.history] == list(range(len(segment.history)))
+    assert segment.series("step/done") == list(range(1, num_steps + 1))
+    assert segment.series("shot/done") == list(range(1, num_shots + 1))
+    assert len(segment.table("memory_frames")[1]) == len(events_of(run, ev.MemoryDecided))
+    videos = segment.series("shot/video")
+    assert len(videos) == num_shots
+    assert all((segment.folder / "files" / video["path"]).is_file() for video in videos)
+
+
+def test_after_every_resume_without_network_one_folder_holds_the_whole_run(tmp_path: Path) -> None:
+    run, starts = four_starts(tmp_path)
+    for number, (start, num_steps, num_shots) in enumerate(zip(starts, (6, 8, 11, 12), (1, 2, 2, 3), strict=True)):
+        start()
+        feed(run.root, mode="offline")
+        (segment,) = read_segments(run.root / "wandb")
+        check_it_holds_all(run, segment, num_steps, num_shots)
+        superseded = read_segments(run.root / "wandb" / "superseded")
+        assert len(superseded) == number, "nothing is deleted"
+        assert all(older.run_id == run.run_id for older in superseded)
+    assert [len(older.series("shot/video")) for older in superseded] == [1, 2, 2]
+
+
+def test_a_feed_that_was_killed_after_it_set_the_older_run_aside_loses_nothing(tmp_path: Path) -> None:
+    run, starts = four_starts(tmp_path)
+    starts[0]()
     feed(run.root, mode="offline")
-    with run.replica(0, at=START_TIME + 100) as replica:
-        run.shot(replica, 0, 1, resume_at=2)
-        run.finish(replica)
+    supersede_offline_runs(run.root, but="")  # and then it was killed
+    assert read_segments(run.root / "wandb") == []
+    starts[1]()
     feed(run.root, mode="offline")
-    first, second = read_segments(run.root / "wandb")
-    assert first.run_id == second.run_id == run.run_id
-    assert first.series("step/done") + second.series("step/done") == list(range(1, 9))
-    assert first.series("shot/done") + second.series("shot/done") == [1, 2]
-    assert second.history[0]["_step"] == first.history[-1]["_step"] + 1
-    assert len(second.table("memory_frames")[1]) == len(events_of(run, ev.MemoryDecided))
+    (segment,) = read_segments(run.root / "wandb")
+    check_it_holds_all(run, segment, 8, 2)
+    (older,) = read_segments(run.root / "wandb" / "superseded")
+    assert older.series("step/done") == list(range(1, 7))
+
+
+def test_the_command_feeds_a_run_again_and_names_the_next_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, starts = four_starts(tmp_path)
+    for start in starts:
+        start()
+    run.folder.write_config("c0ffef", json.dumps({"tracking": {"wandb": {"project": "films", "tags": ["night"]}}}))
+    feed(run.root, mode="offline")
+    (before,) = read_segments(run.root / "wandb")
+    command = [sys.executable, "-m", "storymem_dist.cli.report", str(run.root), "--wandb", "offline"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    (segment,) = read_segments(run.root / "wandb")
+    assert segment.folder != before.folder and (segment.project, segment.tags) == ("films", ["night"])
+    check_it_holds_all(run, segment, 12, 3)
+    assert done.stdout == f"the run is kept offline; upload it with: wandb sync {segment.folder}\n"
+
+
+@pytest.mark.parametrize(
+    ("environment", "mode", "code", "words"),
+    [
+        ({"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0" * 40}, "online", 5, "cannot be reached"),
+        ({"WANDB_API_KEY": "short"}, "online", 5, "cannot be reached"),
+        ({"WANDB_BASE_URL": "nonsense"}, "offline", 2, "variable WANDB_BASE_URL='nonsense' is not accepted"),
+        ({"WANDB_TAGS": ",,"}, "offline", 2, "variable WANDB_TAGS=',,' is not accepted"),
+    ],
+)
+def test_the_command_says_why_the_server_has_no_run_and_keeps_what_there_is(
+    environment: dict[str, str], mode: str, code: int, words: str, tmp_path: Path
+) -> None:
+    run, starts = four_starts(tmp_path)
+    starts[0]()
+    run.folder.write_config("c0ffef", json.dumps({"tracking": {"wandb": {"init_timeout_seconds": 2.0}}}))
+    feed(run.root, mode="offline")
+    command = [sys.executable, "-m", "storymem_dist.cli.report", str(run.root), "--wandb", mode]
+    away = {**os.environ, "NETRC": "/nonexistent", **environment}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, env=away)
+    assert (done.returncode, done.stdout) == (code, "")
+    assert words in done.stderr and "Traceback" not in done.stderr
+    (segment,) = read_segments(run.root / "wandb")
+    check_it_holds_all(run, segment, 6, 1)
+    if mode == "online":
+        assert f"upload it with: wandb sync {segment.folder}" in done.stderr
+
+
+def test_the_command_says_when_the_run_is_being_fed(tmp_path: Path) -> None:
+    run = FakeRun(tmp_path / "run", num_stories=1, num_shots=1)
+    lock = hold_lock(own_folder(run.root) / "feed.lock")
+    with pytest.raises(RunFolderError, match="is being fed to Weights & Biases by another process"):
+        feed_by_hand(run.root, "offline")
+    assert lock is not None
+    lock.release()
 
 
 def test_the_back_end_feeds_during_the_render_and_ends_with_it(tmp_path: Path) -> None:
@@ -211,3 +314,18 @@ def test_without_the_service_the_run_is_kept_offline_with_one_warning(
     assert segment.series("shot/done") == [1] and segment.finished
     (warning,) = events_of(run, ev.WarningIssued)
     assert warning.message.startswith("Weights & Biases cannot be reached, the run is kept offline: ")
+
+
+def test_story_ids_that_are_no_names_of_files_are_fed_and_stay_inside(tmp_path: Path) -> None:
+    run = two_replicas(tmp_path / "run")
+    for path in (run.root / "events").glob("*.jsonl"):
+        text = path.read_text().replace("story_0", "s" * 250).replace("story_1", "../../../../x y")
+        path.write_text(text)
+    before = sorted(tmp_path.iterdir())
+    feed(run.root, mode="offline")
+    (segment,) = read_segments(run.root / "wandb")
+    assert segment.finished and segment.series("step/done") == list(range(1, 30))
+    keys = [key for row in segment.history for key in row if key.startswith("story/")]
+    assert all(len(key) < 64 and "../" not in key and "/.." not in key for key in keys) and len(set(keys)) >= 2
+    assert sorted(tmp_path.iterdir()) == before
+    assert events_of(run, ev.WarningIssued) == []

@@ -54,6 +54,48 @@ def test_the_check_sees_imports_of_every_form(tmp_path: Path) -> None:
     assert "torch.distributed" in set(imports_of(source))
 
 
+PRINTING = ("print", "print_exc", "print_exception", "basicConfig", "StreamHandler", "Console", "ArgumentParser")
+"""Names whose calls write to the terminal without the escapes of ``terminal``."""
+
+
+def prints(tree: ast.AST) -> Iterator[int]:
+    """Lines that write to the process's streams: calls of ``PRINTING``, and ``write`` of a standard stream."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            name = node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "")
+            if name in PRINTING and not (name == "print" and isinstance(node.func, ast.Attribute)):
+                yield node.lineno
+        elif isinstance(node, ast.Attribute) and node.attr in ("write", "writelines", "buffer"):
+            owner = node.value
+            if isinstance(owner, ast.Attribute) and owner.attr.strip("_") in ("stdout", "stderr"):
+                yield node.lineno
+
+
+def test_only_the_terminal_package_prints() -> None:
+    offenders = [
+        f"{where}:{line}"
+        for path in PACKAGE.rglob("*.py")
+        if not (where := path.relative_to(PACKAGE).as_posix()).startswith("terminal/")
+        for line in prints(ast.parse(path.read_text()))
+    ]
+    assert not offenders, "use storymem_dist.terminal: streams, rich_console, program.Parser"
+
+
+def test_the_check_sees_printing_of_every_form() -> None:
+    for text in (
+        "print(1)",
+        "sys.stderr.write('x')",
+        "out = sys.stdout.write",
+        "import traceback; traceback.print_exc()",
+        "sys.__stderr__.write('x')",
+        "logging.StreamHandler()",
+        "rich.console.Console().print('x')",
+        "argparse.ArgumentParser()",
+    ):
+        assert list(prints(ast.parse(text))), text
+    assert not list(prints(ast.parse("console.print('x'); file.write('x')")))
+
+
 def test_every_module_says_what_it_does() -> None:
     silent = [str(path) for path in PACKAGE.rglob("*.py") if not ast.get_docstring(ast.parse(path.read_text()))]
     assert not silent

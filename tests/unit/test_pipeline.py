@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -15,18 +17,18 @@ from storymem_dist.errors import ConfigError
 from storymem_dist.parallel import weight_memory
 from storymem_dist.pipeline import to_image_tensor
 from storymem_dist.render import build
-from storymem_dist.weights.tiny_checkpoint import TinyCheckpoint, generate_tiny_checkpoint
+from storymem_dist.weights.tiny_checkpoint import ModelFolders, generate_tiny_checkpoint
 
 SMALL = {"num_frames": 9, "height": 32, "width": 48, "steps": 2}
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyCheckpoint:
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> ModelFolders:
     return generate_tiny_checkpoint(tmp_path_factory.mktemp("weights") / "tiny")
 
 
 @pytest.fixture(scope="module")
-def pipeline(tiny: TinyCheckpoint):
+def pipeline(tiny: ModelFolders):
     with StoryMemPipeline(str(tiny.t2v_dir), str(tiny.i2v_dir), str(tiny.lora_dir), device="cpu", dtype="float32") as p:
         yield p
 
@@ -55,7 +57,7 @@ def test_every_mode_gives_a_video_of_the_asked_size_in_minus_one_to_one(pipeline
 
 @pytest.mark.parametrize("linears", ["float8", "int8"])
 def test_layers_in_eight_bits_change_a_video_a_little(
-    pipeline: StoryMemPipeline, tiny: TinyCheckpoint, linears: str
+    pipeline: StoryMemPipeline, tiny: ModelFolders, linears: str
 ) -> None:
     memory = random_images(2)
     exact = pipeline.generate_m2v("a fox", memory, **SMALL)
@@ -66,7 +68,7 @@ def test_layers_in_eight_bits_change_a_video_a_little(
 
 
 def test_layers_that_the_device_cannot_multiply_are_refused_before_weights_are_read(
-    tiny: TinyCheckpoint, monkeypatch: pytest.MonkeyPatch
+    tiny: ModelFolders, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object, **__: object) -> torch.Tensor:
         raise RuntimeError("not on this card")
@@ -81,7 +83,7 @@ def test_layers_that_the_device_cannot_multiply_are_refused_before_weights_are_r
 
 
 def test_experts_that_fit_no_memory_are_refused_before_weights_are_read(
-    tiny: TinyCheckpoint, monkeypatch: pytest.MonkeyPatch
+    tiny: ModelFolders, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(weight_memory, "host_memory_bytes", lambda: 2**16)
     monkeypatch.setattr(build, "load_vae", lambda *_: pytest.fail("weights were read"))
@@ -114,7 +116,7 @@ def test_guidance_one_ignores_the_negative_prompt(pipeline: StoryMemPipeline) ->
     assert not torch.equal(*guided)
 
 
-def test_a_pipeline_renders_again_after_unloading(tiny: TinyCheckpoint) -> None:
+def test_a_pipeline_renders_again_after_unloading(tiny: ModelFolders) -> None:
     pipeline = StoryMemPipeline(str(tiny.t2v_dir), None, device="cpu", dtype="float32", enable_offload=False)
     first = pipeline.generate_t2v("a fox", **SMALL)
     pipeline.unload_models()
@@ -133,26 +135,39 @@ def test_a_pipeline_renders_again_after_unloading(tiny: TinyCheckpoint) -> None:
         (lambda p: p.generate_mi2v("x", [], torch.zeros(4, 8, 8)), "an image is a Tensor of shape [4, 8, 8]"),
     ],
 )
-def test_bad_arguments_are_refused_before_anything_is_loaded(call, message: str) -> None:
+def test_bad_arguments_are_refused_before_anything_is_loaded(call, message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
-        call(StoryMemPipeline("nowhere", "nowhere", "nowhere"))
+        call(StoryMemPipeline(str(tmp_path), str(tmp_path), str(tmp_path)))
     assert message in str(caught.value)
 
 
-def test_missing_weights_name_what_to_download_and_the_command() -> None:
-    pipeline = StoryMemPipeline("no/such/t2v", None)
-    with pytest.raises(WeightsNotFound, match=r"hf download Wan-AI/Wan2\.2-T2V-A14B --local-dir no/such/t2v"):
+@pytest.mark.parametrize(
+    ("paths", "message"),
+    [
+        (("no/such/t2v", None), r"no/such/t2v is not a folder.*hf download Wan-AI/Wan2\.2-T2V-A14B --local-dir no"),
+        ((None, "no/such/i2v"), r"no/such/i2v is not a folder.*hf download Wan-AI/Wan2\.2-I2V-A14B"),
+        ((None, None, "no/such/lora"), r"no/such/lora: not a folder.*hf download Kevin-thu/StoryMem"),
+    ],
+)
+def test_a_missing_folder_is_reported_when_the_pipeline_is_made(paths: tuple, message: str) -> None:
+    with pytest.raises(WeightsNotFound, match=message):
+        StoryMemPipeline(*paths)
+
+
+def test_missing_weights_name_what_to_download_and_the_command(tmp_path: Path) -> None:
+    pipeline = StoryMemPipeline(str(tmp_path), None)  # the folder is there, its contents are read with the first clip
+    with pytest.raises(WeightsNotFound, match=rf"hf download Wan-AI/Wan2\.2-T2V-A14B --local-dir {tmp_path}"):
         pipeline.generate_t2v("a fox", **SMALL)
     with pytest.raises(WeightsNotFound, match=r"model\.i2v_checkpoint is not set.*hf download"):
         pipeline.generate_m2v("a fox", [], **SMALL)
 
 
-def test_memory_modes_without_the_storymem_lora_are_refused(tiny: TinyCheckpoint) -> None:
+def test_memory_modes_without_the_storymem_lora_are_refused(tiny: ModelFolders) -> None:
     with pytest.raises(WeightsNotFound, match="hf download Kevin-thu/StoryMem"):
         StoryMemPipeline(None, str(tiny.i2v_dir)).generate_m2v("a fox", [], **SMALL)
 
 
-def test_availability_lists_everything_that_is_missing(tiny: TinyCheckpoint) -> None:
+def test_availability_lists_everything_that_is_missing(tiny: ModelFolders) -> None:
     assert is_storymem_available(str(tiny.t2v_dir), str(tiny.i2v_dir), str(tiny.lora_dir))
     found = is_storymem_available(str(tiny.t2v_dir), "nowhere", None)
     assert not found

@@ -37,5 +37,5 @@ def _media(run: RunView) -> list[str]:
 
 def _write(page: Path, text: str) -> Path:
     page.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(page, text.encode(), durable=False)
+    write_bytes(page, text.encode(errors="backslashreplace"), durable=False)
     return page

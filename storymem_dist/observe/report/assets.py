@@ -1,15 +1,16 @@
 """The files that a report refers to, linked relatively or put into the page itself, and its small pictures.
 
-Knows files and their sizes; nothing of runs.
+Only files inside the run folder are linked or read. Knows files and their sizes; nothing of runs.
 """
 
 import base64
-import mimetypes
 import os
 from pathlib import Path
 from urllib.parse import quote
 
+from storymem_dist.artifacts.mp4 import is_mp4
 from storymem_dist.errors import StoryMemError
+from storymem_dist.files import read_limited, resolve_inside
 from storymem_dist.observe.run.thumbnails import Thumbnails
 
 MAX_EMBEDDED_MIB = 50
@@ -33,20 +34,29 @@ class Assets:
         self._posters = Thumbnails(self._root, POSTER_HEIGHT)
         self._small = Thumbnails(self._root, KEYFRAME_HEIGHT * 2)
         if embed:
-            size = sum((self._root / path).stat().st_size for path in media if (self._root / path).is_file()) / 2**20
+            size = sum(place.stat().st_size for place in map(self._place, media) if place is not None) / 2**20
             if size > MAX_EMBEDDED_MIB:
                 raise StoryMemError(
                     f"--embed: the clips of {root} have {size:.0f} MiB, a page may hold {MAX_EMBEDDED_MIB}; "
                     "write the report without --embed and share it together with the run folder"
                 )
 
-    def media(self, path: str) -> str:
-        """Address of a clip or image."""
-        file = self._root / path
-        if self._embed and file.is_file():
-            kind = mimetypes.guess_type(file.name)[0] or "application/octet-stream"
-            return f"data:{kind};base64,{base64.b64encode(file.read_bytes()).decode()}"
-        return quote(Path(os.path.relpath(file, self._folder)).as_posix())
+    def media(self, path: str) -> str | None:
+        """Address of a clip; None when it is not there, not inside the run folder or not an MP4."""
+        place = self._place(path)
+        if place is None:
+            return None
+        if self._embed:
+            data = read_limited(place, int(MAX_EMBEDDED_MIB * 2**20))
+            return f"data:video/mp4;base64,{base64.b64encode(data).decode()}"
+        return quote(os.fsencode(os.path.relpath(self._root / path, self._folder)))
+
+    def _place(self, path: str) -> Path | None:
+        try:
+            place = resolve_inside(self._root, path)
+        except OSError:
+            return None
+        return place if is_mp4(place) else None
 
     def poster(self, clip: str) -> str | None:
         """The first frame of a clip, as part of the page."""

@@ -7,13 +7,12 @@ from collections.abc import Iterator
 from itertools import zip_longest
 from typing import Any
 
-import yaml
-
 from storymem_dist.observe.report.assets import Assets
-from storymem_dist.observe.report.html import chip, document, esc, table
+from storymem_dist.observe.report.html import anchor, chip, document, esc, table
 from storymem_dist.observe.report.model import RunView, ShotView, StoryView
 from storymem_dist.observe.report.page import STATUS_KINDS, footer, read_asset, shot_card, theme_button
 from storymem_dist.observe.run import format as fmt
+from storymem_dist.observe.run.files import parse_config
 from storymem_dist.observe.run.rates import rates
 
 
@@ -71,7 +70,7 @@ def _figures(left: RunView, right: RunView) -> str:
 
 
 def _differences(left: RunView, right: RunView) -> str:
-    a, b = (dict(_flat("", _parsed(run.config))) for run in (left, right))
+    a, b = (dict(_flat("", parse_config(run.config))) for run in (left, right))
     rows = [
         (esc(key), esc(a.get(key, fmt.DASH)), esc(b.get(key, fmt.DASH)))
         for key in sorted({**a, **b})
@@ -80,13 +79,6 @@ def _differences(left: RunView, right: RunView) -> str:
     if not rows:
         return '<p class="quiet">None.</p>'
     return table("Settings that differ", ("setting", "A", "B"), rows, compact=True)
-
-
-def _parsed(config: str) -> Any:
-    try:
-        return yaml.safe_load(config)
-    except yaml.YAMLError:
-        return {}
 
 
 def _flat(prefix: str, value: Any) -> Iterator[tuple[str, str]]:
@@ -107,7 +99,7 @@ def _stories(left: RunView, right: RunView, left_assets: Assets, right_assets: A
         rows = "".join(_pair(story, one, other, left_assets, right_assets) for one, other in rendered)
         rows = rows or '<p class="quiet">No shot is finished in either run.</p>'
         parts.append(
-            f'<article class="story" id="{esc(story_id)}"><h3>{esc(story.name)} '
+            f'<article class="story" id="{anchor("story", story_id)}"><h3>{esc(story.name)} '
             f'<span class="quiet">{esc(story_id)}</span></h3>{rows}</article>'
         )
     return "".join(parts) or '<p class="quiet">No story has begun in either run.</p>'

@@ -1,6 +1,7 @@
 """Small pieces of HTML. All text that comes from a run goes through ``esc``. Knows nothing of runs."""
 
 import html
+import re
 from collections.abc import Iterable, Sequence
 
 from storymem_dist.observe.run.format import DASH
@@ -9,6 +10,12 @@ from storymem_dist.observe.run.format import DASH
 def esc(value: object) -> str:
     """Return ``value`` as text that is safe in HTML, in attributes too."""
     return html.escape(str(value), quote=True)
+
+
+def anchor(*names: str) -> str:
+    """Return an id that no other names get and no fixed id of the page has; also the fragment of its address."""
+    parts = [re.sub(r"[^A-Za-z0-9_.-]", lambda found: f"~{ord(found[0]):x}~", name) for name in names]
+    return ":".join(parts)
 
 
 def table(

@@ -7,7 +7,7 @@ window. Every dot shows its scores to pointers and screen readers; a table below
 
 from storymem_dist.events import MemoryDecided
 from storymem_dist.observe.report.assets import KEYFRAME_HEIGHT, Assets
-from storymem_dist.observe.report.html import details, esc, table
+from storymem_dist.observe.report.html import anchor, details, esc, table
 from storymem_dist.observe.report.model import KeyframeView, ShotView, StoryView
 from storymem_dist.observe.run import format as fmt
 
@@ -71,7 +71,7 @@ def _heads(story: StoryView, columns: dict[int, int], height: int) -> str:
         x = _centre(columns[shot.shot_index])
         parts.append(f'<line class="rule" x1="{x}" y1="{HEAD - 8}" x2="{x}" y2="{height - 4}"/>')
         parts.append(
-            f'<a href="#{esc(story.story_id)}-{esc(shot.shot_id)}" class="column" data-shot="{esc(shot.shot_id)}">'
+            f'<a href="#{anchor("shot", story.story_id, shot.shot_id)}" class="column" data-shot="{esc(shot.shot_id)}">'
             f'<text class="head" x="{x}" y="16">{esc(shot.shot_id)}</text> '
             f'<text class="sub" x="{x}" y="30">{esc(shot.mode or shot.status)} · {len(shot.recalled)} shown</text></a>'
         )
@@ -171,9 +171,9 @@ def _decision_table(story: StoryView) -> str:
             source = decision.source_shot_index
             frame = f"frame {decision.source_frame_index}"
             if source in fps:
-                target = f"{story.story_id}-shot_{source + 1:02d}"
+                target = anchor("shot", story.story_id, f"shot_{source + 1:02d}")
                 seconds = decision.source_frame_index / fps[source]
-                frame = f'<a href="#{esc(target)}" data-seek="{seconds:.4f}">shot_{source + 1:02d} {frame}</a>'
+                frame = f'<a href="#{target}" data-seek="{seconds:.4f}">shot_{source + 1:02d} {frame}</a>'
             else:
                 frame = f"reference image {(decision.slot or 0) + 1}"
             rows.append(

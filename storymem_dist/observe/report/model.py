@@ -1,17 +1,17 @@
 """The contents of a report, read from a run's event files and records alone.
 
-Works on a run that is still going and on a broken one: records take precedence, events add the rest. Knows nothing of
-HTML.
+Works on a run that is still going and on a broken one: records take precedence, events add the rest. Every value has
+its type here, whoever wrote the files. Knows nothing of HTML.
 """
 
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import storymem_dist.events as ev
 from storymem_dist.artifacts.records import ShotRecord
-from storymem_dist.observe.journal import read_journal
+from storymem_dist.observe.journal import JournalTail, read_journal
 from storymem_dist.observe.run.files import RunFiles, StoryFiles
 from storymem_dist.observe.run.state import RunState
 from storymem_dist.observe.run.values import ShotState
@@ -107,7 +107,10 @@ class StoryView:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunView:
-    """Everything a report shows. ``status``: ``finished``, ``running``, ``stopped``, ``incomplete`` or ``empty``."""
+    """Everything a report shows. ``status``: ``finished``, ``running``, ``stopped``, ``incomplete`` or ``empty``.
+
+    ``left_out`` names files that could not be used, and why.
+    """
 
     root: Path
     name: str
@@ -119,6 +122,7 @@ class RunView:
     state: RunState
     config_hash: str
     config: str
+    left_out: tuple[str, ...]
 
     @property
     def shots(self) -> tuple[ShotView, ...]:
@@ -134,13 +138,16 @@ def read_run(root: Path, *, now: float | None = None) -> RunView:
     """
     files = RunFiles(root)
     state = RunState()
-    for stamped in read_journal(files.events_folder):
+    tail = JournalTail(files.events_folder)
+    events = read_journal(tail)
+    for stamped in events:
         state.apply(stamped)
     folders = {story.story_id: story for story in files.stories()}
     nothing = {name: StoryFiles(story_id=name, storyboard={}, records={}, video=None) for name in state.stories}
     stories = tuple(_story(files, folder, state) for _, folder in sorted({**nothing, **folders}.items()))
     moment = time.time() if now is None else now
     config_hash, config = files.newest_config()
+    unreadable = [f"events: {tail.num_unreadable} lines are no events"] if tail.num_unreadable else []
     return RunView(
         root=root,
         name=root.resolve().name,
@@ -152,6 +159,7 @@ def read_run(root: Path, *, now: float | None = None) -> RunView:
         state=state,
         config_hash=config_hash,
         config=config,
+        left_out=(*files.left_out, *unreadable),
     )
 
 
@@ -179,8 +187,8 @@ def _story(files: RunFiles, folder: StoryFiles, state: RunState) -> StoryView:
     board = folder.storyboard
     return StoryView(
         story_id=folder.story_id,
-        name=str(board.get("name") or (folded.name if folded else "") or folder.story_id),
-        overview=str(board.get("overview", "")),
+        name=_typed(board.get("name"), str, "") or (folded.name if folded else "") or folder.story_id,
+        overview=_typed(board.get("overview"), str, ""),
         video=folder.video,
         message=folded.message if folded else "",
         shots=tuple(shots),
@@ -188,13 +196,34 @@ def _story(files: RunFiles, folder: StoryFiles, state: RunState) -> StoryView:
     )
 
 
+_Value = TypeVar("_Value")
+
+
+def _typed(value: Any, kind: type[_Value], default: _Value) -> _Value:
+    """``value`` if it is of type ``kind`` (and a number of at most 15 digits, if it is one), else ``default``."""
+    fits = isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
+    return value if fits and (not isinstance(value, int | float) or abs(value) < 10**15) else default
+
+
 def _planned_shots(storyboard: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The shots by id of a storyboard that ``RunFolder.write_storyboard`` wrote."""
     planned = {}
-    for scene in storyboard.get("scenes", ()):
-        for shot in scene.get("shots", ()):
-            planned[f"shot_{shot['index'] + 1:02d}"] = shot
+    for scene in _typed(storyboard.get("scenes"), list, []):
+        for shot in _typed(_typed(scene, dict, {}).get("shots"), list, []):
+            index = _typed(_typed(shot, dict, {}).get("index"), int, -1)
+            if index >= 0:
+                planned[f"shot_{index + 1:02d}"] = shot
     return planned
+
+
+def _decisions(record: ShotRecord) -> tuple[ev.MemoryDecided, ...]:
+    """The memory's decisions in a record; none where they are not what a render writes."""
+    try:
+        found = ev.memory_events(record.story_id, record.shot_id, record.shot_index, record.memory)
+        checked = [ev.event_from_dict(ev.event_to_dict(event)) for event in found]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return ()
+    return tuple(event for event in checked if isinstance(event, ev.MemoryDecided))
 
 
 def _shot(
@@ -208,27 +237,28 @@ def _shot(
         status = "finished"
     if record is None and status == "finished":
         status = "waiting"
-    shot_index = int(shot_id.removeprefix("shot_")) - 1 if shot_id.removeprefix("shot_").isdecimal() else 0
+    number = shot_id.removeprefix("shot_")
+    shot_index = int(number) - 1 if number.isdecimal() and len(number) < 10 else 0
     decisions: tuple[ev.MemoryDecided, ...] = tuple(attempt.decisions) if attempt is not None else ()
     stage_seconds = dict(attempt.stage_seconds) if attempt is not None else {}
     if record is not None:
         shot_index = record.shot_index
-        decisions = ev.memory_events(record.story_id, shot_id, record.shot_index, record.memory)
-        recorded = record.timing.get("stage_seconds", {})
-        stage_seconds = {str(name): float(seconds) for name, seconds in recorded.items()} or stage_seconds
+        decisions = _decisions(record)
+        recorded = _typed(record.timing.get("stage_seconds"), dict, {})
+        stage_seconds = {name: _typed(seconds, float, 0.0) for name, seconds in recorded.items()} or stage_seconds
     duration = attempt.end - attempt.start if attempt is not None and attempt.end is not None else None
     return ShotView(
         shot_id=shot_id,
         shot_index=shot_index,
-        scene_num=record.scene_num if record else int(planned.get("scene_num", 0)),
-        prompt=record.prompt if record else str(planned.get("prompt", started.prompt if started else "")),
-        cut=record.cut if record else bool(planned.get("cut", True)),
+        scene_num=record.scene_num if record else _typed(planned.get("scene_num"), int, 0),
+        prompt=record.prompt if record else _typed(planned.get("prompt"), str, started.prompt if started else ""),
+        cut=record.cut if record else _typed(planned.get("cut"), bool, True),
         status=status,
         reason=folded.reason if folded is not None else "",
         mode=record.mode if record else (started.mode if started else ""),
         seed=record.seed if record else (started.seed if started else None),
         clip=files.clip_path(record) if record else None,
-        fps=float(record.fps) if record else 16.0,
+        fps=float(record.fps) if record and record.fps > 0 else 16.0,
         num_frames=record.num_frames if record else 0,
         height=record.height if record else (started.height if started else 0),
         width=record.width if record else (started.width if started else 0),
@@ -250,8 +280,8 @@ def _keyframes(files: RunFiles, folder: StoryFiles, shots: list[ShotView]) -> tu
     for record in folder.records.values():
         for slot, path in files.keyframe_paths(record).items():
             images[(record.shot_index, slot)] = path
-    for position, path in enumerate(folder.storyboard.get("reference_images", ())):
-        images[(-1, position)] = str(path)
+    for position, _ in enumerate(_typed(folder.storyboard.get("reference_images"), list, [])):
+        images[(-1, position)] = files.reference_path(folder.story_id, position)
     views: dict[tuple[int, int], KeyframeView] = {}
     for shot in shots:
         for decision in shot.decisions:

@@ -7,7 +7,7 @@ import time
 from importlib import resources
 
 from storymem_dist.observe.report.assets import Assets
-from storymem_dist.observe.report.html import chip, details, document, esc, table, tile
+from storymem_dist.observe.report.html import anchor, chip, details, document, esc, table, tile
 from storymem_dist.observe.report.lineage import lineage
 from storymem_dist.observe.report.model import RunView, ShotView, StoryView
 from storymem_dist.observe.report.timeline import timeline
@@ -117,18 +117,19 @@ def _stories(run: RunView, assets: Assets) -> str:
 def _story(story: StoryView, assets: Assets) -> str:
     words = " ".join((story.story_id, story.name, *(shot.prompt for shot in story.shots))).lower()
     whole = ""
-    if story.video:
+    if story.video and (address := assets.media(story.video)):
         whole = details(
             "Watch the whole story",
-            f'<video class="whole" controls muted playsinline preload="none" src="{assets.media(story.video)}" '
+            f'<video class="whole" controls muted playsinline preload="none" src="{address}" '
             f'aria-label="{esc(story.name)}, the whole story"></video>',
         )
     overview = f'<p class="overview">{esc(story.overview)}</p>' if story.overview else ""
     message = f'<p class="trouble">{esc(story.message)}</p>' if story.message else ""
     cards = "".join(shot_card(story, shot, assets) for shot in story.shots)
     return (
-        f'<article class="story" id="{esc(story.story_id)}" data-words="{esc(words)}"><h3>{esc(story.name)} '
-        f'<span class="quiet">{esc(story.story_id)} · {story.num_finished} of {fmt.count(len(story.shots), "shot")}'
+        f'<article class="story" id="{anchor("story", story.story_id)}" data-words="{esc(words)}">'
+        f'<h3>{esc(story.name)} <span class="quiet">{esc(story.story_id)} · '
+        f"{story.num_finished} of {fmt.count(len(story.shots), 'shot')}"
         f'</span></h3>{overview}{message}{whole}<ol class="sheet">{cards}</ol></article>'
     )
 
@@ -144,12 +145,12 @@ def shot_card(story: StoryView, shot: ShotView, assets: Assets, *, run: str = ""
     marks = "" if shot.status == "finished" else chip(shot.status, STATUS_KINDS[shot.status])
     if not shot.cut and shot.shot_index > 0:
         marks += '<span class="chip calm" title="continues the shot before it">continues</span>'
-    identity = "-".join(filter(None, (run, story.story_id, shot.shot_id)))
+    identity = anchor("shot", *filter(None, (run,)), story.story_id, shot.shot_id)
     name = f"{run} · " * bool(run) + shot.shot_id.replace("_", " ")
     reason = f'<p class="trouble">{esc(shot.reason)}</p>' if shot.reason else ""
     why = f'<p class="quiet">rendered again: {esc(shot.why)}</p>' if shot.why else ""
     return (
-        f'<li class="card" id="{esc(identity)}">{_screen(story, shot, assets, name)}'
+        f'<li class="card" id="{identity}">{_screen(story, shot, assets, name)}'
         f'<h4>{esc(name)} {marks}</h4><p class="facts">{esc(" · ".join(facts))}</p>'
         f'{reason}{why}<p class="prompt">{esc(shot.prompt)}</p></li>'
     )
@@ -158,12 +159,15 @@ def shot_card(story: StoryView, shot: ShotView, assets: Assets, *, run: str = ""
 def _screen(story: StoryView, shot: ShotView, assets: Assets, name: str) -> str:
     width, height = next(((s.width, s.height) for s in (shot, *story.shots) if s.width and s.height), (26, 15))
     ratio = f"aspect-ratio:{width}/{height}"
+    address = assets.media(shot.clip) if shot.clip is not None else None
+    if shot.clip is not None and address is None:
+        return f'<div class="screen" style="{ratio}">its clip is missing or cannot be used</div>'
     if shot.clip is not None:
         poster = assets.poster(shot.clip)
         picture = f' poster="{poster}"' if poster else ""
         return (
             f'<div class="film"><video controls muted loop playsinline preload="none" style="{ratio}" '
-            f'src="{assets.media(shot.clip)}"{picture} aria-label="{esc(story.name)}, {esc(name)}"></video></div>'
+            f'src="{address}"{picture} aria-label="{esc(story.name)}, {esc(name)}"></video></div>'
         )
     bar = ""
     if shot.status == "running" and shot.num_steps:
@@ -288,6 +292,9 @@ def _failures(run: RunView) -> str:
     if state.warnings:
         warnings = [(_clock(when), esc(message)) for when, message in state.warnings]
         parts.append(details(f"Warnings ({len(warnings)})", table("Warnings", ("when", "message"), warnings)))
+    if run.left_out:
+        files = [(esc(message),) for message in run.left_out]
+        parts.append(details(f"Files that were left out ({len(files)})", table("Files left out", ("file",), files)))
     return "".join(parts)
 
 

@@ -166,7 +166,7 @@ def _ticks(axis: TimeAxis) -> str:
             for step in (1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200, 14400, 43200)
             if axis.seconds / step <= 8
         ),
-        86400,
+        max(86400.0, axis.seconds / 8),
     )
     marks = []
     second = 0.0

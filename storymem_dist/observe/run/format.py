@@ -1,11 +1,14 @@
-"""Formats numbers for people: durations, rates, sizes. None becomes a dash. Knows nothing of runs."""
+"""Formats numbers for people: durations, rates, sizes. None, NaN and infinity become a dash. Knows nothing of runs."""
+
+import math
+from typing import TypeGuard
 
 DASH = "–"
 
 
 def duration(seconds: float | None) -> str:
     """``0.42 s``, ``12.3 s``, ``4:05`` (minutes), ``1:02:03`` (hours), ``2 d 03:04`` (days)."""
-    if seconds is None:
+    if not _is_number(seconds):
         return DASH
     if seconds < 59.95:
         return f"{seconds:.2f} s" if seconds < 1 else f"{seconds:.1f} s"
@@ -25,19 +28,19 @@ def clock(seconds: float) -> str:
 
 def step_time(seconds: float | None) -> str:
     """Seconds per step, ``1.53 s/it``; quick steps as ``45 ms/it``."""
-    if seconds is None:
+    if not _is_number(seconds):
         return DASH
     return f"{seconds:.2f} s/it" if seconds >= 0.1 else f"{seconds * 1000:.0f} ms/it"
 
 
 def gib(value: float | None) -> str:
     """``28.1 GiB``."""
-    return DASH if value is None else f"{value:.1f} GiB"
+    return f"{value:.1f} GiB" if _is_number(value) else DASH
 
 
 def byte_count(value: float | None) -> str:
     """Decimal units, as disks and networks are sold: ``57.2 GB``, ``3.1 MB``."""
-    if value is None:
+    if not _is_number(value):
         return DASH
     for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if value >= size:
@@ -52,14 +55,18 @@ def byte_rate(num_bytes: float, seconds: float) -> str:
 
 def number(value: float | None, digits: int = 1) -> str:
     """A plain number with thousands separators."""
-    return DASH if value is None else f"{value:,.{digits}f}"
+    return f"{value:,.{digits}f}" if _is_number(value) else DASH
 
 
 def percent(ratio: float | None) -> str:
     """``41.0 %``."""
-    return DASH if ratio is None else f"{100 * ratio:.1f} %"
+    return f"{100 * ratio:.1f} %" if _is_number(ratio) else DASH
 
 
 def count(value: int, one: str, many: str | None = None) -> str:
     """``1 shot``, ``7 shots``."""
     return f"{value:,} {one if value == 1 else many or one + 's'}"
+
+
+def _is_number(value: float | None) -> TypeGuard[float]:
+    return value is not None and math.isfinite(value)

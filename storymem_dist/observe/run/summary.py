@@ -14,6 +14,7 @@ from storymem_dist.observe.journal import read_journal
 from storymem_dist.observe.run import format as fmt
 from storymem_dist.observe.run.rates import rates
 from storymem_dist.observe.run.state import RunState
+from storymem_dist.terminal.text import printable
 
 MAX_ROWS = 40
 """Replicas and failures that are listed; the others are only counted."""
@@ -106,7 +107,7 @@ def _failure_table(state: RunState) -> Table:
     for failure in state.failures[:MAX_ROWS]:
         shot = f"{failure.story_id}/{failure.shot_id}" if failure.shot_id else failure.story_id
         again = " (tried again)" if failure.will_retry else ""
-        table.add_row(Text(shot), failure.stage, Text(failure.reason + again))
+        table.add_row(Text(printable(shot)), failure.stage, Text(printable(failure.reason + again)))
     if len(state.failures) > MAX_ROWS:
         table.add_row(f"and {len(state.failures) - MAX_ROWS} more")
     return table

@@ -1,17 +1,28 @@
 """Small JPEGs of keyframes and clip frames of a run folder, for tables and reports.
 
-What cannot be read (a clip that is not written yet, a folder that was cleaned up) is None: a missing thumbnail never
-stops a table. Knows image and video files; nothing of events.
+What cannot be read (a clip that is not written yet, a folder that was cleaned up) or is not inside the folder is None:
+a missing thumbnail never stops a table. Knows image and video files; nothing of events.
 """
 
 import io
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
 import av
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
+
+from storymem_dist.artifacts.mp4 import MAX_PIXELS, open_mp4
+from storymem_dist.errors import StoryboardError
+from storymem_dist.files import resolve_inside
+from storymem_dist.story.images import open_reference_image
 
 JPEG_QUALITY = 80
+MAX_ASPECT = 16
+"""Widest thumbnail, in heights."""
+
+MAX_SECONDS = 20.0
+"""Longest time for the frames of one clip."""
 
 
 class Thumbnails:
@@ -27,9 +38,8 @@ class Thumbnails:
         """Return the thumbnail of an image file, None if it cannot be read."""
         if path not in self._images:
             try:
-                with Image.open(self._run_folder / path) as image:
-                    self._images[path] = self._shrink(image.convert("RGB"))
-            except (OSError, UnidentifiedImageError, ValueError):
+                self._images[path] = self._shrink(open_reference_image(resolve_inside(self._run_folder, path)))
+            except (OSError, ValueError, StoryboardError):
                 return None
         return self._images[path]
 
@@ -44,24 +54,29 @@ class Thumbnails:
         wanted = {index for index in indices if index >= 0 and (clip, index) not in self._frames}
         if not wanted:
             return
-        last = max(wanted)
+        last, deadline = max(wanted), time.monotonic() + MAX_SECONDS
         try:
-            with av.open(str(self._run_folder / clip)) as container:
+            with open_mp4(resolve_inside(self._run_folder, clip)) as container:
                 container.streams.video[0].thread_count = 1
                 for index, frame in enumerate(container.decode(video=0)):
+                    if frame.width * frame.height > MAX_PIXELS or time.monotonic() > deadline:
+                        return
                     if index in wanted:
-                        width = max(2, round(frame.width * self._height / frame.height))
+                        width = self._width(frame.width, frame.height)
                         small = frame.reformat(width=width, height=self._height, format="rgb24")
                         self._frames[(clip, index)] = self._shrink(Image.fromarray(small.to_ndarray()))
                     if index >= last:
                         return
-        except (OSError, av.FFmpegError, IndexError):
+        except (OSError, av.FFmpegError, IndexError, ValueError, MemoryError):
             return
 
     def _shrink(self, image: Image.Image) -> bytes:
         if image.height != self._height:
-            width = max(2, round(image.width * self._height / image.height))
+            width = self._width(image.width, image.height)
             image = image.resize((width, self._height), Image.Resampling.LANCZOS)
         buffer = io.BytesIO()
         image.save(buffer, format="JPEG", quality=JPEG_QUALITY)
         return buffer.getvalue()
+
+    def _width(self, width: int, height: int) -> int:
+        return min(max(2, round(width * self._height / height)), MAX_ASPECT * self._height)

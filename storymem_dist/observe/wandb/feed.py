@@ -2,8 +2,10 @@
 
 Only this module and ``media`` import wandb.
 
-Everything logged is a function of the events so far: axes count events, not calls. A restarted feed folds the events
-that it has logged before (up to the position in ``wandb/feed.json``) and continues after them, with the same run id.
+Everything logged is a function of the events so far: axes count events, not calls. Online, a restarted feed folds the
+events that it has logged before (up to the position in ``wandb/feed.json``) and continues after them, with the same run
+id. Offline it logs the whole run again into a new folder, because ``wandb sync`` takes one folder for one run; those of
+earlier feeds are moved to ``wandb/superseded``.
 
 Series and their axes: ``step/*`` over ``step/done`` (finished denoising steps of the run), ``shot/*`` over
 ``shot/done``, ``replica_N/*`` over ``replica_N/steps_done``, and ``run/*``, ``system/*``, ``weights/*`` and
@@ -12,8 +14,6 @@ Series and their axes: ``step/*`` over ``step/done`` (finished denoising steps o
 Knows W&B and the events; ``process`` decides when and where it runs, ``media`` makes tables and pictures.
 """
 
-import contextlib
-import json
 import os
 import re
 import time
@@ -22,16 +22,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import wandb
-import yaml
 
 import storymem_dist.events as ev
-from storymem_dist.files import write_bytes
 from storymem_dist.observe.journal import JournalTail
-from storymem_dist.observe.run.files import RunFiles
+from storymem_dist.observe.run.files import RunFiles, parse_config
 from storymem_dist.observe.run.rates import rates
 from storymem_dist.observe.run.state import RunState
 from storymem_dist.observe.run.values import Attempt
 from storymem_dist.observe.settings import WandbSettings
+from storymem_dist.observe.wandb.folder import Progress, load_progress, save_progress, supersede_offline_runs
+from storymem_dist.observe.wandb.limits import fitting, key_part
 from storymem_dist.observe.wandb.media import Media
 
 TABLE_GROWTH = 1.5
@@ -43,40 +43,71 @@ FIRST_TABLE_ROWS = 20
 class WandbFeed:
     """Feeds one W&B run from one run folder.
 
-    ``mode`` is ``online`` or ``offline``; an online run that cannot be opened is kept offline (see ``warnings``).
+    ``mode`` is ``online`` or ``offline``; an online run that cannot be opened is kept offline (see ``warnings``, which
+    may grow). ``anew``: log everything, also what an earlier feed has logged; W&B ignores rows that it has.
     ``process_id`` is the process whose CPU and GPU use W&B's own system metrics show. ``poll`` logs new events and
     returns their number; ``finish`` logs the tables and the summary and ends the run. Raises ``RunFolderError`` when
     the folder is not a run folder.
     """
 
-    def __init__(self, run_folder: Path, settings: WandbSettings, *, mode: str, process_id: int | None = None) -> None:
+    def __init__(
+        self,
+        run_folder: Path,
+        settings: WandbSettings,
+        *,
+        mode: str,
+        process_id: int | None = None,
+        anew: bool = False,
+    ) -> None:
         self._run_folder = run_folder
         self._files = RunFiles(run_folder)
         self._settings = settings
         self._tail = JournalTail(run_folder / "events")
         self._state = RunState()
-        self._progress_file = run_folder / "wandb" / "feed.json"
-        progress = self._load_progress()
-        self._logged: dict[str, int] = progress["logged"]
-        self._media = Media(run_folder, settings, self._state, progress["videos"])
         self._steps_done = 0
         self._steps_of: dict[str, int] = {}
         self._shots_done = 0
         self._stories_done = 0
+        self._num_refused = 0
         self._decisions: list[tuple[float, ev.MemoryDecided]] = []
         self._rows_in_last_table = 0
         self._rates_cost = (0.0, 0.0)
         self._defined_replicas: set[str] = set()
         self.warnings: list[str] = []
-        self._run = self._open_run(mode, process_id)
-        self._row = max(progress["row"], self._run.step)
+        self.mode = mode
+        progress = load_progress(run_folder, self._target)
+        self._run = self._open_run(process_id)
+        if anew or self.mode != "online" or list(progress.target) != self._target:
+            progress = Progress()
+        else:
+            progress.row = max(progress.row, self._run.step)
+        supersede_offline_runs(run_folder, but=self.folder_name)
+        progress.target = self._target
+        self._progress = progress
+        self._media = Media(run_folder, settings, self._state, progress.videos)
         self._define_axes()
         wandb.Table.MAX_ROWS = wandb.Table.MAX_ARTIFACT_ROWS
 
     # -- the run -------------------------------------------------------------------------------------------------------
 
-    def _open_run(self, mode: str, process_id: int | None) -> Any:
-        if mode != "online":
+    @property
+    def address(self) -> str:
+        """Where the server shows the run; its project while that is not known."""
+        return str(self._run.url or self._settings.project)
+
+    @property
+    def folder_name(self) -> str:
+        """Name of the run's folder in ``RUN/wandb``."""
+        return Path(self._run.dir).parent.name
+
+    @property
+    def _target(self) -> list[str]:
+        """What the logged rows belong to: mode, server, entity and project."""
+        server = os.environ.get("WANDB_BASE_URL", "")
+        return [self.mode, server, self._settings.entity or "", self._settings.project]
+
+    def _open_run(self, process_id: int | None) -> Any:
+        if self.mode != "online":
             return self._init("offline", process_id)
         try:
             return self._init("online", process_id)
@@ -84,6 +115,7 @@ class WandbFeed:
             first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             self.warnings.append(f"Weights & Biases cannot be reached, the run is kept offline: {first_line}")
             wandb.teardown()
+            self.mode = "offline"
             return self._init("offline", process_id)
 
     def _init(self, mode: Literal["online", "offline"], process_id: int | None) -> Any:
@@ -92,10 +124,10 @@ class WandbFeed:
             project=settings.project,
             entity=settings.entity,
             group=settings.group,
-            name=settings.name or self._run_folder.resolve().name,
+            name=settings.name or fitting(self._run_folder.resolve().name),
             notes=settings.notes,
             tags=settings.tags or None,
-            id=re.sub(r"[^A-Za-z0-9_-]", "-", self._files.run_id),
+            id=re.sub(r"[^A-Za-z0-9_-]", "-", key_part(self._files.run_id)),
             resume="allow",
             mode=mode,
             dir=str(self._run_folder),
@@ -115,11 +147,8 @@ class WandbFeed:
     def _config(self) -> dict[str, Any]:
         """The newest resolved configuration of the run folder; it exists when the first shot begins."""
         self._config_hash, text = self._files.newest_config()
-        config: dict[str, Any] = {}
-        with contextlib.suppress(yaml.YAMLError):
-            read = yaml.safe_load(text)
-            config = read if isinstance(read, dict) else {}
-        return {**config, "run_folder": str(self._run_folder), "config_hash": self._config_hash}
+        here = ev.json_ready({"run_folder": str(self._run_folder), "config_hash": self._config_hash})
+        return {**parse_config(text), **here}
 
     def _define_axes(self) -> None:
         for axis, series in (
@@ -133,8 +162,8 @@ class WandbFeed:
                 self._run.define_metric(name, step_metric=axis)
 
     def _log(self, values: dict[str, Any]) -> None:
-        self._run.log({key: value for key, value in values.items() if value is not None}, step=self._row)
-        self._row += 1
+        self._run.log({key: value for key, value in values.items() if value is not None}, step=self._progress.row)
+        self._progress.row += 1
 
     # -- events --------------------------------------------------------------------------------------------------------
 
@@ -150,7 +179,7 @@ class WandbFeed:
             grown = len(self._decisions) >= max(FIRST_TABLE_ROWS, TABLE_GROWTH * self._rows_in_last_table)
             if grown:
                 self._log_memory_table()
-            self._save_progress()
+            save_progress(self._run_folder, self._progress)
         return num_new
 
     def _take(self, stamped: ev.StampedEvent) -> bool:
@@ -166,10 +195,16 @@ class WandbFeed:
             self._stories_done += 1
         elif isinstance(event, ev.MemoryDecided):
             self._decisions.append((stamped.wall_time, event))
-        if stamped.sequence <= self._logged.get(stamped.writer, -1):
+        if stamped.sequence <= self._progress.logged.get(stamped.writer, -1):
             return False
-        self._log_event(stamped, replica)
-        self._logged[stamped.writer] = stamped.sequence
+        try:
+            self._log_event(stamped, replica)
+        except (ValueError, TypeError, OSError, wandb.Error) as error:  # one row must not end all others
+            if not self._num_refused:
+                what = f"{type(event).__name__}: {type(error).__name__}: {error}"
+                self.warnings.append(f"Weights & Biases refuses a row, which is left out: {what[:300]}")
+            self._num_refused += 1
+        self._progress.logged[stamped.writer] = stamped.sequence
         return True
 
     def _log_event(self, stamped: ev.StampedEvent, replica: str) -> None:
@@ -188,7 +223,7 @@ class WandbFeed:
             case ev.ShotFailed() | ev.StoryboardRejected():
                 self._log({"run/elapsed_seconds": elapsed, "run/failures": len(self._state.failures)})
             case ev.WeightsProgress():
-                key = re.sub(r"[^A-Za-z0-9_]+", "_", event.what)
+                key = key_part(re.sub(r"[^A-Za-z0-9_]+", "_", event.what))
                 rate = event.bytes_done / event.elapsed_seconds / 1e9 if event.elapsed_seconds > 0 else None
                 self._log(
                     {
@@ -237,7 +272,7 @@ class WandbFeed:
             "shot/seconds": event.elapsed_seconds,
             "shot/num_kept": len(event.keyframes),
         }
-        values |= {f"shot/stage_seconds/{stage}": seconds for stage, seconds in event.stage_seconds.items()}
+        values |= {f"shot/stage_seconds/{key_part(stage)}": seconds for stage, seconds in event.stage_seconds.items()}
         caption = f"{event.story_id}/{event.shot_id}"
         if attempt is not None:
             values |= {
@@ -284,7 +319,7 @@ class WandbFeed:
         values = {key: value for key, value in ev.event_to_dict(event).items() if isinstance(value, int | float)}
         if isinstance(event, ev.SystemSampled):
             values.pop("rank")
-            return {f"system/{event.host}/rank_{event.rank}/{key}": value for key, value in values.items()}
+            return {f"system/{key_part(event.host)}/rank_{event.rank}/{key}": value for key, value in values.items()}
         return {f"throughput/{replica}/{key}": value for key, value in values.items()}
 
     def _attempt_of(self, story_id: str, shot_id: str) -> Attempt | None:
@@ -300,7 +335,7 @@ class WandbFeed:
         story = self._state.stories[event.story_id]
         values: dict[str, Any] = {
             "story/done": self._stories_done,
-            f"story/{event.story_id}": self._media.story_table(story),
+            f"story/{key_part(event.story_id)}": self._media.story_table(story),
         }
         caption = f"{event.story_id} · {story.name}"
         values["story/video"] = self._media.video("story", self._settings.num_story_videos, event.video, caption)
@@ -313,24 +348,12 @@ class WandbFeed:
             self._log_memory_table()
         for story in self._state.stories.values():
             if story.outcome == "" and story.shots:
-                self._log({"story/done": self._stories_done, f"story/{story.story_id}": self._media.story_table(story)})
+                table = self._media.story_table(story)
+                self._log({"story/done": self._stories_done, f"story/{key_part(story.story_id)}": table})
         if self._state.failures:
             self._log({"failures": self._media.failure_table(self._state.failures)})
         speed = asdict(rates(self._state))
         self._run.summary.update({f"total/{key}": value for key, value in speed.items() if value is not None})
         self._run.summary["total/num_failures"] = len(self._state.failures)
-        self._save_progress()
+        save_progress(self._run_folder, self._progress)
         self._run.finish()
-
-    # -- progress ------------------------------------------------------------------------------------------------------
-
-    def _load_progress(self) -> dict[str, Any]:
-        try:
-            progress = json.loads(self._progress_file.read_text(encoding="utf-8"))
-            return {key: progress[key] for key in ("logged", "videos", "row")}
-        except (OSError, ValueError, KeyError, TypeError):
-            return {"logged": {}, "videos": {}, "row": 0}
-
-    def _save_progress(self) -> None:
-        values = {"logged": self._logged, "videos": self._media.num_videos, "row": self._row}
-        write_bytes(self._progress_file, json.dumps(values).encode(), durable=False)  # written often, cheap to lose

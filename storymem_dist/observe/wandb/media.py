@@ -3,9 +3,7 @@
 Knows W&B's media types and the folded events; ``feed`` decides when something is logged.
 """
 
-import contextlib
 import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,9 @@ from typing import Any
 import wandb
 
 import storymem_dist.events as ev
+from storymem_dist.artifacts.mp4 import is_mp4
+from storymem_dist.files import resolve_inside, write_bytes
+from storymem_dist.observe.run.files import RunFiles
 from storymem_dist.observe.run.state import RunState
 from storymem_dist.observe.run.thumbnails import Thumbnails
 from storymem_dist.observe.run.values import Failure, StoryState
@@ -52,8 +53,11 @@ class Media:
 
     def video(self, kind: str, limit: int, path: str | None, caption: str) -> Any:
         """The video as W&B media, or None if it exceeds a limit or is missing."""
-        file = self._run_folder / path if path else None
-        if file is None or not file.is_file() or file.stat().st_size > self._settings.max_video_mib * 2**20:
+        try:
+            file = resolve_inside(self._run_folder, path or "")
+            if not is_mp4(file) or file.stat().st_size > self._settings.max_video_mib * 2**20:
+                return None
+        except OSError:
             return None
         if 0 <= limit <= self.num_videos.get(kind, 0):
             return None
@@ -129,9 +133,9 @@ class Media:
             return None
         folder = self._run_folder / "wandb" / "thumbnails"
         folder.mkdir(exist_ok=True)
-        path = folder / f"{hashlib.sha256(jpeg).hexdigest()[:16]}.jpg"
-        if not path.exists():
-            path.write_bytes(jpeg)
+        path = resolve_inside(self._run_folder, "wandb/thumbnails") / f"{hashlib.sha256(jpeg).hexdigest()[:16]}.jpg"
+        if path.is_symlink() or not path.is_file() or path.stat().st_size != len(jpeg):
+            write_bytes(path, jpeg, durable=False)
         return wandb.Image(str(path))
 
     def _memory_frames(self, decisions: Sequence[ev.MemoryDecided]) -> list[Any]:
@@ -167,14 +171,10 @@ class Media:
         return None
 
     def _reference(self, event: ev.MemoryDecided) -> bytes | None:
-        """Thumbnail of a story's reference image, from the storyboard as it was read."""
+        """Thumbnail of a story's reference image, from its copy in the run folder."""
         if event.source_shot_index >= 0 or event.slot is None:
             return None
-        storyboard = self._run_folder / "stories" / event.story_id / "storyboard.json"
-        with contextlib.suppress(OSError, ValueError, KeyError, IndexError, TypeError):
-            images = json.loads(storyboard.read_text(encoding="utf-8"))["reference_images"]
-            return self._thumbnails.image(str(images[event.slot]))
-        return None
+        return self._thumbnails.image(RunFiles.reference_path(event.story_id, event.slot))
 
 
 def _source_name(shot_index: int) -> str:

@@ -1,5 +1,6 @@
 """Prompt embeddings on disk: found by content, complete or not at all."""
 
+import os
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from storymem_dist.artifacts import prompt_cache
 from storymem_dist.artifacts.prompt_cache import PromptCache
-from storymem_dist.errors import RunFolderError
+from storymem_dist.errors import MachineError
 from storymem_dist.weights.text_encoder import text_encoder_identity
 
 
@@ -62,7 +63,16 @@ def empty(path: Path) -> None:
     path.write_bytes(b"")
 
 
-@pytest.mark.parametrize("damage", [truncate, flip_a_bit, empty])
+def make_a_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def make_huge(path: Path) -> None:
+    os.truncate(path, 2**30)
+
+
+@pytest.mark.parametrize("damage", [truncate, flip_a_bit, empty, make_a_pipe, make_huge])
 def test_a_damaged_entry_counts_as_missing_and_can_be_written_again(
     cache: PromptCache, damage, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -79,7 +89,7 @@ def test_a_write_that_fails_leaves_no_entry_and_no_litter(cache: PromptCache, mo
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", full_disk)
-    with pytest.raises(RunFolderError, match=r"cannot be written.*No space left"):
+    with pytest.raises(MachineError, match=r"cannot be written.*No space left"):
         cache.store("A fox.", embeds())
     monkeypatch.undo()
     assert cache.find("A fox.") is None

@@ -1,11 +1,18 @@
 import dataclasses
+import hashlib
 import json
+from contextlib import nullcontext
 from pathlib import Path
+from random import Random
 
 import pytest
 
-from storymem_dist.artifacts.records import DamagedRecord, ShotRecord, describe_file
+from storymem_dist.artifacts.records import DamagedRecord, ShotRecord, StoredFile, describe_file
+from storymem_dist.files import parse_json, quick_digest
 from tests.helpers.records import make_record
+
+FIXTURE = Path(__file__).parents[2] / "fixtures" / "run_of_70da1c0" / "run" / "stories" / "old_run" / "shot_01.json"
+REQUIRED = [field.name for field in dataclasses.fields(ShotRecord) if field.name != "clip_sample"]
 
 
 def test_a_record_survives_json_and_its_text_is_canonical() -> None:
@@ -21,7 +28,7 @@ def test_equal_shots_differ_in_timing_and_host_only() -> None:
     assert {key for key in one if one[key] != two[key]} == {"timing", "host"}
 
 
-@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(ShotRecord)])
+@pytest.mark.parametrize("field", REQUIRED)
 def test_a_record_that_lacks_a_part_is_damaged_and_the_message_names_it(field: str) -> None:
     value = json.loads(make_record().to_json())
     del value[field]
@@ -38,6 +45,13 @@ def test_a_record_that_lacks_a_part_is_damaged_and_the_message_names_it(field: s
         ({"keyframes": [{"slot": 0}]}, "wrong type"),
         ({"keyframes": None}, "wrong type"),
         ({"host": {}}, "wrong type"),
+        ({"shot_index": "0"}, "shot_index is a str"),
+        ({"width": True}, "width is a bool"),
+        ({"seed": 10**40}, "seed is out of range"),
+        ({"prompt": None}, "prompt is a NoneType"),
+        ({"tail": [["tail_0.png"]]}, "wrong type"),
+        ({"story_id": "../../etc"}, "outside its folder"),
+        ({"shot_id": "/tmp/x"}, "outside its folder"),
         ({"tail": ["tail_7.png"]}, r"without size: tail_7\.png"),
         ({"clip": "../../other.mp4", "files": {"../../other.mp4": {"num_bytes": 1, "sha256": ""}}}, "names files"),
         ({"host": {"attempt_id": "../elsewhere"}}, "outside its folder"),
@@ -51,6 +65,48 @@ def test_a_record_with_a_wrong_part_is_damaged_and_the_message_names_it(
         ShotRecord.from_json(value | changes)
     with pytest.raises(DamagedRecord, match="not an object"):
         ShotRecord.from_json([value])
+
+
+def test_a_changed_bit_anywhere_in_a_record_is_found() -> None:
+    record, random = make_record(clip_sample="0" * 64), Random(0)
+    data = record.to_json()
+    for position in range(len(data)):
+        changed = bytearray(data)
+        changed[position] ^= 1 << random.randrange(8)
+        try:
+            read = ShotRecord.from_json(parse_json(bytes(changed)))
+        except (ValueError, DamagedRecord):
+            continue
+        assert read == record, f"byte {position}: {bytes(changed[position - 10 : position + 10])!r}"
+
+
+def test_a_record_of_an_earlier_version_has_no_checksum_and_is_read() -> None:
+    value = json.loads(FIXTURE.read_text())
+    record = ShotRecord.from_json(value)
+    assert record.clip_sample is None
+    assert set(json.loads(record.to_json())) - set(value) == {"clip_sample"}, "earlier versions ignore it"
+    with pytest.raises(DamagedRecord, match="lacks its checksum and has clip_sample"):
+        ShotRecord.from_json(value | {"clip_sample": None})
+
+
+def test_a_changed_clip_is_found_by_its_sample_without_reading_it_whole(tmp_path: Path) -> None:
+    data = Random(0).randbytes(3 * 2**20)
+    record = make_record(
+        clip="clip.mp4",
+        keyframes=(),
+        tail=(),
+        files={"clip.mp4": StoredFile(num_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())},
+    )
+    clip = tmp_path / "clip.mp4"
+    clip.write_bytes(data)
+    record = dataclasses.replace(record, clip_sample=quick_digest(clip))
+    record.check_files(tmp_path, contents=False)
+    for position, found in ((1000, True), (len(data) - 1000, True), (3 * 2**19 + 2**18, False)):
+        clip.write_bytes(data[:position] + bytes([data[position] ^ 1]) + data[position + 1 :])
+        with pytest.raises(DamagedRecord, match=r"contents of clip\.mp4 have changed") if found else nullcontext():
+            record.check_files(tmp_path, contents=False)
+        with pytest.raises(DamagedRecord, match=r"contents of clip\.mp4 have changed"):
+            record.check_files(tmp_path, contents=True)
 
 
 def test_files_are_checked_by_size_and_on_demand_by_content(tmp_path: Path) -> None:

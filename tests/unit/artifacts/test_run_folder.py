@@ -55,6 +55,21 @@ def test_a_folder_with_other_things_is_refused_and_left_alone(tmp_path: Path) ->
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
+def test_empty_folders_of_a_job_that_lost_its_own_are_taken_over(tmp_path: Path) -> None:
+    """A job whose folder somebody removes may make some folders before it notices; the same command must work again."""
+    run = RunFolder(tmp_path / "run")
+    (run.story_folder("fox") / "shot_01" / "attempts").mkdir(parents=True)
+    run.open()
+    (tmp_path / "other" / "a" / "b").mkdir(parents=True)
+    (tmp_path / "other" / "a" / "b" / "notes.txt").touch()
+    with pytest.raises(RunFolderError, match="not empty and not a run folder"):
+        RunFolder(tmp_path / "other").open()
+    (tmp_path / "other" / "a" / "b" / "notes.txt").unlink()
+    (tmp_path / "other" / "/".join("a" * 100)).mkdir(parents=True)
+    with pytest.raises(RunFolderError, match="not empty and not a run folder"):
+        RunFolder(tmp_path / "other").open()
+
+
 def test_a_folder_may_hold_what_launchers_put_there_first(tmp_path: Path) -> None:
     for name in ("logs", ".hydra"):
         (tmp_path / name).mkdir()
@@ -166,3 +181,21 @@ def test_shots_to_render_again_are_found_by_id_or_number_or_refused() -> None:
         shot_ids(["sea:1"], known)
     with pytest.raises(RunFolderError, match="no shot '3'; it has shot_01, shot_02"):
         shot_ids(["ocean:3"], known)
+
+
+def test_a_folder_with_the_name_of_the_outcome_is_named(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run")
+    run.open()
+    (run.root / "stop.json").mkdir()
+    with pytest.raises(RunFolderError, match=r"stop\.json cannot be removed"):
+        run.remove_outcome()
+
+
+@pytest.mark.parametrize("name", ["events", "leases", "failures", "stories"])
+def test_what_is_in_the_way_of_a_folder_is_named(tmp_path: Path, name: str) -> None:
+    run = RunFolder(tmp_path / "run")
+    run.open()
+    (run.root / name).rmdir()
+    (run.root / name).write_text("{}")
+    with pytest.raises(RunFolderError, match=f"run/{name}: File exists"):
+        run.open()

@@ -1,5 +1,7 @@
 import dataclasses
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -123,8 +125,9 @@ def test_a_record_that_cannot_be_read_is_set_aside(shot: ShotFolder, text: str |
 def test_a_record_of_another_shot_under_this_name_is_set_aside(shot: ShotFolder) -> None:
     shot.publish(save(shot), may_publish=yes)
     path = shot.folder / "records" / f"{FINGERPRINT[:16]}.json"
-    value = json.loads(path.read_text()) | {"fingerprint": FINGERPRINT[:16] + "0" * 48}
-    path.write_text(json.dumps(value))
+    record = ShotRecord.from_json(json.loads(path.read_text()))
+    path.unlink()
+    path.write_bytes(dataclasses.replace(record, fingerprint=FINGERPRINT[:16] + "0" * 48).to_json())
     with pytest.raises(DamagedRecord, match="of fingerprint"):
         shot.read_record(FINGERPRINT)
 
@@ -157,9 +160,64 @@ def test_an_image_that_cannot_be_decoded_sets_the_record_aside(shot: ShotFolder)
     record = save(shot)
     shot.publish(record, may_publish=yes)
     (shot.files_of(record) / "tail_0.png").write_bytes(b"not an image")
-    with pytest.raises(DamagedRecord, match=r"set aside.*tail_0\.png cannot be read"):
+    with pytest.raises(DamagedRecord, match=r"set aside: the contents of tail_0\.png have changed"):
         shot.read_images(record)
     assert not shot.is_committed(FINGERPRINT)
+
+
+@pytest.mark.parametrize("name", ["clip.mp4", "tail_0.png", "keyframe_0.png"])
+def test_a_file_that_became_a_link_is_not_followed(shot: ShotFolder, tmp_path: Path, name: str) -> None:
+    record = save(shot)
+    shot.publish(record, may_publish=yes)
+    path = shot.files_of(record) / name
+    path.rename(tmp_path / name)
+    path.symlink_to(tmp_path / name)
+    with pytest.raises(DamagedRecord, match=f"{name} is a link or not a regular file"):
+        shot.read_record(FINGERPRINT)
+
+
+def test_a_changed_bit_of_an_image_is_found_when_it_is_read(shot: ShotFolder) -> None:
+    record = save(shot)
+    shot.publish(record, may_publish=yes)
+    path = shot.files_of(record) / "keyframe_0.png"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    assert shot.read_record(FINGERPRINT) == record, "images are compared when they are read"
+    with pytest.raises(DamagedRecord, match=r"set aside: the contents of keyframe_0\.png have changed"):
+        shot.read_images(record)
+
+
+@pytest.mark.parametrize(
+    "content", [b"[" * 100_000, b'{"a":' * 100_000, b'{"format": ' + b"1" * 5000 + b"}", b'{"format": NaN}', b"\xff"]
+)
+def test_a_hostile_record_is_a_damaged_one(shot: ShotFolder, content: bytes) -> None:
+    shot.publish(save(shot), may_publish=yes)
+    path = shot.folder / "records" / f"{FINGERPRINT[:16]}.json"
+    path.unlink()
+    path.write_bytes(content)
+    with pytest.raises(DamagedRecord, match="set aside: it is not JSON"):
+        shot.read_record(FINGERPRINT)
+    assert shot.newest_other_record("f" * 64) is None
+
+
+def test_a_record_that_is_a_pipe_is_a_damaged_one_and_nothing_waits(shot: ShotFolder) -> None:
+    shot.publish(save(shot), may_publish=yes)
+    path = shot.folder / "records" / f"{FINGERPRINT[:16]}.json"
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(DamagedRecord, match="not a regular file"):
+        shot.read_record(FINGERPRINT)
+
+
+def test_a_file_in_place_of_the_attempts_is_a_damaged_record(shot: ShotFolder) -> None:
+    record = save(shot)
+    assert shot.publish(record, may_publish=yes)
+    shutil.rmtree(shot.folder / "attempts")
+    (shot.folder / "attempts").write_text("{}")
+    with pytest.raises(DamagedRecord, match="cannot be used"):
+        shot.read_images(record)
+    assert shot.read_record(record.fingerprint) is None, "it was set aside"
 
 
 def test_views_show_the_current_record_and_lose_what_it_does_not_have(shot: ShotFolder) -> None:

@@ -16,7 +16,7 @@ from storymem_dist.errors import ConfigError
 from storymem_dist.models.wan.dit import WanDiT
 from storymem_dist.weights.checkpoints import open_checkpoint
 from storymem_dist.weights.loading import load_dit_weights
-from storymem_dist.weights.tiny_checkpoint import TinyCheckpoint, generate_tiny_checkpoint
+from storymem_dist.weights.tiny_checkpoint import ModelFolders, generate_tiny_checkpoint
 from tests.helpers.checkpoints import truncate
 from tests.helpers.hub_server import FakeHub, serve
 
@@ -25,7 +25,7 @@ SHARD_4 = "low_noise_model/diffusion_pytorch_model-00004-of-00006.safetensors"
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyCheckpoint:
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> ModelFolders:
     return generate_tiny_checkpoint(tmp_path_factory.mktemp("weights") / "tiny")
 
 
@@ -34,7 +34,7 @@ def facts_of(path: Path, capsys: pytest.CaptureFixture[str]) -> dict:
     return json.loads(capsys.readouterr().out)
 
 
-def test_inspect_names_a_base_model(tiny: TinyCheckpoint, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_names_a_base_model(tiny: ModelFolders, capsys: pytest.CaptureFixture[str]) -> None:
     facts = facts_of(tiny.t2v_dir, capsys)
     assert facts["what"] == "Wan2.2 T2V base model, two experts"
     assert (facts["layout"], facts["in_dim"]) == ("native", 16)
@@ -42,7 +42,7 @@ def test_inspect_names_a_base_model(tiny: TinyCheckpoint, capsys: pytest.Capture
 
 
 def test_inspect_prints_the_scale_that_a_lora_file_does_not_store(
-    tiny: TinyCheckpoint, capsys: pytest.CaptureFixture[str]
+    tiny: ModelFolders, capsys: pytest.CaptureFixture[str]
 ) -> None:
     facts = facts_of(tiny.lora_dir, capsys)[f"{MI2V}/backbone_high_noise.safetensors"]
     assert facts["rank"] == "4 (20 targets)"
@@ -71,19 +71,19 @@ def test_inspect_reads_a_stored_alpha(tmp_path: Path, capsys: pytest.CaptureFixt
     ],
 )
 def test_inspect_names_single_files(
-    tiny: TinyCheckpoint, capsys: pytest.CaptureFixture[str], relative: str, what: str
+    tiny: ModelFolders, capsys: pytest.CaptureFixture[str], relative: str, what: str
 ) -> None:
     assert facts_of(tiny.i2v_dir / relative, capsys)["what"] == what
 
 
-def test_inspect_prints_a_table_for_people(tiny: TinyCheckpoint, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_prints_a_table_for_people(tiny: ModelFolders, capsys: pytest.CaptureFixture[str]) -> None:
     main(["inspect", str(tiny.lora_dir)])
     lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
     assert f"{MM2V}/backbone_low_noise.safetensors" in lines
     assert any(line.startswith("rank") and line.endswith("4 (20 targets)") for line in lines)
 
 
-def test_verify_checks_what_it_is_given(tiny: TinyCheckpoint, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_checks_what_it_is_given(tiny: ModelFolders, capsys: pytest.CaptureFixture[str]) -> None:
     main(["verify", str(tiny.t2v_dir), str(tiny.lora_dir)])
     assert capsys.readouterr().out.count("files, sizes, index and keys are right") == 2
 
@@ -120,14 +120,14 @@ def _not_a_state_dict(root: Path) -> None:
         (
             ["prepare", "{root}", "{root}/x", "--lora", "a,scale=2"],
             None,
-            "--lora a,scale=2: 'scale=2' is not allowed; use KEY=VALUE with: scale_rule, strength, alpha, expert",
+            "--lora a,scale=2: 'scale' is not a key of a LoRA; did you mean strength?",
         ),
         (["prepare", "{root}", "{root}/x", "--lora", "a,alpha=x"], None, "--lora a,alpha=x: alpha='x' is not a number"),
         (["download", "sora"], None, "download sora: unknown; known are: t2v, i2v, storymem"),
     ],
 )
 def test_a_mistake_is_one_line_and_an_exit_code(
-    tiny: TinyCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str], command, damage, message: str
+    tiny: ModelFolders, tmp_path: Path, capsys: pytest.CaptureFixture[str], command, damage, message: str
 ) -> None:
     root = shutil.copytree(tiny.i2v_dir, tmp_path / "i2v")
     if damage:
@@ -141,14 +141,14 @@ def test_a_mistake_is_one_line_and_an_exit_code(
     assert error.count("\n") == 1
 
 
-def test_the_storymem_lora_is_refused_for_t2v(tiny: TinyCheckpoint, tmp_path: Path, capsys) -> None:
+def test_the_storymem_lora_is_refused_for_t2v(tiny: ModelFolders, tmp_path: Path, capsys) -> None:
     with pytest.raises(SystemExit):
         main(["prepare", str(tiny.t2v_dir), str(tmp_path / "x"), "--storymem-lora", str(tiny.lora_dir)])
     assert "the StoryMem LoRA belongs to the I2V base model; this one is T2V" in capsys.readouterr().err
 
 
 def test_prepare_merges_the_storymem_lora_and_further_ones(
-    tiny: TinyCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny: ModelFolders, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lora = tiny.lora_dir / MI2V / "backbone_high_noise.safetensors"
     output = tmp_path / "prepared"
@@ -173,7 +173,7 @@ def test_prepare_merges_the_storymem_lora_and_further_ones(
 
 
 def test_a_downloaded_checkpoint_loads_and_its_hashes_are_right(
-    tiny: TinyCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tiny: ModelFolders, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     entry = Published(repo="Wan-AI/X", revision="main", folder="I2V", num_bytes=None, purpose="a test")
     monkeypatch.setattr(weights_cli, "published_weights", lambda: {"i2v": entry})

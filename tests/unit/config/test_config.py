@@ -5,8 +5,8 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import ConfigCompositionException, MissingConfigException
 from omegaconf import OmegaConf
 
-from storymem_dist.cli.render import point_stories_at_paths
 from storymem_dist.config.composing import register_schema, to_plain, to_settings
+from storymem_dist.config.overrides import point_stories_at_paths
 from storymem_dist.config.schema import RenderConfig
 from storymem_dist.errors import ConfigError
 from storymem_dist.resources import config_folder
@@ -40,7 +40,7 @@ def test_groups_say_everything_that_the_schema_knows() -> None:
     for group, name in (("model", "wan22_a14b"), ("memory", "storymem"), ("stories", "none")):
         written = set(OmegaConf.load(CONF / group / f"{name}.yaml"))
         known = set(to_plain(RenderConfig())[group])
-        assert known - written <= {"generate", "generate_seed"}, (group, known - written)
+        assert known - written <= {"generate", "generate_seed", "packed", "packed_sha256"}, (group, known - written)
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,8 @@ def test_values_that_are_not_allowed_name_the_key_and_what_is(override: str, mes
 def test_debug_verbose_makes_the_console_verbose_unless_it_is_set() -> None:
     verbose = compose_settings("debug=verbose")
     assert verbose.tracking.console.level == "verbose"
-    assert (verbose.debug.deterministic, verbose.debug.verify_records, verbose.debug.log_level) == (True, True, "debug")
+    debug = verbose.debug
+    assert (debug.deterministic, debug.verify_checksums, debug.log_level) == (True, True, "debug")
     assert compose_settings("debug=verbose", "tracking.console.level=quiet").tracking.console.level == "quiet"
     assert compose_settings("debug=verbose", "tracking=none").tracking.console.mode == "off"
 
@@ -97,7 +98,7 @@ def test_an_unknown_entry_of_a_group_is_refused() -> None:
 def test_settings_survive_the_way_through_plain_values() -> None:
     settings = compose_settings("experiment=demo", "sampler.seed=7")
     assert to_plain(settings)["sampler"]["seed"] == 7
-    assert settings.model.generate == "tiny" and settings.memory.similarity == "hsv"
+    assert settings.model.packed is not None and settings.memory.similarity == "hsv"
 
 
 @pytest.mark.parametrize(
@@ -115,12 +116,12 @@ def test_settings_survive_the_way_through_plain_values() -> None:
     ],
 )
 def test_stories_takes_a_path_as_well_as_an_entry(given: str, becomes: str) -> None:
-    assert point_stories_at_paths(["model=tiny", given], CONF / "stories") == ["model=tiny", becomes]
+    assert point_stories_at_paths(["model=tiny", given]) == ["model=tiny", becomes]
 
 
 def test_a_path_with_blanks_and_quotes_reaches_the_settings_as_it_is() -> None:
     path = "my stories/it's (1) [draft].json"
-    [override] = point_stories_at_paths([f"stories={path}"], CONF / "stories")
+    [override] = point_stories_at_paths([f"stories={path}"])
     assert compose_settings(override).stories.paths() == [path]
 
 

@@ -8,7 +8,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from storymem_dist.config.composing import compose_settings, register_schema, to_settings
-from storymem_dist.config.former_names import FORMER_NAMES
+from storymem_dist.config.former_names import FORMER_KEYS, FORMER_NAMES, with_present_keys
 from storymem_dist.parallel.settings import ParallelSettings
 from storymem_dist.resources import config_folder
 
@@ -96,3 +96,15 @@ def test_a_sweep_over_former_names_makes_a_point_of_each(tmp_path: Path) -> None
     assert done.returncode == 0, done.stderr
     for point in ("parallel=ulysses2", "parallel=fsdp8"):
         assert f"in {tmp_path / point}\n" in done.stdout
+
+
+@pytest.mark.parametrize(("former", "present"), FORMER_KEYS.items())
+def test_a_former_name_of_a_setting_sets_the_present_one(former: str, present: str) -> None:
+    assert with_present_keys([f"{former}=true", f"++{former}=a=b", "-m", "output=x"]) == [
+        f"{present}=true",
+        f"++{present}=a=b",
+        "-m",
+        "output=x",
+    ]
+    group, _, key = present.partition(".")
+    assert getattr(getattr(compose_settings([f"{former}=true"]), group), key) is True

@@ -8,9 +8,9 @@ from storymem_dist.errors import ConfigError
     ("given", "message"),
     [
         ({"mode": "ssh"}, "launch.mode='ssh' is not allowed; use one of: inline, torchrun, slurm"),
-        ({"processes_per_node": 0}, "launch.processes_per_node=0 is not allowed; it must be at least 1"),
+        ({"processes_per_node": 0}, "launch.processes_per_node=0 is not allowed; it must be between 1 and 1024"),
         ({"max_restarts": -1}, "launch.max_restarts=-1 is not allowed"),
-        ({"port": 70000}, "launch.port=70000 is not allowed; it must be 1 to 65535"),
+        ({"port": 70000}, "launch.port=70000 is not allowed; it must be between 1 and 65535"),
         ({"num_nodes": 2, "node_rank": 2}, "launch.node_rank=2 is not allowed; with launch.num_nodes=2 it is 0 to 1"),
     ],
 )

@@ -5,10 +5,12 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -17,7 +19,7 @@ from storymem_dist.diffusion.experts import Expert, ExpertPair
 from storymem_dist.diffusion.guidance import LocalGuidance
 from storymem_dist.diffusion.settings import SOLVERS
 from storymem_dist.diffusion.solver import Solver
-from storymem_dist.errors import RunFolderError, ShotError
+from storymem_dist.errors import MachineError, RunFolderError, ShotError
 from tests.helpers.fake_experts import fake_experts, fake_shot
 
 NUM_STEPS = 8
@@ -200,12 +202,61 @@ def test_a_state_file_that_is_damaged_is_refused_by_name(damage: str, tmp_path: 
         DenoiseState.load(path, fingerprint="shot-a")
 
 
+@pytest.mark.parametrize("seed", range(30))
+def test_a_changed_bit_of_a_state_file_is_found(seed: int, tmp_path: Path) -> None:
+    path = tmp_path / "state.safetensors"
+    stopped_state(3).save(path)
+    data, random = bytearray(path.read_bytes()), Random(seed)
+    header = 8 + int.from_bytes(data[:8], "little")
+    place = random.randrange(*((0, header), (header, len(data)))[seed % 2])
+    data[place] ^= 1 << random.randrange(8)
+    path.write_bytes(data)
+    try:
+        state = DenoiseState.load(path, fingerprint="shot-a")
+    except RunFolderError as error:
+        assert "state.safetensors" in str(error)
+    else:  # the name of the checksum itself has changed
+        assert b'"sha256"' not in data
+        assert torch.equal(state.latents, stopped_state(3).latents)
+
+
+@pytest.mark.parametrize(
+    ("changes", "tensors", "words"),
+    [
+        ({"fingerprint": None}, {}, "damaged: 'fingerprint'"),
+        ({"solver_name": None}, {}, "damaged: 'solver_name'"),
+        ({"num_steps": "many"}, {}, "damaged: .*'many'"),
+        ({"num_steps": "2"}, {}, "its step is none"),
+        ({}, {"latents": None}, "damaged: 'latents'"),
+        ({}, {"solver.step_index": None}, "damaged: 'step_index'"),
+        ({}, {"solver.step_index": torch.tensor([3])}, "its step is none"),
+        ({}, {"solver.step_index": torch.tensor(-1)}, "its step is none"),
+        ({}, {"latents": torch.full((16, 1, 2, 2), torch.nan)}, "no finite float32 tensor"),
+        ({}, {"solver.kept.0": torch.zeros(3)}, "kept.0 is no finite float32 tensor of the shape of the latents"),
+    ],
+)
+def test_a_state_file_with_parts_that_no_shot_has_is_refused(
+    changes: dict[str, str | None], tensors: dict[str, torch.Tensor | None], words: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "state.safetensors"
+    stopped_state(3).save(path)
+    with safe_open(path, framework="pt") as file:
+        metadata = {key: value for key, value in file.metadata().items() if key != "sha256"} | changes
+    save_file(
+        {key: value for key, value in (load_file(path) | tensors).items() if value is not None},
+        path,
+        {key: value for key, value in metadata.items() if value is not None},
+    )
+    with pytest.raises(RunFolderError, match=rf"state\.safetensors is damaged: .*{words.removeprefix('damaged: ')}"):
+        DenoiseState.load(path, fingerprint="shot-a")
+
+
 def test_a_state_that_cannot_be_written_is_reported_and_leaves_nothing(tmp_path: Path) -> None:
     state = stopped_state(2)
-    with pytest.raises(RunFolderError, match="cannot be written"):
+    with pytest.raises(MachineError, match="cannot be written"):
         state.save(tmp_path / "missing" / "state.safetensors")
     (tmp_path / "state.safetensors").mkdir()
-    with pytest.raises(RunFolderError, match="cannot be written"):
+    with pytest.raises(MachineError, match="cannot be written"):
         state.save(tmp_path / "state.safetensors")
     assert [path.name for path in tmp_path.iterdir()] == ["state.safetensors"]
 

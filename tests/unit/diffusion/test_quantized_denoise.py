@@ -15,7 +15,7 @@ from storymem_dist.models.wan.dit import WanDiT
 from storymem_dist.models.wan.presets import EXPERTS
 from storymem_dist.weights.checkpoints import open_checkpoint
 from storymem_dist.weights.loading import load_dit_weights
-from storymem_dist.weights.tiny_checkpoint import TinyCheckpoint, generate_tiny_checkpoint
+from storymem_dist.weights.tiny_checkpoint import ModelFolders, generate_tiny_checkpoint
 
 LARGEST_ERRORS = {"float8": 0.05, "int8": 0.012}
 """Twice the measured 2.2e-2 and 5.8e-3. A single layer is off by 3.8% and 0.8% (``test_quantized_linear``). A denoise
@@ -23,11 +23,11 @@ is not further off, so errors do not grow over its steps."""
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyCheckpoint:
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> ModelFolders:
     return generate_tiny_checkpoint(tmp_path_factory.mktemp("weights") / "tiny")
 
 
-def latents(tiny: TinyCheckpoint, linears: str) -> Tensor:
+def latents(tiny: ModelFolders, linears: str) -> Tensor:
     checkpoint = open_checkpoint(tiny.t2v_dir, "t2v")
     dits = {}
     for name in EXPERTS:
@@ -45,7 +45,7 @@ def latents(tiny: TinyCheckpoint, linears: str) -> Tensor:
 
 
 @pytest.mark.float8
-def test_errors_of_whole_denoises_are_bounded_and_fall_with_the_bits_kept(tiny: TinyCheckpoint) -> None:
+def test_errors_of_whole_denoises_are_bounded_and_fall_with_the_bits_kept(tiny: ModelFolders) -> None:
     exact = latents(tiny, "exact")
     errors = {
         linears: ((latents(tiny, linears) - exact).norm() / exact.norm()).item() for linears in ("float8", "int8")

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import os
 import random
 import threading
@@ -320,3 +321,39 @@ def test_an_owner_that_is_paused_on_this_machine_is_never_marked_dead(tmp_path: 
     assert mine.is_silent(paused.owner)
     mine.mark_dead_owners()
     assert not mine.is_alone() and not mine.dead_owners()
+
+
+def test_a_death_counts_unless_the_holder_was_asked_to_stop(tmp_path: Path) -> None:
+    for asked, deaths in ((False, 1), (True, 1), (False, 2), (True, 2)):
+        dying = folder_of_a_dead_process(tmp_path)
+        lease = dying.try_claim("a", dying.scan().get("a"))
+        assert lease is not None
+        if asked:
+            dying.note_stopping()
+        after = folder_of_a_dead_process(tmp_path)
+        taken = after.try_claim("a", after.scan()["a"])
+        assert taken is not None and taken.num_deaths == deaths
+        taken_path = tmp_path / f"a.{taken.generation}.lease"
+        taken_path.unlink()
+    last = folder_of_a_dead_process(tmp_path)
+    lease = last.try_claim("a", last.scan()["a"])
+    assert lease is not None
+    last.release(lease)
+    assert not list(tmp_path.glob("a.*")), "marks go with their leases"
+
+
+def test_a_lease_of_a_version_that_did_not_count_deaths_counts_as_one_each(tmp_path: Path) -> None:
+    dying = folder_of_a_dead_process(tmp_path)
+    assert dying.try_claim("a") is not None
+    path = tmp_path / "a.0.lease"
+    value = json.loads(path.read_text())
+    del value["num_deaths"]
+    path.write_text(json.dumps(value))
+    after = folder_of_a_dead_process(tmp_path)
+    taken = after.try_claim("a", 0)
+    assert taken is not None and taken.num_deaths == 1
+
+
+def folder_of_a_dead_process(root: Path) -> LeaseFolder:
+    owner = dataclasses.replace(Owner.this_process(), pid=2**22 + 1, pid_start="1")
+    return LeaseFolder(folder=root, owner=owner, lease_seconds=60.0)

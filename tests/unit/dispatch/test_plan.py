@@ -1,8 +1,11 @@
 import dataclasses
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
+from storymem_dist.artifacts.fingerprint import reference_image_digest
 from storymem_dist.dispatch.plan import plan_part, plan_story, shot_mode
 from storymem_dist.errors import StoryboardError
 from storymem_dist.story.schema import Story
@@ -84,6 +87,16 @@ def test_the_contents_of_reference_images_are_inputs_and_their_paths_are_not(tmp
     ]
     assert changed(plans[0], plans[1]) == [False, False]
     assert changed(plans[0], plans[2]) == [True, True]
+
+
+def test_a_picture_that_is_converted_has_another_fingerprint_than_its_numbers_had(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    Image.new("RGB", (8, 8)).save(path)
+    (plain,) = plan_story(0, make_part(Path("unused"), []), make_story("ocean", 1, reference_images=(path,)), {})
+    assert plain.inputs["reference_images"] == [reference_image_digest(path)]
+    Image.fromarray(np.full((8, 8), 40_000, np.uint16)).save(path)
+    (scaled,) = plan_story(0, make_part(Path("unused"), []), make_story("ocean", 1, reference_images=(path,)), {})
+    assert scaled.inputs["reference_images"] == [reference_image_digest(path) + "scaled"]
 
 
 def test_an_unreadable_reference_image_rejects_its_story_and_no_other(tmp_path: Path) -> None:

@@ -26,12 +26,11 @@ from hydra.errors import OverrideParseException
 from torch.distributed.run import get_args_parser as torchrun_parser
 
 from storymem_dist.artifacts.run_folder import STOP_FILE
-from storymem_dist.cli.render import point_stories_at_paths
 from storymem_dist.cli.weights import published_weights
 from storymem_dist.config.composing import compose_settings
+from storymem_dist.config.overrides import prepare
 from storymem_dist.errors import StoryMemError
 from storymem_dist.memory.scorers import HPSV3_BASE_MODEL
-from storymem_dist.resources import config_folder
 from tests.unit.docs.markdown import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -75,10 +74,10 @@ def render(arguments: Sequence[str]) -> None:
     """Compose what ``storymem-render`` would render, every point of a multirun."""
     with _complaints():
         given = hydra_parser().parse_args(list(arguments))
-    overrides = point_stories_at_paths(given.overrides, config_folder() / "stories")
     try:
+        overrides = prepare([*(["-m"] if given.multirun else []), *given.overrides])[int(given.multirun) :]
         parsed = OverridesParser.create().parse_overrides(overrides)
-    except OverrideParseException as error:
+    except (OverrideParseException, StoryMemError) as error:
         raise Refused(str(error)) from error
     points = [overrides]
     if given.multirun:
@@ -124,7 +123,8 @@ def module(name: str, arguments: Sequence[str]) -> None:
     """A module of this project that is run as a program."""
     if name in RENDER_MODULES:
         return render(arguments)
-    _require(name.split(".")[0] in ("storymem_dist", "benchmarks"), f"-m {name}: teach this test how to check it")
+    ours = ("storymem_dist", "benchmarks", "tools")
+    _require(name.split(".")[0] in ours, f"-m {name}: teach this test how to check it")
     with _parsing_only(name, arguments):
         try:
             runpy.run_module(name, run_name="__main__", alter_sys=True)
@@ -136,14 +136,19 @@ def module(name: str, arguments: Sequence[str]) -> None:
 @contextlib.contextmanager
 def _parsing_only(program: str, arguments: Sequence[str]) -> Iterator[None]:
     """Run the body with a command line that it may parse, and nothing more."""
-    parse_args = argparse.ArgumentParser.parse_args
+    parse_args, parse_intermixed = argparse.ArgumentParser.parse_args, argparse.ArgumentParser.parse_intermixed_args
 
     def parse_and_end(parser: argparse.ArgumentParser, *given: object, **named: object) -> None:
         parse_args(parser, *given, **named)
         raise _Parsed
 
+    def parse_intermixed_and_end(parser: argparse.ArgumentParser, *given: object, **named: object) -> None:
+        parse_intermixed(parser, *given, **named)
+        raise _Parsed
+
     with (
         mock.patch.object(argparse.ArgumentParser, "parse_args", parse_and_end),
+        mock.patch.object(argparse.ArgumentParser, "parse_intermixed_args", parse_intermixed_and_end),
         mock.patch.object(sys, "argv", [program, *arguments]),
         _complaints(),
     ):

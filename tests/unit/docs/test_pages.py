@@ -17,6 +17,7 @@ from storymem_dist import StoryMemPipeline, errors
 from storymem_dist.config.former_names import FORMER_NAMES
 from storymem_dist.config.schema import RenderConfig
 from storymem_dist.story.loading import load_storyboard
+from storymem_dist.terminal.program import INTERRUPTED
 from tests.unit.docs.markdown import (
     DOCS,
     PAGES,
@@ -138,7 +139,7 @@ def test_exit_codes_are_those_of_the_errors() -> None:
     meanings = {int(code): meaning for code, meaning in table_of(RUNNING, "code")}
     kinds = [kind for kind in vars(errors).values() if inspect.isclass(kind) and issubclass(kind, errors.StoryMemError)]
     assert {kind.exit_code for kind in kinds} == set(WORDS_OF_CODES), "teach this test the new exit code"
-    assert set(meanings) == {0, 75, *WORDS_OF_CODES}
+    assert set(meanings) == {0, 75, INTERRUPTED, *WORDS_OF_CODES}
     for code, words in WORDS_OF_CODES.items():
         assert all(word in meanings[code] for word in words), code
     assert "exit 75" in (ROOT / "launch" / "batch.sh").read_text()

@@ -65,6 +65,25 @@ def test_a_problem_is_printed_with_its_fix_and_ends_with_1(tmp_path: Path, capsy
     assert "problems," in page
 
 
+def test_without_a_home_small_weights_go_to_the_run_folder_as_in_a_render(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("XDG_CACHE_HOME", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "STORYMEM_CACHE", "HOME"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", "/proc/none")
+    with pytest.raises(SystemExit):
+        main(["model=tiny", f"output={tmp_path / 'run'}", "--json"])
+    findings = by_name(Finding(**one) for one in json.loads(capsys.readouterr().out))
+    assert findings["t2v"].state == OK and str(tmp_path / "run/cache/home") in findings["t2v"].value
+
+
+def test_small_weights_that_cannot_be_written_are_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STORYMEM_CACHE", "/proc/none")
+    [finding] = job.check_weights(compose_settings(["model=tiny"]))
+    assert finding.state == PROBLEM and "set STORYMEM_CACHE to another folder" in finding.fix
+
+
 def test_a_configuration_that_cannot_be_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["modle=tiny"])
@@ -282,3 +301,13 @@ def test_online_tracking_needs_a_key(
     config.tracking.wandb.mode = mode
     (finding,) = job.check_tracking(config)
     assert finding.state == state
+
+
+def test_storyboards_are_checked_as_a_render_names_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    broken = tmp_path / "my (first), draft.json"
+    broken.write_text("{")
+    with pytest.raises(SystemExit) as caught:
+        main(["model=tiny", "--json", f"output={tmp_path}", f"stories={broken}"])
+    findings = [one for one in json.loads(capsys.readouterr().out) if one["area"] == "stories"]
+    assert caught.value.code == 1
+    assert [one["state"] for one in findings] == ["problem"] and broken.name in findings[0]["fix"]

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 
 from storymem_dist.dispatch.stop import STOP_FILES_VARIABLE, own_stop_files
-from storymem_dist.launch.environment import set_rank_environment
+from storymem_dist.launch.environment import set_cache_folders, set_rank_environment
 
 NAMES = (
     "TORCH_DISABLE_SHARE_RDZV_TCP_STORE",
     "PYTORCH_CUDA_ALLOC_CONF",
     "TORCH_NCCL_ASYNC_ERROR_HANDLING",
-    "TORCH_NCCL_TRACE_BUFFER_SIZE",
+    "TORCH_FR_BUFFER_SIZE",
     "TORCH_NCCL_DUMP_ON_TIMEOUT",
     "NCCL_DEBUG",
     "TOKENIZERS_PARALLELISM",
@@ -50,3 +50,40 @@ def test_a_variable_that_is_set_stays_except_the_one_that_restarts_need(monkeypa
     set_rank_environment(num_processes=1, stop_file=Path("/x/STOP"))
     changed = {name: os.environ[name] for name in NAMES if os.environ[name] != "0"}
     assert changed == {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", STOP_FILES_VARIABLE: "0:/x/STOP"}
+
+
+CACHES = ("XDG_CACHE_HOME", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
+
+
+@pytest.fixture
+def no_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (*CACHES, "HOME"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+
+
+@pytest.mark.usefixtures("no_caches")
+@pytest.mark.parametrize("variable", ["HOME", "XDG_CACHE_HOME"])
+@pytest.mark.parametrize("where", ["a file", "/proc", "", "relative/home"])
+def test_without_a_home_that_can_be_written_caches_go_to_the_run_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str, where: str
+) -> None:
+    (tmp_path / "a file").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "a file"))
+    monkeypatch.setenv(variable, str(tmp_path / where) if where == "a file" else where)
+    set_cache_folders("runs/night")
+    assert os.environ["XDG_CACHE_HOME"] == str(tmp_path / "runs/night/cache/home")
+    assert os.environ["TRITON_CACHE_DIR"] == str(tmp_path / "runs/night/cache/home/triton")
+    assert {path.name for path in tmp_path.iterdir()} == {"a file"}
+
+
+@pytest.mark.usefixtures("no_caches")
+def test_a_cache_that_can_be_written_stays_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    set_cache_folders(tmp_path / "run")
+    assert not any(name in os.environ for name in CACHES)
+    monkeypatch.setenv("HOME", "/proc")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
+    set_cache_folders(tmp_path / "run")
+    assert os.environ["XDG_CACHE_HOME"] == str(tmp_path / "caches") and not (tmp_path / "run").exists()

@@ -1,6 +1,9 @@
 """A dry run plans as the render does, and writes nothing."""
 
+import logging
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +11,11 @@ import pytest
 from PIL import Image
 
 from storymem_dist.artifacts.fingerprint import reference_image_digest
+from storymem_dist.artifacts.records import ShotRecord
+from storymem_dist.cli.render import run
 from storymem_dist.dispatch import plan
 from storymem_dist.errors import RunFolderError, StoryboardError
+from storymem_dist.files import read_json
 from storymem_dist.launch import forecast as module
 from storymem_dist.launch.forecast import Forecast, describe, forecast
 from tests.helpers.small_job import render_small, small_point, write_storyboard
@@ -113,3 +119,30 @@ def test_the_time_of_what_is_left_follows_from_what_was_rendered(
     assert describe([], num_replicas=8).splitlines()[-1] == (
         "estimated time: 1:02:03 with 8 replicas like those that rendered 1 shot before, and loading"
     )
+
+
+@pytest.mark.parametrize("place", ["fox/shot_01/attempts", "fox/shot_01/records", "fox/shot_01", "fox", ""])
+def test_a_file_where_a_folder_should_be_counts_as_nothing_rendered(tmp_path: Path, place: str, rendered: Path) -> None:
+    run = shutil.copytree(rendered / "run", tmp_path / "run")
+    shutil.rmtree(run / "stories" / place)
+    (run / "stories" / place).write_text("{}")
+    assert counts(rendered / "fox.json", run, "sampler.seed=-1") == (1, 2, 0)
+
+
+@pytest.mark.parametrize("timing", [{}, {"stage_seconds": []}, {"stage_seconds": {"denoise": "long", "decode": 1e308}}])
+def test_a_record_with_odd_times_is_counted(tmp_path: Path, timing: dict[str, object], rendered: Path) -> None:
+    run = shutil.copytree(rendered / "run", tmp_path / "run")
+    (path,) = run.glob("stories/fox/shot_01/records/*.json")
+    path.write_bytes(replace(ShotRecord.from_json(read_json(path)), timing=timing).to_json())
+    given = (f"stories.path='{rendered / 'fox.json'}'", f"output='{run}'", ONE_STEP, "sampler.seed=-1")
+    assert "1 of 2 shots are left to render" in describe([small_point(*given)])
+
+
+def test_a_dry_run_of_a_sweep_with_a_point_that_cannot_begin_ends_with_its_exit_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])  # Hydra puts its own there
+    with pytest.raises(SystemExit) as ended:
+        run(["-m", "model=tiny", "sampler.fps=8,9", "stories=none", "launch.dry_run=true", f"output={tmp_path}"])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.count("give a storyboard file") == 2

@@ -16,16 +16,16 @@ def test_the_defaults_are_storymem_s_but_for_the_quality_test_which_needs_no_wei
 @pytest.mark.parametrize(
     ("key", "value", "allowed"),
     [
-        ("max_keyframes", 0, "it must be at least 1"),
-        ("num_fixed", -1, "it must be at least 0"),
+        ("max_keyframes", -1, "it must be between 0 and 1000"),
+        ("num_fixed", -1, "it must be between 0 and 1000"),
         ("num_fixed", 11, "it must be at most memory.max_keyframes=10"),
-        ("max_per_shot", 0, "it must be at least 1"),
+        ("max_per_shot", 0, "it must be between 1 and 1000"),
         ("similarity", "cosine", "use one of: clip, hsv"),
         ("similarity_threshold", 0.0, "it must be above 0 and at most 1"),
         ("similarity_threshold", float("nan"), "it must be above 0 and at most 1"),
-        ("threshold_step", 0.0, "it must be at least 0.001"),
+        ("threshold_step", 0.0, "it must be between 0.001 and 1.0"),
         ("quality", "aesthetic", "use one of: hpsv3, sharpness, none"),
-        ("quality_threshold", float("nan"), "use a number or null"),
+        ("quality_threshold", float("nan"), "it must be between -1000000.0 and 1000000.0"),
     ],
 )
 def test_a_setting_that_cannot_work_is_refused_by_name(key: str, value: object, allowed: str) -> None:

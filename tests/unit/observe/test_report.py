@@ -1,6 +1,8 @@
 import html
 import json
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote
@@ -97,7 +99,7 @@ def test_lineage_edges_are_the_recalls_of_the_records(complete: FakeRun) -> None
 
 def test_prompts_numbers_and_settings_are_on_the_page(complete: FakeRun) -> None:
     text = report(complete).text
-    for fact in ("“glass”", "seed 1", "MI2V", "1.50 s/it", "6 of 6", "num_inference_steps: 4", "28.6 GB"):
+    for fact in ("“glass”", "seed 1", "MI2V", "1.50 s/it", "6 of 6", '"num_inference_steps": 4', "28.6 GB"):
         assert fact in text, fact
     assert complete.run_id in text
 
@@ -248,7 +250,7 @@ def test_embedding_puts_the_clips_into_the_page_and_refuses_too_much(
 
 def test_two_runs_are_compared_shot_by_shot(complete: FakeRun, tmp_path: Path) -> None:
     other = FakeRun(tmp_path / "other", num_stories=1, num_shots=3, max_keyframes=1)
-    other.folder.write_config("decade", "sampler:\n  num_inference_steps: 6\nmodel:\n  dtype: float32\n")
+    other.folder.write_config("decade", '{"sampler": {"num_inference_steps": 6}, "model": {"dtype": "float32"}}')
     with other.replica(0) as replica:
         for shot in range(2):
             other.shot(replica, 0, shot)
@@ -275,3 +277,9 @@ def test_the_command_writes_the_page_and_names_it(
     blocked.write_text("")
     assert main([str(complete.root), "-o", str(blocked / "page.html")]) == 1
     assert "cannot be written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("module", ["storymem_dist.cli.report", "storymem_dist.observe.wandb.media"])
+def test_what_reads_a_run_folder_starts_without_torch(module: str) -> None:
+    program = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

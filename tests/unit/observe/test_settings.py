@@ -19,8 +19,8 @@ TRACKING = Path(__file__).parents[3] / "conf" / "tracking"
         (WandbSettings, {"mode": "sometimes"}, "tracking.wandb.mode='sometimes' .* auto, online, offline, off"),
         (WandbSettings, {"project": "a/b"}, "tracking.wandb.project='a/b'"),
         (WandbSettings, {"project": ""}, "tracking.wandb.project=''"),
-        (WandbSettings, {"num_shot_videos": -2}, "tracking.wandb.num_shot_videos=-2 .* at least -1"),
-        (WandbSettings, {"thumbnail_height": 8}, "tracking.wandb.thumbnail_height=8 .* at least 16"),
+        (WandbSettings, {"num_shot_videos": -2}, "tracking.wandb.num_shot_videos=-2 .* between -1 and"),
+        (WandbSettings, {"thumbnail_height": 8}, "tracking.wandb.thumbnail_height=8 .* between 16 and"),
         (TrackingSettings, {"system_interval_seconds": -0.5}, "tracking.system_interval_seconds=-0.5"),
     ],
 )

@@ -122,7 +122,7 @@ def test_the_first_leader_waits_until_its_other_replicas_are_finished(tmp_path: 
     waiting.start()
     time.sleep(1.2)
     assert waiting.is_alive()
-    with Observers(journal=JournalWriter(root / "events", "writer2"), writer="writer2", replica=2) as observers:
+    with Observers(journal=JournalWriter(root / "events", "writer2-end"), writer="writer2", replica=2) as observers:
         observers.notify(ev.JobFinished(outcome="finished"))
     waiting.join(20.0)
     assert not waiting.is_alive()

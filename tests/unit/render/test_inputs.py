@@ -1,18 +1,12 @@
-from collections.abc import Sequence
 from dataclasses import fields, replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
-from torch import Tensor
 
-from storymem_dist.artifacts.prompt_cache import PromptCache
 from storymem_dist.config.schema import RenderConfig, StoriesSettings
 from storymem_dist.models.wan.presets import TINY, WAN22_A14B
 from storymem_dist.render.inputs import choose_stories, config_hash, cost_model, first_shots, kinds_of, pixel_inputs
-from storymem_dist.render.prompts import CachedPrompts
 from storymem_dist.story.loading import StoryBatch
 from storymem_dist.story.schema import Scene, Shot, Story
 
@@ -136,25 +130,3 @@ def test_the_hash_of_a_configuration_leaves_out_where_and_how_fast() -> None:
     plain = {"output": "a", "sampler": {"seed": 0}, "parallel": {"ulysses": 1}}
     assert config_hash(plain) == config_hash({**plain, "output": "b", "parallel": {"ulysses": 8}})
     assert config_hash(plain) != config_hash({**plain, "sampler": {"seed": 1}})
-
-
-class CountingEncoder:
-    """Encodes to a constant and counts texts."""
-
-    def __init__(self) -> None:
-        self.texts: list[str] = []
-
-    def encode(self, texts: Sequence[str]) -> list[Tensor]:
-        self.texts += texts
-        return [torch.ones(1, 2) for _ in texts]
-
-
-def test_cached_prompts_are_encoded_once_and_lost_ones_again(tmp_path: Path) -> None:
-    cache, encoder = PromptCache(tmp_path, "encoder"), CountingEncoder()
-    prompts = CachedPrompts(cache, lambda: encoder)
-    for _ in range(2):
-        prompts.ensure_together(["a", "b"], SimpleNamespace(rank=0, world_size=1))
-        assert encoder.texts == ["a", "b"]
-    cache.path("a").unlink()
-    assert prompts.embeds("a").shape == (1, 2)
-    assert encoder.texts == ["a", "b", "a"]

@@ -5,16 +5,16 @@ from pathlib import Path
 
 import pytest
 
-from storymem_dist.weights.tiny_checkpoint import TinyCheckpoint, generate_tiny_checkpoint
+from storymem_dist.weights.tiny_checkpoint import ModelFolders, generate_tiny_checkpoint
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyCheckpoint:
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> ModelFolders:
     """Read only."""
     return generate_tiny_checkpoint(tmp_path_factory.mktemp("weights") / "tiny", seed=0)
 
 
 @pytest.fixture
-def i2v_copy(tiny: TinyCheckpoint, tmp_path: Path) -> Path:
+def i2v_copy(tiny: ModelFolders, tmp_path: Path) -> Path:
     """A native I2V checkpoint that a test may damage."""
     return shutil.copytree(tiny.i2v_dir, tmp_path / "i2v")

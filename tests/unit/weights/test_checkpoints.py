@@ -15,7 +15,7 @@ from storymem_dist.models.wan.presets import WAN22_A14B
 from storymem_dist.weights.checkpoints import WanCheckpoint, dit_shapes, open_checkpoint
 from storymem_dist.weights.loading import load_dit_weights
 from storymem_dist.weights.text_encoder import load_text_encoder
-from storymem_dist.weights.tiny_checkpoint import TinyCheckpoint
+from storymem_dist.weights.tiny_checkpoint import ModelFolders
 from storymem_dist.weights.vae import load_vae
 from tests.helpers.checkpoints import edit_json, rewrite_safetensors, truncate, write_diffusers_layout
 
@@ -24,7 +24,7 @@ SHARD_4 = "diffusion_pytorch_model-00004-of-00006.safetensors"
 
 
 @pytest.fixture(scope="session")
-def diffusers_i2v(tiny: TinyCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def diffusers_i2v(tiny: ModelFolders, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Read only."""
     return write_diffusers_layout(tiny.i2v_dir, "i2v", tmp_path_factory.mktemp("diffusers"))
 
@@ -43,7 +43,7 @@ def loaded(checkpoint: WanCheckpoint, expert: str) -> WanDiT:
 
 
 @pytest.mark.parametrize("expert", ["high_noise", "low_noise"])
-def test_both_layouts_load_the_same_expert(tiny: TinyCheckpoint, diffusers_i2v: Path, expert: str) -> None:
+def test_both_layouts_load_the_same_expert(tiny: ModelFolders, diffusers_i2v: Path, expert: str) -> None:
     native, diffusers = open_checkpoint(tiny.i2v_dir, "i2v"), open_checkpoint(diffusers_i2v, "i2v")
     assert (native.layout, diffusers.layout) == ("native", "diffusers")
     assert native.dit_config == diffusers.dit_config
@@ -52,7 +52,7 @@ def test_both_layouts_load_the_same_expert(tiny: TinyCheckpoint, diffusers_i2v: 
         assert torch.equal(one, other), name
 
 
-def test_both_layouts_load_the_same_vae_and_text_encoder(tiny: TinyCheckpoint, diffusers_i2v: Path) -> None:
+def test_both_layouts_load_the_same_vae_and_text_encoder(tiny: ModelFolders, diffusers_i2v: Path) -> None:
     native, diffusers = open_checkpoint(tiny.i2v_dir, "i2v"), open_checkpoint(diffusers_i2v, "i2v")
     pixels = torch.rand(3, 5, 16, 16) * 2 - 1
     assert torch.equal(load_vae(native.vae_path).encode(pixels), load_vae(diffusers.vae_path).encode(pixels))
@@ -60,7 +60,7 @@ def test_both_layouts_load_the_same_vae_and_text_encoder(tiny: TinyCheckpoint, d
     assert torch.equal(*embeddings)
 
 
-def test_the_two_experts_are_not_mixed_up(tiny: TinyCheckpoint, diffusers_i2v: Path) -> None:
+def test_the_two_experts_are_not_mixed_up(tiny: ModelFolders, diffusers_i2v: Path) -> None:
     high, low = (loaded(open_checkpoint(tiny.i2v_dir, "i2v"), expert) for expert in ("high_noise", "low_noise"))
     assert not torch.equal(high.head.head.weight, low.head.head.weight)
     stored = {
@@ -72,7 +72,7 @@ def test_the_two_experts_are_not_mixed_up(tiny: TinyCheckpoint, diffusers_i2v: P
 
 
 @pytest.mark.parametrize("kind", ["t2v", "i2v"])
-def test_a_single_file_without_index_is_accepted(tiny: TinyCheckpoint, tmp_path: Path, kind: str) -> None:
+def test_a_single_file_without_index_is_accepted(tiny: ModelFolders, tmp_path: Path, kind: str) -> None:
     root = shutil.copytree(getattr(tiny, f"{kind}_dir"), tmp_path / "w")
     expected = loaded(open_checkpoint(root, kind), "high_noise")
     folder = root / "high_noise_model"
@@ -105,7 +105,7 @@ def test_the_identity_notices_every_changed_file(i2v_copy: Path) -> None:
     assert len(seen) == 5
 
 
-def test_the_identity_does_not_depend_on_where_the_folder_is(tiny: TinyCheckpoint, i2v_copy: Path) -> None:
+def test_the_identity_does_not_depend_on_where_the_folder_is(tiny: ModelFolders, i2v_copy: Path) -> None:
     assert open_checkpoint(i2v_copy, "i2v").identity == open_checkpoint(tiny.i2v_dir, "i2v").identity
 
 
@@ -253,7 +253,7 @@ NATIVE_REFUSALS = {
             lambda tensors: tensors.update({key: value.to(torch.float8_e4m3fn) for key, value in tensors.items()})
         ),
         CheckpointError,
-        "is stored as torch.float8_e4m3fn; allowed: torch.float32, torch.bfloat16, torch.float16",
+        "an 8-bit file without scales",
     ),
     "VAE missing": (_remove("Wan2.1_VAE.pth"), WeightsNotFound, "{root}: the vae is missing: {root}/Wan2.1_VAE.pth"),
     "text encoder missing": (
@@ -275,7 +275,7 @@ NATIVE_REFUSALS = {
     "pth that is a web page": (
         _write("Wan2.1_VAE.pth", b"<!DOCTYPE html>"),
         CheckpointError,
-        "{root}/Wan2.1_VAE.pth: not a file that torch.save wrote",
+        "{root}/Wan2.1_VAE.pth: a web page instead of the file",
     ),
 }
 
@@ -336,17 +336,17 @@ def test_a_diffusers_folder_that_is_wrong_is_refused(diffusers_copy: Path, case:
     _assert_refused(diffusers_copy, damage, error, message)
 
 
-def test_i2v_weights_where_t2v_is_needed_are_refused(tiny: TinyCheckpoint) -> None:
+def test_i2v_weights_where_t2v_is_needed_are_refused(tiny: ModelFolders) -> None:
     with pytest.raises(CheckpointError, match=r"these are I2V weights \(in_dim 36\); here T2V weights are needed"):
         open_checkpoint(tiny.i2v_dir, "t2v")
 
 
-def test_an_unknown_kind_is_refused(tiny: TinyCheckpoint) -> None:
+def test_an_unknown_kind_is_refused(tiny: ModelFolders) -> None:
     with pytest.raises(ConfigError, match="kind='m2v' is not allowed; use one of: t2v, i2v"):
         open_checkpoint(tiny.i2v_dir, "m2v")
 
 
-def test_nothing_but_headers_is_read_to_open_a_checkpoint(tiny: TinyCheckpoint) -> None:
+def test_nothing_but_headers_is_read_to_open_a_checkpoint(tiny: ModelFolders) -> None:
     checkpoint = open_checkpoint(tiny.i2v_dir, "i2v")
     assert [checkpoint.expert(name).bytes_read for name in ("high_noise", "low_noise")] == [0, 0]
 

@@ -29,7 +29,7 @@ class TwoDtypes(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.linear = nn.Linear(WIDTH, ROWS, dtype=torch.bfloat16)
+        self.patch_embedding = nn.Linear(WIDTH, ROWS, dtype=torch.bfloat16)
         self.norm = nn.LayerNorm(WIDTH)
 
 
@@ -50,7 +50,8 @@ def source(weights: Mapping[str, Tensor], tmp_path: Path) -> SafetensorsSource:
 @pytest.fixture
 def lora(tmp_path: Path) -> ScaledLora:
     torch.manual_seed(1)
-    halves = {"linear.lora_A.weight": torch.randn(8, WIDTH), "linear.lora_B.weight": torch.randn(ROWS, 8)}
+    names = ("patch_embedding.lora_A.weight", "patch_embedding.lora_B.weight")
+    halves = {names[0]: torch.randn(8, WIDTH), names[1]: torch.randn(ROWS, 8)}
     path = tmp_path / "lora" / "lora.safetensors"
     path.parent.mkdir()
     save_file(halves, path)
@@ -70,7 +71,7 @@ def test_each_parameter_gets_the_stored_values_in_its_own_dtype(
     report = load_dit_weights(model, source)
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, weights[name].to(parameter.dtype)), name
-    assert model.linear.weight.dtype == torch.bfloat16
+    assert model.patch_embedding.weight.dtype == torch.bfloat16
     assert model.norm.weight.dtype == torch.float32
     assert report.num_tensors == 4
     assert report.bytes_read == sum(weight.nbytes for weight in weights.values())
@@ -98,7 +99,7 @@ def test_a_merged_weight_has_the_same_bits_however_its_rows_are_cut(
         local = torch.empty(stop - start, WIDTH, dtype=torch.bfloat16)
 
         def local_part(name: str, parameter: nn.Parameter, start: int = start, local: Tensor = local) -> LocalPart:
-            if name == "linear.weight":
+            if name == "patch_embedding.weight":
                 return LocalPart(tensor=local, row_offset=start, num_rows=len(local))
             return LocalPart(tensor=parameter.data[:0], row_offset=0, num_rows=0)
 
@@ -106,7 +107,7 @@ def test_a_merged_weight_has_the_same_bits_however_its_rows_are_cut(
         load_dit_weights(TwoDtypes(), source, [lora], local_part=local_part)
         assert source.bytes_read - bytes_before == (stop - start) * WIDTH * 4
         parts.append(local)
-    assert torch.equal(torch.cat(parts).view(torch.int16), whole.linear.weight.view(torch.int16))
+    assert torch.equal(torch.cat(parts).view(torch.int16), whole.patch_embedding.weight.view(torch.int16))
 
 
 def test_a_merge_is_done_in_fp32_and_rounded_once(
@@ -114,12 +115,12 @@ def test_a_merge_is_done_in_fp32_and_rounded_once(
 ) -> None:
     model = TwoDtypes()
     load_dit_weights(model, source, [lora])
-    down, up = (lora.file.source.read(f"linear.lora_{half}.weight") for half in "AB")
-    expected = weights["linear.weight"].double() + 8 / 8**0.5 * (up.double() @ down.double())
-    error = (model.linear.weight.double() - expected).abs() / expected.abs().clamp_min(1e-2)
+    down, up = (lora.file.source.read(f"patch_embedding.lora_{half}.weight") for half in "AB")
+    expected = weights["patch_embedding.weight"].double() + 8 / 8**0.5 * (up.double() @ down.double())
+    error = (model.patch_embedding.weight.double() - expected).abs() / expected.abs().clamp_min(1e-2)
     assert error.max() < 2**-8  # half a unit in the last place of bfloat16; two roundings would exceed it
-    wrong_scale = weights["linear.weight"] + up @ down
-    assert not torch.allclose(model.linear.weight.float(), wrong_scale, atol=0.1)
+    wrong_scale = weights["patch_embedding.weight"] + up @ down
+    assert not torch.allclose(model.patch_embedding.weight.float(), wrong_scale, atol=0.1)
 
 
 def test_merging_ignores_a_lowered_matmul_precision(source: SafetensorsSource) -> None:
@@ -129,7 +130,7 @@ def test_merging_ignores_a_lowered_matmul_precision(source: SafetensorsSource) -
         name = "watching"
 
         def shapes(self) -> dict[str, torch.Size]:
-            return {"linear.weight": torch.Size((ROWS, WIDTH))}
+            return {"patch_embedding.weight": torch.Size((ROWS, WIDTH))}
 
         def add_to(self, rows: Tensor, key: str, first_row: int) -> None:
             seen.append(torch.get_float32_matmul_precision())
@@ -149,9 +150,9 @@ def test_several_loras_add_up_in_order(
     model = TwoDtypes().float()
     half = ScaledLora(lora.file, scale_rule="none", strength=-0.5)
     load_dit_weights(model, source, [lora, half])
-    down, up = (lora.file.source.read(f"linear.lora_{half_name}.weight") for half_name in "AB")
-    expected = weights["linear.weight"] + (8**0.5 - 0.5) * (up @ down)
-    torch.testing.assert_close(model.linear.weight, expected, atol=1e-4, rtol=1e-5)
+    down, up = (lora.file.source.read(f"patch_embedding.lora_{half_name}.weight") for half_name in "AB")
+    expected = weights["patch_embedding.weight"] + (8**0.5 - 0.5) * (up @ down)
+    torch.testing.assert_close(model.patch_embedding.weight, expected, atol=1e-4, rtol=1e-5)
 
 
 def test_an_error_in_a_reading_thread_reaches_the_caller(source: SafetensorsSource, tmp_path: Path) -> None:

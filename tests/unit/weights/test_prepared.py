@@ -13,12 +13,14 @@ from storymem_dist.errors import CheckpointError, StoryMemError, WeightsNotFound
 from storymem_dist.models.quantized_linear import Float8Linear
 from storymem_dist.models.wan.dit import WanDiT
 from storymem_dist.weights import prepare
+from storymem_dist.weights.bundle import open_weights
 from storymem_dist.weights.checkpoints import open_checkpoint
 from storymem_dist.weights.loading import TensorSource, load_dit_weights
 from storymem_dist.weights.lora import ScaledLora, open_lora, storymem_lora
 from storymem_dist.weights.prepare import prepare_checkpoint
 from storymem_dist.weights.prepared import check_files, read_manifest
-from storymem_dist.weights.tiny_checkpoint import TinyCheckpoint
+from storymem_dist.weights.settings import ModelSettings
+from storymem_dist.weights.tiny_checkpoint import ModelFolders
 from tests.helpers.checkpoints import edit_json, truncate, write_diffusers_layout
 
 MI2V = "Wan2.2-MI2V-A14B"
@@ -41,7 +43,7 @@ def prepared_from(i2v: Path, lora_dir: Path, output: Path, dtype: str = "float32
 
 
 @pytest.fixture
-def sources(tiny: TinyCheckpoint, i2v_copy: Path, tmp_path: Path) -> tuple[Path, Path]:
+def sources(tiny: ModelFolders, i2v_copy: Path, tmp_path: Path) -> tuple[Path, Path]:
     """A base model and StoryMem LoRAs that a test may change."""
     return i2v_copy, shutil.copytree(tiny.lora_dir, tmp_path / "StoryMem")
 
@@ -49,7 +51,7 @@ def sources(tiny: TinyCheckpoint, i2v_copy: Path, tmp_path: Path) -> tuple[Path,
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("expert", ["high_noise", "low_noise"])
 def test_prepared_weights_are_bit_equal_to_merging_while_loading(
-    tiny: TinyCheckpoint, tmp_path: Path, dtype: str, expert: str
+    tiny: ModelFolders, tmp_path: Path, dtype: str, expert: str
 ) -> None:
     folder = prepared_from(tiny.i2v_dir, tiny.lora_dir, tmp_path / "prepared", dtype)
     checkpoint = open_checkpoint(folder, "i2v")
@@ -64,7 +66,7 @@ def test_prepared_weights_are_bit_equal_to_merging_while_loading(
     assert not torch.equal(found.blocks[0].ffn[0].weight, unmerged.blocks[0].ffn[0].weight)
 
 
-def test_float8_keeps_what_eight_bits_can_hold_and_the_rest_exactly(tiny: TinyCheckpoint, tmp_path: Path) -> None:
+def test_float8_keeps_what_eight_bits_can_hold_and_the_rest_exactly(tiny: ModelFolders, tmp_path: Path) -> None:
     folder = prepared_from(tiny.i2v_dir, tiny.lora_dir, tmp_path / "prepared", "float8")
     found = loaded(open_checkpoint(folder, "i2v").expert("high_noise"), tiny.i2v_dir, [], torch.bfloat16)
     lora = storymem_lora(tiny.lora_dir, "mi2v")["high_noise"]
@@ -94,7 +96,7 @@ def test_float8_rows_come_back_exactly_as_they_were_rounded() -> None:
     assert torch.equal(restored[7], torch.zeros(30))
 
 
-def test_a_diffusers_checkpoint_is_prepared_too(tiny: TinyCheckpoint, tmp_path: Path) -> None:
+def test_a_diffusers_checkpoint_is_prepared_too(tiny: ModelFolders, tmp_path: Path) -> None:
     native = prepared_from(tiny.i2v_dir, tiny.lora_dir, tmp_path / "from_native")
     diffusers = write_diffusers_layout(tiny.i2v_dir, "i2v", tmp_path / "diffusers")
     other = prepared_from(diffusers, tiny.lora_dir, tmp_path / "from_diffusers")
@@ -103,7 +105,7 @@ def test_a_diffusers_checkpoint_is_prepared_too(tiny: TinyCheckpoint, tmp_path: 
     assert open_checkpoint(other, "i2v").vae_path == other / "vae"
 
 
-def test_the_manifest_says_what_went_in_and_what_came_out(tiny: TinyCheckpoint, tmp_path: Path) -> None:
+def test_the_manifest_says_what_went_in_and_what_came_out(tiny: ModelFolders, tmp_path: Path) -> None:
     manifest = read_manifest(prepared_from(tiny.i2v_dir, tiny.lora_dir, tmp_path / "prepared", "bfloat16"))
     assert (manifest.kind, manifest.dtype, manifest.storymem_lora) == ("i2v", "bfloat16", MI2V)
     assert manifest.source["identity"] == open_checkpoint(tiny.i2v_dir, "i2v").identity
@@ -173,7 +175,7 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], type[StoryMemError], str]] =
 
 
 @pytest.mark.parametrize("case", REFUSALS)
-def test_a_prepared_folder_that_is_not_whole_is_refused(tiny: TinyCheckpoint, tmp_path: Path, case: str) -> None:
+def test_a_prepared_folder_that_is_not_whole_is_refused(tiny: ModelFolders, tmp_path: Path, case: str) -> None:
     damage, error, message = REFUSALS[case]
     folder = prepared_from(tiny.i2v_dir, tiny.lora_dir, tmp_path / "prepared")
     damage(folder)
@@ -182,7 +184,7 @@ def test_a_prepared_folder_that_is_not_whole_is_refused(tiny: TinyCheckpoint, tm
     assert message.format(root=folder) in str(caught.value)
 
 
-def test_a_flipped_bit_is_found_by_its_hash(tiny: TinyCheckpoint, tmp_path: Path) -> None:
+def test_a_flipped_bit_is_found_by_its_hash(tiny: ModelFolders, tmp_path: Path) -> None:
     folder = prepared_from(tiny.i2v_dir, tiny.lora_dir, tmp_path / "prepared")
     _flip_a_bit(folder)
     with pytest.raises(CheckpointError, match=r"block-001.safetensors: its SHA-256 is not that of what was written"):
@@ -204,7 +206,7 @@ def test_weights_older_than_their_lora_are_refused(sources: tuple[Path, Path], t
 
 
 def test_an_interrupted_prepare_leaves_nothing_that_can_be_mistaken(
-    tiny: TinyCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: ModelFolders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
@@ -220,13 +222,13 @@ def test_an_interrupted_prepare_leaves_nothing_that_can_be_mistaken(
     assert sorted(path.name for path in tmp_path.iterdir()) == [".prepared.lock", "prepared"]
 
 
-def test_preparing_again_replaces_the_folder(tiny: TinyCheckpoint, tmp_path: Path) -> None:
+def test_preparing_again_replaces_the_folder(tiny: ModelFolders, tmp_path: Path) -> None:
     first = read_manifest(prepared_from(tiny.i2v_dir, tiny.lora_dir, tmp_path / "prepared", "bfloat16"))
     second = read_manifest(prepared_from(tiny.i2v_dir, tiny.lora_dir, tmp_path / "prepared", "float32"))
     assert (first.dtype, second.dtype) == ("bfloat16", "float32")
 
 
-def test_a_folder_with_something_else_in_it_is_left_alone(tiny: TinyCheckpoint, tmp_path: Path) -> None:
+def test_a_folder_with_something_else_in_it_is_left_alone(tiny: ModelFolders, tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "aunt.jpg").touch()
     with pytest.raises(CheckpointError, match="holds other files than prepared weights"):
@@ -234,7 +236,7 @@ def test_a_folder_with_something_else_in_it_is_left_alone(tiny: TinyCheckpoint, 
     assert (tmp_path / "photos" / "aunt.jpg").exists()
 
 
-def test_prepared_weights_are_not_prepared_again(tiny: TinyCheckpoint, tmp_path: Path) -> None:
+def test_prepared_weights_are_not_prepared_again(tiny: ModelFolders, tmp_path: Path) -> None:
     folder = prepared_from(tiny.i2v_dir, tiny.lora_dir, tmp_path / "prepared")
     with pytest.raises(CheckpointError, match="these weights are prepared already"):
         prepared_from(folder, tiny.lora_dir, tmp_path / "twice")
@@ -250,7 +252,7 @@ def test_prepared_weights_are_not_prepared_again(tiny: TinyCheckpoint, tmp_path:
     ],
 )
 def test_the_merged_storymem_lora_must_be_the_jobs(
-    tiny: TinyCheckpoint, tmp_path: Path, continuation: str | None, message: str | None
+    tiny: ModelFolders, tmp_path: Path, continuation: str | None, message: str | None
 ) -> None:
     folder = prepared_from(tiny.i2v_dir, tiny.lora_dir, tmp_path / "prepared")
     manifest = read_manifest(folder)
@@ -262,7 +264,7 @@ def test_the_merged_storymem_lora_must_be_the_jobs(
     assert message in str(caught.value)
 
 
-def test_further_loras_must_be_the_merged_ones(tiny: TinyCheckpoint, tmp_path: Path) -> None:
+def test_further_loras_must_be_the_merged_ones(tiny: ModelFolders, tmp_path: Path) -> None:
     file = open_lora(tiny.lora_dir / MI2V / "backbone_high_noise.safetensors")
     asked, stronger = ScaledLora(file, strength=0.5), ScaledLora(file, strength=0.6)
     prepare_checkpoint(
@@ -275,7 +277,24 @@ def test_further_loras_must_be_the_merged_ones(tiny: TinyCheckpoint, tmp_path: P
         manifest.check_request(tmp_path, None, {"high_noise": [stronger], "low_noise": []})
 
 
-def test_reading_a_part_of_a_float8_weight_gives_those_rows(tiny: TinyCheckpoint, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("rule", "lora", "is_right"), [("rslora", "", True), ("alpha", "", False), ("rslora", "absent", True)]
+)
+def test_a_storymem_lora_that_a_job_names_must_be_the_merged_one(
+    tiny: ModelFolders, tmp_path: Path, rule: str, lora: str, is_right: bool
+) -> None:
+    folder = prepared_from(tiny.i2v_dir, tiny.lora_dir, tmp_path / "prepared")
+    settings = ModelSettings(
+        i2v_checkpoint=str(folder), storymem_lora=str(tiny.lora_dir / lora), storymem_scale_rule=rule
+    )
+    if is_right:
+        assert open_weights(settings, ["m2v"], "mi2v").loras["m2v"] == {"high_noise": [], "low_noise": []}
+        return
+    with pytest.raises(CheckpointError, match=r"merged with the rule rslora.*model.storymem_lora=null"):
+        open_weights(settings, ["m2v"], "mi2v")
+
+
+def test_reading_a_part_of_a_float8_weight_gives_those_rows(tiny: ModelFolders, tmp_path: Path) -> None:
     folder = prepared_from(tiny.i2v_dir, tiny.lora_dir, tmp_path / "prepared", "float8")
     source = open_checkpoint(folder, "i2v").expert("low_noise")
     key = "blocks.1.ffn.2.weight"

@@ -15,18 +15,18 @@ from storymem_dist.weights.checkpoints import open_checkpoint
 from storymem_dist.weights.loading import LocalPart, TensorSource, load_dit_weights, whole_parameter
 from storymem_dist.weights.lora import ScaledLora, storymem_lora
 from storymem_dist.weights.prepare import prepare_checkpoint
-from storymem_dist.weights.tiny_checkpoint import TinyCheckpoint
+from storymem_dist.weights.tiny_checkpoint import ModelFolders
 
 FORMATS = pytest.mark.parametrize("linears", ["float8", "int8"])
 
 
 @pytest.fixture
-def source(tiny: TinyCheckpoint) -> TensorSource:
+def source(tiny: ModelFolders) -> TensorSource:
     return open_checkpoint(tiny.i2v_dir, "i2v").expert("high_noise")
 
 
 @pytest.fixture
-def lora(tiny: TinyCheckpoint) -> ScaledLora:
+def lora(tiny: ModelFolders) -> ScaledLora:
     return storymem_lora(tiny.lora_dir, "mi2v")["high_noise"]
 
 
@@ -93,7 +93,7 @@ def test_what_is_not_quantized_keeps_its_bits(source: TensorSource, lora: Scaled
             assert torch.equal(parameter, exact[name]), name
 
 
-def test_weights_prepared_as_float8_are_those_quantized_while_loading(tiny: TinyCheckpoint, tmp_path: Path) -> None:
+def test_weights_prepared_as_float8_are_those_quantized_while_loading(tiny: ModelFolders, tmp_path: Path) -> None:
     """The stored numbers themselves: they are not rounded a second time."""
     loras = {name: [lora] for name, lora in storymem_lora(tiny.lora_dir, "mi2v").items()}
     checkpoint = open_checkpoint(tiny.i2v_dir, "i2v")

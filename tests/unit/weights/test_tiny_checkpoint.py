@@ -1,6 +1,5 @@
 """The generated checkpoint: complete, reproducible, made once for any number of processes, numerically well behaved."""
 
-import json
 import multiprocessing
 import uuid
 from pathlib import Path
@@ -13,10 +12,11 @@ from transformers import AutoTokenizer
 from storymem_dist.files import folder_identity
 from storymem_dist.models.wan.presets import TINY
 from storymem_dist.weights import tiny_checkpoint
+from storymem_dist.weights.cached_folder import MANIFEST
 from storymem_dist.weights.checkpoints import open_checkpoint
 from storymem_dist.weights.lora import storymem_lora
 from storymem_dist.weights.text_encoder import load_text_encoder
-from storymem_dist.weights.tiny_checkpoint import TinyCheckpoint, generate_checkpoint, generate_tiny_checkpoint
+from storymem_dist.weights.tiny_checkpoint import ModelFolders, generate_checkpoint, generate_tiny_checkpoint
 from storymem_dist.weights.vae import load_vae
 
 
@@ -24,7 +24,7 @@ def everything(root: Path) -> str:
     return folder_identity(root, [path for path in root.rglob("*") if path.is_file()])
 
 
-def test_it_is_complete_and_small(tiny: TinyCheckpoint) -> None:
+def test_it_is_complete_and_small(tiny: ModelFolders) -> None:
     for kind, folder in (("t2v", tiny.t2v_dir), ("i2v", tiny.i2v_dir)):
         checkpoint = open_checkpoint(folder, kind)
         for mode in ("mi2v", "mm2v"):
@@ -35,7 +35,7 @@ def test_it_is_complete_and_small(tiny: TinyCheckpoint) -> None:
     assert sum(path.stat().st_size for path in root.rglob("*") if path.is_file()) < 8e6
 
 
-def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not(tiny: TinyCheckpoint, tmp_path: Path) -> None:
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not(tiny: ModelFolders, tmp_path: Path) -> None:
     same = generate_tiny_checkpoint(tmp_path / "same", seed=0)
     other = generate_tiny_checkpoint(tmp_path / "other", seed=1)
     assert everything(same.t2v_dir.parent) == everything(tiny.t2v_dir.parent)
@@ -51,15 +51,15 @@ def test_a_second_call_changes_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stale", ["seed", "version", "interrupted"])
-def test_a_folder_that_is_not_the_wanted_one_is_replaced(tmp_path: Path, stale: str, tiny: TinyCheckpoint) -> None:
+def test_a_folder_that_is_not_the_wanted_one_is_replaced(tmp_path: Path, stale: str, tiny: ModelFolders) -> None:
     root = tmp_path / "tiny"
     if stale == "seed":
         generate_tiny_checkpoint(root, seed=5)
     else:
         generate_tiny_checkpoint(root)
-        manifest = root / "storymem_tiny.json"
+        manifest = root / MANIFEST
         if stale == "version":
-            manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format_version": 0}))
+            manifest.write_text(manifest.read_text().replace('"format_version": 3', '"format_version": 0'))
         else:
             manifest.write_text("")
         (root / "left over").touch()
@@ -106,7 +106,7 @@ def test_of_processes_that_ask_at_once_one_writes_and_all_get_it(
     assert len(list(tmp_path.glob("call-*"))) == 2  # one for each base model
 
 
-def test_no_weight_is_zero_or_one_throughout(tiny: TinyCheckpoint) -> None:
+def test_no_weight_is_zero_or_one_throughout(tiny: ModelFolders) -> None:
     for path in (tiny.i2v_dir / "high_noise_model").glob("*.safetensors"):
         for key, value in load_file(path).items():
             assert value.isfinite().all() and value.std() > 1e-3, key
@@ -128,7 +128,7 @@ def test_random_latents_decode_to_visible_noise_whatever_the_seed(tmp_path: Path
     assert 0.3 < encoded.std() < 3
 
 
-def test_the_tokenizer_reads_any_text_and_ends_it(tiny: TinyCheckpoint) -> None:
+def test_the_tokenizer_reads_any_text_and_ends_it(tiny: ModelFolders) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny.t2v_dir / "google" / "umt5-xxl")
     assert (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id) == (0, 1, 2)
     assert len(tokenizer) == TINY.text_encoder.vocab_size

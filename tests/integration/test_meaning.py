@@ -1,0 +1,137 @@
+"""Pictures of the nano model show what prompts and memory say, and stop doing so when the renderer has a fault.
+
+A short version of ``benchmarks.meaning``: few clips, half the steps. Whether a clip shows what it should is decided by
+the judge of ``tools/nano``, which has no weights. Floors are the shares that were measured, less .1.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.meaning import FLOORS, below
+from storymem_dist import StoryMemPipeline
+from storymem_dist.diffusion.conditioning import MASK_CHANNELS, ConditionBuilder
+from storymem_dist.models.wan.vae import WanVae
+from storymem_dist.resources import packed_weights
+from storymem_dist.weights.packed import unpack_once
+from tools.nano import exam as exam_module
+from tools.nano import words, world
+from tools.nano.exam import KINDS, Exam, Sampling, make_pipeline
+from tools.nano.judge import judge
+
+NUM_CHARACTERS, NUM_DECODED = len(world.COLOURS), 3
+
+
+LEAST_RECALLED = 0.9
+"""1.00 was measured, less .1: of five characters, none may lose its colour."""
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StoryMemPipeline]:
+    folders = unpack_once(packed_weights("nano.safetensors"), None, tmp_path_factory.mktemp("cache"))
+    with make_pipeline(folders) as pipeline:
+        yield pipeline
+
+
+@pytest.fixture(scope="module")
+def exam(pipeline: StoryMemPipeline) -> Exam:
+    """Its first shots, which the first test renders, are the memory of those after it."""
+    return Exam(pipeline, sampling=Sampling(steps=8))
+
+
+def recalled_colours(pipeline: StoryMemPipeline, shown_instead: int = 0) -> float:
+    """The share of drawn characters whose colour a shot takes over from the memory; half of each clip is decoded."""
+    exam, decode = Exam(pipeline, sampling=Sampling(steps=8)), WanVae.decode
+    with patch.object(WanVae, "decode", lambda vae, latents: decode(vae, latents[:, :NUM_DECODED])):
+        return exam.remembered_drawings(NUM_CHARACTERS, shown_instead=shown_instead).row()["colour"]
+
+
+def test_a_first_shot_shows_what_its_prompt_says(exam: Exam) -> None:
+    row = exam.first_shots(5).row()
+    assert row["colour"] >= 0.9 and row["background"] >= 0.9 and row["motion"] >= 0.9, row
+    assert row["shape"] >= 0.8, row
+
+
+def test_the_character_is_the_remembered_one_and_without_memory_it_is_any(exam: Exam) -> None:
+    remembered, control = exam.remembered(4).row(), exam.unremembered(4).row()
+    assert remembered["colour"] >= 0.88 and remembered["background"] >= 0.9, remembered
+    assert control["colour"] <= 0.4, control
+
+
+def test_a_continued_shot_goes_on_where_the_last_one_ended(exam: Exam) -> None:
+    for mode in ("mi2v", "mm2v"):
+        row = exam.continued(1, mode).row()
+        assert row["colour"] >= 0.9 and row["background"] >= 0.9, row
+        assert row["seam"] > 22, row
+
+
+def test_the_memory_of_drawn_characters_is_taken_over(pipeline: StoryMemPipeline) -> None:
+    assert recalled_colours(pipeline) >= LEAST_RECALLED
+
+
+def another_characters_memory(pipeline: StoryMemPipeline, _: pytest.MonkeyPatch) -> float:
+    return recalled_colours(pipeline, shown_instead=1)
+
+
+def patched(change: Callable[[Tensor, int], Tensor]) -> Callable[[StoryMemPipeline, pytest.MonkeyPatch], float]:
+    def measure(pipeline: StoryMemPipeline, monkeypatch: pytest.MonkeyPatch) -> float:
+        build = ConditionBuilder.build
+
+        def wrong(builder: ConditionBuilder, mode, grid, images, **given):  # type: ignore[no-untyped-def]
+            return change(build(builder, mode, grid, images, **given), grid.num_memory)
+
+        monkeypatch.setattr(ConditionBuilder, "build", wrong)
+        return recalled_colours(pipeline)
+
+    return measure
+
+
+def without_mask(condition: Tensor, num_memory: int) -> Tensor:
+    condition[:MASK_CHANNELS, :num_memory] = 0
+    return condition
+
+
+def mask_after_latents(condition: Tensor, _: int) -> Tensor:
+    return torch.cat([condition[MASK_CHANNELS:], condition[:MASK_CHANNELS]])
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [another_characters_memory, patched(without_mask), patched(mask_after_latents)],
+    ids=["another character's memory", "the mask is dropped", "mask and latents are swapped"],
+)
+def test_a_fault_of_the_memory_is_seen(
+    pipeline: StoryMemPipeline, monkeypatch: pytest.MonkeyPatch, fault: Callable[..., float]
+) -> None:
+    assert fault(pipeline, monkeypatch) < LEAST_RECALLED - 0.3, "the test above would hardly fail"
+
+
+def test_the_judge_sees_what_is_drawn() -> None:
+    clips = world.sample_clips(10, torch.Generator().manual_seed(9))
+    pixels, _ = world.render(clips)
+    for index, clip in enumerate(pixels):
+        found = judge(clip)
+        assert {kind: getattr(found, kind) for kind in KINDS} == {
+            kind: names[int(getattr(clips, kind)[index])] for kind, names in world.KINDS.items()
+        }
+
+
+def test_every_phrase_of_the_exam_says_one_thing_that_the_tokenizer_knows() -> None:
+    concepts = dict(words.WORDS)
+    for kind, phrases_of in exam_module.PHRASES.items():
+        for name, phrases in phrases_of.items():
+            for phrase in phrases:
+                known = {concepts[word] for word in re.findall("[a-z]+", phrase) if word in concepts}
+                assert known - set(world.COLOURS) == {name}, (kind, phrase)
+
+
+def test_the_benchmark_names_what_is_below_its_floor() -> None:
+    right = {part: dict(floors) for part, floors in FLOORS.items()} | {"control": {"colour": 0.2}}
+    assert below(right) == []
+    right["remembered"]["colour"] -= 0.01
+    right["control"]["colour"] = 0.6
+    assert [one.partition(":")[0] for one in below(right)] == ["remembered", "control"]
