@@ -235,8 +235,10 @@ def _in_grammar(value: object) -> str:
         return f"[{','.join(map(_in_grammar, value))}]"
     if isinstance(value, dict):
         return "{" + ",".join(f"{_plain_key(key)}:{_in_grammar(one)}" for key, one in value.items()) + "}"
-    if value is None or isinstance(value, bool | int | float):
-        return {None: "null", True: "true", False: "false"}.get(value) or repr(value)  # type: ignore[arg-type]
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    if isinstance(value, int | float):
+        return repr(value)
     if isinstance(value, str):
         return quoted(value)
     raise TypeError(type(value).__name__)

@@ -102,7 +102,7 @@ def _render_job(points: Sequence[Point], sweep: str | None, stop: StopSwitch, bo
             all_observers.append(observers)
             part = _part(point, batch, run, weights, board.watching(logged(observers.observer)), session)
             announce(part, batch, run_id, session, attention)
-            for message in weights.lora_warnings():
+            for message in weights.lora_warnings() if session.rank == 0 else ():
                 part.observers.notify(WarningIssued(message=message, source="weights"))
             parts.append(part)
 

@@ -138,6 +138,16 @@ def test_a_text_that_looks_like_a_number_keeps_its_digits(text: str) -> None:
     assert compose_settings([f"tracking.wandb.name={text}"]).tracking.wandb.name == text
 
 
+def test_values_of_a_list_that_only_yaml_reads_keep_their_types() -> None:
+    given = "model.loras=[{path: a b (c), strength: 1}, {path: d (e), strength: 0}, {path: f (g), alpha: null}]"
+    loras = compose_settings([given]).model.loras
+    assert [(one.path, one.strength, one.alpha) for one in loras] == [
+        ("a b (c)", 1.0, None),
+        ("d (e)", 0.0, None),
+        ("f (g)", 1.0, None),
+    ]
+
+
 def test_settings_that_exist_may_be_added() -> None:
     assert compose_settings(["+model.loras=[a]", "++sampler.fps=8"]).sampler.fps == 8
 
