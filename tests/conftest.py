@@ -24,6 +24,16 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)
+def environment_stays() -> Iterator[None]:
+    """Restore the environment variables: a program that a test calls in this process sets some for its libraries."""
+    before = dict(os.environ)
+    yield
+    if dict(os.environ) != before:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+@pytest.fixture(autouse=True)
 def loggers_stay_enabled() -> Iterator[None]:
     """Enable all loggers again: Hydra disables those that exist when it starts a job in this process."""
     yield

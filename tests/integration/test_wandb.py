@@ -24,7 +24,7 @@ from tests.helpers.wandb_file import WandbRun, memory_rows_of_events, read_segme
 ROOT = Path(__file__).parents[2]
 
 
-def feed(run_folder: Path, environment: Mapping[str, str] | None = None, **settings: Any) -> None:
+def feed(run_folder: Path, environment: Mapping[str, str] | None = None, exit_code: int = 0, **settings: Any) -> None:
     """What ``python -m storymem_dist.observe.wandb.process RUN`` does."""
     command = [
         sys.executable,
@@ -37,7 +37,7 @@ def feed(run_folder: Path, environment: Mapping[str, str] | None = None, **setti
     done = subprocess.run(
         command, cwd=ROOT, env={**os.environ, **(environment or {})}, capture_output=True, text=True, timeout=120
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == exit_code, done.stderr
 
 
 def two_replicas(root: Path) -> FakeRun:
@@ -309,7 +309,8 @@ def test_without_the_service_the_run_is_kept_offline_with_one_warning(
         run.shot(replica, 0, 0)
         run.finish(replica)
     away = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0" * 40, "WANDB_MODE": "online"}
-    feed(run.root, away, mode="online", init_timeout_seconds=2.0)
+    away["WANDB_SERVICE"] = "2-1-tcp-localhost-1"  # of a process that has ended
+    feed(run.root, away, RunFolderError.exit_code, mode="online", init_timeout_seconds=2.0)
     (segment,) = read_segments(run.root / "wandb")
     assert segment.series("shot/done") == [1] and segment.finished
     (warning,) = events_of(run, ev.WarningIssued)

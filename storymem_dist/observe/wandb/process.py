@@ -169,21 +169,22 @@ def feed(
     *,
     should_finish: threading.Event,
     process_id: int | None = None,
-    may_be_offline: bool = True,
+    by_hand: bool = False,
 ) -> str:
     """Feed W&B until ``should_finish`` is set and everything in the event files is logged; return a line about it.
 
     Waits without using W&B while another feeder holds the folder's lock; empty if it does so until the end.
+    ``by_hand``, feeds the whole run anew, and does not wait.
 
     Raises:
-        RunFolderError: not a run folder, or something in it leads out of it; unless it ``may_be_offline``, also when an
-            online run was kept offline.
+        RunFolderError: not a run folder, or something in it leads out of it. By hand, also when another feeder holds
+            the lock, or when an online run was kept offline.
     """
     RunFiles(run_folder)
     mode = choose_mode(settings.mode)
     if mode == "off":
         return "Weights & Biases is off (tracking.wandb.mode=off or WANDB_MODE)"
-    by_hand = should_finish.is_set()
+    os.environ.pop("WANDB_SERVICE", None)  # a service of another process cannot be ended when its server is away
     try:
         folder = own_folder(run_folder)
         os.environ.setdefault("WANDB_DATA_DIR", str(folder / "data"))
@@ -210,7 +211,7 @@ def feed(
     if feeder.mode == "online":
         return f"Weights & Biases has the run: {feeder.address}"
     kept = f"upload it with: wandb sync {shlex.quote(str(run_folder / 'wandb' / feeder.folder_name))}"
-    if not may_be_offline and mode == "online":
+    if by_hand and mode == "online":
         raise RunFolderError(f"{'; '.join(feeder.warnings)}; {kept}")
     return f"the run is kept offline; {kept}"
 
@@ -232,7 +233,7 @@ def feed_by_hand(run_folder: Path, mode: str) -> str:
     finished = threading.Event()
     finished.set()
     try:
-        return feed(run_folder, settings, should_finish=finished, may_be_offline=False)
+        return feed(run_folder, settings, should_finish=finished, by_hand=True)
     except OSError as error:
         raise RunFolderError(f"{run_folder} cannot be fed to Weights & Biases: {error}") from error
 
@@ -280,7 +281,13 @@ def _run(arguments: list[str] | None) -> int:
     else:
         finished.set()
     try:
-        feed(given.run_folder, WandbSettings(**given.settings), should_finish=finished, process_id=given.process_id)
+        feed(
+            given.run_folder,
+            WandbSettings(**given.settings),
+            should_finish=finished,
+            process_id=given.process_id,
+            by_hand=not given.follow,
+        )
     except StoryMemError as error:
         print_error(error)
         return error.exit_code
