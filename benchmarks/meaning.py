@@ -3,6 +3,7 @@
     python -m benchmarks.meaning                            # the nano model that comes with the package
     python -m benchmarks.meaning --scale 0.2 --chains 1     # quick
     python -m benchmarks.meaning --packed nano.safetensors  # a file that python -m tools.nano made
+    python -m benchmarks.meaning --faults                   # and what faults of a renderer would show
 
 Prompts and seeds are drawn anew; a judge with fixed rules (tools/nano/judge.py) says what each clip shows. Columns are
 shares of clips: "colour", "shape", "motion" and "background" as the prompt or the memory says. "clear" is the share of
@@ -14,7 +15,10 @@ first shot are its memory; what the judge saw there is right. "drawn memory": th
 same prompts without memory. "continued": MI2V and MM2V after a first shot. "chain": whole stories through
 storymem-render, with the memory bank; all shots but the first, which alone says what the character looks like.
 
+"fault": "drawn memory" with a fault of ``tools/nano/faults.py`` in the renderer.
+
 Ends with 1 if a share is below its floor, or if the control is right too often: then it is not memory that is measured.
+With ``--faults`` also if a fault is hardly seen.
 """
 
 import argparse
@@ -34,6 +38,7 @@ from storymem_dist.resources import packed_weights
 from storymem_dist.weights.packed import unpack_once
 from tools.nano import world
 from tools.nano.exam import KINDS, Exam, Sampling, Score, make_pipeline, sentence
+from tools.nano.faults import FAULTS, SEEN_IN
 from tools.nano.judge import judge
 
 CLIPS = {
@@ -58,6 +63,9 @@ FLOORS: dict[str, Mapping[str, float]] = {
 
 MOST_OF_CONTROL = {"colour": 0.4}
 """The most that the control may get right."""
+
+LEAST_LOSS = 0.1
+"""How far below its floor a fault takes the share that shows it."""
 
 _CHAIN_SHOTS = 5
 
@@ -94,6 +102,12 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, dict[str, float
         for mode in ("mi2v", "mm2v"):
             name = f"continued, {mode.upper()}"
             rows[name] = exam.continued(num[name], mode).row()
+        for fault, of in FAULTS.items() if args.faults else ():
+            with of.context():
+                again = Exam(pipeline, args.seed, Sampling(steps=args.steps, guidance=args.guidance))
+                rows[f"fault: {fault}"] = again.remembered_drawings(
+                    num["drawn memory"], shown_instead=of.shown_instead
+                ).row()
     if args.chains:
         rows["chain"] = chains(args, folder).row()
     return rows
@@ -148,6 +162,11 @@ def below(rows: Mapping[str, Mapping[str, float]]) -> list[str]:
         for kind, floor in floors.items()
         if rows[part][kind] < floor
     ]
+    found += [
+        f"fault: {fault}: {kind} {rows[row][kind]:.2f}, at most {FLOORS['drawn memory'][kind] - LEAST_LOSS:.2f}"
+        for fault, kind in SEEN_IN.items()
+        if (row := f"fault: {fault}") in rows and rows[row][kind] > FLOORS["drawn memory"][kind] - LEAST_LOSS
+    ]
     return found + [
         f"control: {kind} {rows['control'][kind]:.2f}, at most {most:.2f}"
         for kind, most in MOST_OF_CONTROL.items()
@@ -169,6 +188,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--packed", type=Path, default=packed_weights("nano.safetensors"), help="a packed model")
     parser.add_argument("--scale", type=float, default=1.0, help="times this many clips (default: 174 and the chains)")
     parser.add_argument("--chains", type=int, default=10, help=f"stories of {_CHAIN_SHOTS} shots (default: 10)")
+    parser.add_argument("--faults", action="store_true", help="also render with faults (120 clips)")
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--guidance", type=float, default=2.0)
     parser.add_argument("--seed", type=int, default=77)

@@ -5,22 +5,21 @@ the judge of ``tools/nano``, which has no weights. Floors are the shares that we
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from unittest.mock import patch
 
 import pytest
 import torch
-from torch import Tensor
 
 from benchmarks.meaning import FLOORS, below
 from storymem_dist import StoryMemPipeline
-from storymem_dist.diffusion.conditioning import MASK_CHANNELS, ConditionBuilder
 from storymem_dist.models.wan.vae import WanVae
 from storymem_dist.resources import packed_weights
 from storymem_dist.weights.packed import unpack_once
 from tools.nano import exam as exam_module
 from tools.nano import words, world
 from tools.nano.exam import KINDS, Exam, Sampling, make_pipeline
+from tools.nano.faults import FAULTS, SEEN_IN
 from tools.nano.judge import judge
 
 NUM_CHARACTERS, NUM_DECODED = len(world.COLOURS), 3
@@ -73,41 +72,11 @@ def test_the_memory_of_drawn_characters_is_taken_over(pipeline: StoryMemPipeline
     assert recalled_colours(pipeline) >= LEAST_RECALLED
 
 
-def another_characters_memory(pipeline: StoryMemPipeline, _: pytest.MonkeyPatch) -> float:
-    return recalled_colours(pipeline, shown_instead=1)
-
-
-def patched(change: Callable[[Tensor, int], Tensor]) -> Callable[[StoryMemPipeline, pytest.MonkeyPatch], float]:
-    def measure(pipeline: StoryMemPipeline, monkeypatch: pytest.MonkeyPatch) -> float:
-        build = ConditionBuilder.build
-
-        def wrong(builder: ConditionBuilder, mode, grid, images, **given):  # type: ignore[no-untyped-def]
-            return change(build(builder, mode, grid, images, **given), grid.num_memory)
-
-        monkeypatch.setattr(ConditionBuilder, "build", wrong)
-        return recalled_colours(pipeline)
-
-    return measure
-
-
-def without_mask(condition: Tensor, num_memory: int) -> Tensor:
-    condition[:MASK_CHANNELS, :num_memory] = 0
-    return condition
-
-
-def mask_after_latents(condition: Tensor, _: int) -> Tensor:
-    return torch.cat([condition[MASK_CHANNELS:], condition[:MASK_CHANNELS]])
-
-
-@pytest.mark.parametrize(
-    "fault",
-    [another_characters_memory, patched(without_mask), patched(mask_after_latents)],
-    ids=["another character's memory", "the mask is dropped", "mask and latents are swapped"],
-)
-def test_a_fault_of_the_memory_is_seen(
-    pipeline: StoryMemPipeline, monkeypatch: pytest.MonkeyPatch, fault: Callable[..., float]
-) -> None:
-    assert fault(pipeline, monkeypatch) < LEAST_RECALLED - 0.3, "the test above would hardly fail"
+@pytest.mark.parametrize("name", [name for name, kind in SEEN_IN.items() if kind == "colour"])
+def test_a_fault_of_the_memory_is_seen(pipeline: StoryMemPipeline, name: str) -> None:
+    with FAULTS[name].context():
+        share = recalled_colours(pipeline, FAULTS[name].shown_instead)
+    assert share < LEAST_RECALLED - 0.3, "the test above would hardly fail"
 
 
 def test_the_judge_sees_what_is_drawn() -> None:
