@@ -2,7 +2,8 @@
 
     python -m benchmarks.dispatch
     python -m benchmarks.dispatch --replicas 8 --large-replicas 0 --claim-stories 300      # quick
-    python -m benchmarks.dispatch --first-shot 500                                         # only the third table
+    python -m benchmarks.dispatch --graphs                                                 # only the third table
+    python -m benchmarks.dispatch --first-shot 500                                         # only the fourth table
 
 **Makespan.** The project's own choice (``choose_shot``) drives simulated replicas over 30 stories (300 shots, 7 to 12
 per story, as ST-Bench has) and over 3,000 stories. The cost model gives the time of a shot for its number of memory
@@ -23,17 +24,20 @@ time it loads other experts, also for its first experts.
 **Claims.** The real queue runs with leases in memory: every claim, commit and scan of a job of 30,000 shots. The times
 are processor time of this thread, so waiting for the file system does not count.
 
+**Graphs** (``--graphs``). The same replicas over stories whose shots do not all need each other, by the rule of the
+memory: one story of 12 cuts; 300 stories whose shots name what they recall; 140 stories with the structure of
+EntityBench (arXiv 2605.15199), continuations kept. "longest paths" adds up, over all stories, the shots that can only
+be rendered one after the other. "entities, first" leaves out the latest appearances (``memory.num_fixed=10``).
+
 **First shot.** A real job of the tiny model in this process, with N stories of ten shots: seconds from its start (after
 the imports) to its first shot, and the prompts that it encoded before. "all first" encodes every prompt before the
 first shot, for comparison.
 """
 
-import heapq
 import json
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from unittest.mock import patch
@@ -42,25 +46,24 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from benchmarks.harness import make_parser, print_table, write_json
+from benchmarks.shot_simulation import shortest_possible, simulate, story_level
+from benchmarks.shot_workloads import entitybench_stories, make_chains, make_story, mixed_stories, planned
 from storymem_dist.artifacts.run_folder import RunFolder
-from storymem_dist.artifacts.video import VideoSettings
 from storymem_dist.config.composing import register_schema, to_plain, to_settings
 from storymem_dist.config.points import Point
-from storymem_dist.diffusion.settings import SamplerSettings
 from storymem_dist.dispatch.cost import CostModel
-from storymem_dist.dispatch.graph import ShotGraph, ShotStatus, choose_shot
+from storymem_dist.dispatch.graph import ShotGraph
 from storymem_dist.dispatch.leases import Lease, LeaseFolder, Owner
-from storymem_dist.dispatch.plan import BatchPart, PlannedShot, plan_story
 from storymem_dist.dispatch.queue import ShotQueue, lease_key
 from storymem_dist.dispatch.settings import DispatchSettings
+from storymem_dist.dispatch.story_graph import ShotStatus
+from storymem_dist.memory.settings import MemorySettings
+from storymem_dist.observe.run.values import levels
 from storymem_dist.render import prompts as prompts_module
 from storymem_dist.render.job import render_job
 from storymem_dist.render.shot import StoryShotRenderer
 from storymem_dist.resources import config_folder
-from storymem_dist.story.schema import Scene, Shot, Story
 
-# 30 stories, 300 shots, 7 to 12 a story, as ST-Bench has.
-SHOT_COUNTS = [7] * 3 + [8] * 4 + [9] * 5 + [10] * 4 + [11] * 6 + [12] * 8
 H100_SECONDS_PER_CLIP = 326.9
 
 
@@ -74,6 +77,7 @@ def main() -> None:
         "--save-ratio", type=float, default=0.0086, help="time of a save divided by the time of the shortest clip"
     )
     parser.add_argument("--claim-stories", type=int, default=3000, help="stories of the job that claims are timed on")
+    parser.add_argument("--graphs", action="store_true", help="only stories whose shots do not all need each other")
     parser.add_argument("--first-shot", type=int, default=0, metavar="N", help="only time the start of N stories")
     arguments = parser.parse_args()
     if arguments.first_shot:
@@ -82,16 +86,64 @@ def main() -> None:
         write_json(arguments.json, "dispatch", {"first shot": starts}, torch.device("cpu"))
         return
 
+    save_seconds = arguments.save_ratio * H100_SECONDS_PER_CLIP
+    if arguments.graphs:
+        graphs = compare_graphs(arguments.swap_seconds, save_seconds)
+        print_table(graphs)
+        write_json(arguments.json, "dispatch", {"graphs": graphs}, torch.device("cpu"))
+        return
     cases = [(30, replicas) for replicas in arguments.replicas]
     if arguments.large_replicas:
         cases.append((3000, arguments.large_replicas))
-    save_seconds = arguments.save_ratio * H100_SECONDS_PER_CLIP
     rows = [_compare(*case, arguments.swap_seconds, save_seconds) for case in cases]
     print_table(rows)
     claims = measure_claims(arguments.claim_stories)
     print()
     print_table([claims])
     write_json(arguments.json, "dispatch", {"makespan": rows, "claims": claims}, torch.device("cpu"))
+
+
+# -- graphs ------------------------------------------------------------------------------------------------------------
+
+RULES = {
+    "window": MemorySettings(),
+    "entities": MemorySettings(recall="entities"),
+    "entities, first": MemorySettings(recall="entities", num_fixed=10),
+    "anchored": MemorySettings(recall="anchored"),
+}
+
+
+def compare_graphs(swap_seconds: float, save_seconds: float) -> list[dict[str, object]]:
+    """Makespan and bound of stories whose shots do not all need each other, by rule of the memory and replicas."""
+    one, mixed, cast = [make_story(0, 12)], mixed_stories(300), entitybench_stories()
+    cases = [("one story of 12", one, rule, [1, 2, 4, 8]) for rule in ("window", "anchored")]
+    cases.append(("300 mixed", mixed, "window", [8, 16, 32, 64]))
+    cases += [("EntityBench's", cast, rule, [1, 2, 4, 8, 16, 32, 64]) for rule in RULES]
+    rows = []
+    seconds = H100_SECONDS_PER_CLIP / CostModel().shot_tflop(0)
+    for name, stories, rule, counts in cases:
+        shots = planned(stories, RULES[rule])
+        for replicas in counts:
+            bound = shortest_possible(shots, replicas, seconds, save_seconds)
+            makespan, _ = simulate(shots, replicas, seconds, swap_seconds=0.0, save_seconds=save_seconds, overlap=True)
+            swapped, loads = simulate(
+                shots, replicas, seconds, swap_seconds=swap_seconds, save_seconds=save_seconds, overlap=True
+            )
+            rows.append(
+                {
+                    "stories": name,
+                    "memory": rule,
+                    "shots": sum(map(len, shots)),
+                    "longest paths": sum(max(levels([shot.waits_for for shot in one])) + 1 for one in shots),
+                    "replicas": replicas,
+                    "bound h": round(bound / 3600, 3),
+                    "makespan h": round(makespan / 3600, 3),
+                    "efficiency": round(bound / makespan, 3),
+                    "with swaps h": round(swapped / 3600, 3),
+                    "loads per replica": round(loads / replicas, 2),
+                }
+            )
+    return rows
 
 
 # -- makespan ----------------------------------------------------------------------------------------------------------
@@ -102,8 +154,7 @@ def _compare(num_stories: int, num_replicas: int, swap_seconds: float, save_seco
     seconds = H100_SECONDS_PER_CLIP / CostModel().shot_tflop(0)
     work = [seconds * sum(shot.cost for shot in chain) for chain in chains]
     lengths = [length + save_seconds * len(chain) for length, chain in zip(work, chains, strict=True)]
-    all_saves = save_seconds * sum(map(len, chains))
-    bound = max(sum(work) / num_replicas + save_seconds, all_saves / num_replicas, max(lengths))
+    bound = shortest_possible(chains, num_replicas, seconds, save_seconds)
 
     def run(*, swap_seconds: float, overlap: bool) -> tuple[float, int]:
         return simulate(
@@ -127,105 +178,6 @@ def _compare(num_stories: int, num_replicas: int, swap_seconds: float, save_seco
         "stories h": round(whole / 3600, 3),
         "stories efficiency": round(bound / whole, 3),
     }
-
-
-def make_chains(num_stories: int) -> list[tuple[PlannedShot, ...]]:
-    """Chains with the lengths of ``SHOT_COUNTS``, repeated, planned as a job plans them."""
-    part = make_part(Path("unused"))
-    return [plan_story(0, part, make_story(n, SHOT_COUNTS[n % len(SHOT_COUNTS)]), {}) for n in range(num_stories)]
-
-
-def make_part(root: Path) -> BatchPart:
-    """A batch part with A14B's cost model."""
-    return BatchPart(
-        run=RunFolder(root),
-        stories=[],
-        sampler=SamplerSettings(),
-        inputs={"t2v": {}, "m2v": {}},
-        video=VideoSettings(),
-        cost=CostModel(),
-    )
-
-
-def make_story(number: int, num_shots: int) -> Story:
-    """A story of ``num_shots`` cuts."""
-    shots = tuple(
-        Shot(index=index, index_in_scene=index, scene_num=1, prompt=f"story {number} shot {index}", cut=True)
-        for index in range(num_shots)
-    )
-    scenes = (Scene(scene_num=1, shots=shots),)
-    return Story(story_id=f"story_{number:04d}", name="", overview="", scenes=scenes)
-
-
-def simulate(
-    chains: Sequence[Sequence[PlannedShot]],
-    num_replicas: int,
-    seconds_per_tflop: float,
-    *,
-    swap_seconds: float,
-    save_seconds: float,
-    overlap: bool,
-) -> tuple[float, int]:
-    """Return the makespan in seconds and the number of times that experts were loaded."""
-    graph = ShotGraph(chains)
-    loaded: list[str | None] = [None] * num_replicas
-    saving: list[PlannedShot | None] = [None] * num_replicas
-    save_ends = [0.0] * num_replicas
-    idle = list(range(num_replicas))
-    events: list[tuple[float, int, bool, PlannedShot]] = []  # time, replica, save to come?, shot
-    now, loads = 0.0, 0
-
-    def expected_wait(kind: str) -> float:
-        ends = [end + to_save * save_seconds for end, _, to_save, shot in events if graph.kind_after(shot) == kind]
-        return min(ends, default=float("inf")) - now
-
-    while True:
-        waiting: list[int] = []
-        refused: set[str | None] = set()  # nothing gets ready meanwhile: one answer holds for all
-        for replica in idle:
-            is_saving = saving[replica] is not None
-            if not is_saving and loaded[replica] in refused:
-                waiting.append(replica)
-                continue
-            shot = choose_shot(
-                graph,
-                loaded[replica],
-                num_replicas=num_replicas,
-                expected_wait=expected_wait,
-                swap_seconds=swap_seconds,
-                saving=saving[replica],
-            )
-            if shot is None:
-                waiting.append(replica)
-                refused |= set() if is_saving else {loaded[replica]}
-                continue
-            graph.set_state(shot, ShotStatus.LEASED)
-            swap = swap_seconds if loaded[replica] != shot.kind else 0.0
-            loads += loaded[replica] != shot.kind
-            loaded[replica] = shot.kind
-            end = now + swap + shot.cost * seconds_per_tflop
-            end = max(end, save_ends[replica]) if overlap else end + save_seconds
-            heapq.heappush(events, (end, replica, overlap, shot))
-        if not events:
-            return now, loads
-        now, replica, to_save, shot = heapq.heappop(events)
-        idle = waiting
-        if to_save:
-            saving[replica], save_ends[replica] = shot, now + save_seconds
-            heapq.heappush(events, (save_ends[replica], replica, False, shot))
-        else:
-            saving[replica] = None
-            graph.set_state(shot, ShotStatus.COMMITTED)
-        if to_save == overlap:  # it is free for the next shot
-            idle = [*waiting, replica]
-
-
-def story_level(lengths: Sequence[float], num_replicas: int) -> float:
-    """Makespan when the next free replica gets a whole story, the longest story first."""
-    free = [0.0] * num_replicas
-    for length in sorted(lengths, reverse=True):
-        heapq.heapreplace(free, free[0] + length)
-    return max(free)
 
 
 # -- claims ------------------------------------------------------------------------------------------------------------

@@ -28,7 +28,16 @@ _MATMULS = {
     "aten::_scaled_mm",
     "aten::_scaled_mm_v2",
 }
-_ATTENTION_PREFIXES = ("aten::_scaled_dot_product", "aten::_flash_attention", "aten::_cudnn_attention")
+# The operators of the packages flash_attn and flash_attn_interface have their own names; older ones run in a Function.
+_ATTENTION_PREFIXES = (
+    "aten::_scaled_dot_product",
+    "aten::_flash_attention",
+    "aten::_cudnn_attention",
+    "flash_attn::",
+    "flash_attn_2::",
+    "flash_attn_3::",
+    "FlashAttn",
+)
 # Operators that only allocate memory, or that only call other operators, which are counted themselves.
 _NO_WORK_PREFIXES = (
     "aten::empty",
@@ -127,6 +136,18 @@ def profile_run(run: Callable[[], Any], device: torch.device) -> "Profile":
     return Profile(seconds=seconds, matmul_attention_seconds=heavy_seconds, num_kernels=num_kernels)
 
 
+def kernel_names(run: Callable[[], Any], device: torch.device) -> list[str]:
+    """Names of the kernels that one call runs, the longest-running first; on a CPU, of its operators."""
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
+    with profile(activities=activities) as profiler:
+        _seconds(run, device, "wall")
+    if device.type == "cuda":
+        on_device = [event for event in profiler.key_averages() if event.device_type.name == "CUDA"]
+        return [event.key for event in sorted(on_device, key=lambda event: -event.self_device_time_total)]
+    events = sorted(profiler.key_averages(), key=lambda event: -event.self_cpu_time_total)
+    return [event.key for event in events]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Profile:
     """The profiler's numbers for one run.
@@ -145,11 +166,16 @@ class Profile:
 
 
 def print_table(rows: Sequence[dict[str, Any]]) -> None:
-    """Print rows under the keys of the first row, in aligned columns."""
-    cells = [list(rows[0]), *([_text(row.get(key, "")) for key in rows[0]] for row in rows)]
-    widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
-    for line in cells:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    """Print rows under all their keys, in aligned columns."""
+    print("\n".join(table_lines(rows)))
+
+
+def table_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The lines of a table with all keys of the rows, in the order in which they first occur."""
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    cells = [keys, *([_text(row.get(key, "")) for key in keys] for row in rows)]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(keys))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
 
 
 def write_json(path: Path | None, name: str, results: dict[str, Any], device: torch.device) -> None:

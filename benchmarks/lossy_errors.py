@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from benchmarks.harness import device_name, make_parser, print_table, write_json
 from benchmarks.lossy_pictures import GUIDANCE, Pictures
+from benchmarks.lossy_pictures import STEPS as PICTURE_STEPS
 from storymem_dist.diffusion.conditioning import ConditionBuilder
 from storymem_dist.diffusion.denoise import PromptEmbeds, StepInfo, denoise
 from storymem_dist.diffusion.experts import ExpertPair
@@ -43,7 +44,7 @@ from storymem_dist.diffusion.seeds import initial_noise
 from storymem_dist.diffusion.settings import SamplerSettings
 from storymem_dist.diffusion.solver import Solver
 from storymem_dist.diffusion.step_cache import attach_step_cache
-from storymem_dist.models.quantized_linear import QuantizedLinear, quantize_linears
+from storymem_dist.models.quantized_linear import LINEARS, QuantizedLinear, quantize_linears
 from storymem_dist.models.rope import rope_tables
 from storymem_dist.models.wan.dit import WanBlock, WanDiT
 from storymem_dist.models.wan.presets import EXPERTS, WAN22_A14B
@@ -69,6 +70,7 @@ class Variant:
     linears: str = "exact"
     stored_float8: bool = False
     step_cache_threshold: float = 0.0
+    guidance_interval: tuple[float, ...] = ()
 
     @property
     def quantizes(self) -> str:
@@ -105,10 +107,14 @@ def make_variants(args: argparse.Namespace) -> list[Variant]:
     return [
         exact,
         replace(exact, name=STORED_FLOAT8, stored_float8=True),
-        *(replace(exact, name=f"model.linears={one}", linears=one) for one in ("float8", "int8")),
+        *(replace(exact, name=f"model.linears={one}", linears=one) for one in LINEARS[1:]),
         *(
             replace(exact, name=f"sampler.step_cache_threshold={one}", step_cache_threshold=one)
             for one in args.thresholds
+        ),
+        *(
+            replace(exact, name=f"sampler.guidance_interval=[{start}, {end}]", guidance_interval=(start, end))
+            for start, end in args.intervals
         ),
     ]
 
@@ -127,26 +133,35 @@ def measure_denoises(variants: list[Variant], args: argparse.Namespace, rows: di
     noise = initial_noise(args.seed, grid.latent_shape)
     solver = Solver(args.solver, num_steps=args.steps, flow_shift=settings.flow_shift_m2v)
 
-    def run(experts: ExpertPair) -> tuple[Tensor, int, float]:
+    def run(experts: ExpertPair, variant: Variant) -> tuple[Tensor, int, float]:
         infos: list[StepInfo] = []
         start = time.perf_counter()
         latents = denoise(
-            experts, LocalGuidance(), solver, noise, condition, prompt, grid, device=device, on_step=infos.append
+            experts,
+            LocalGuidance(),
+            solver,
+            noise,
+            condition,
+            prompt,
+            grid,
+            device=device,
+            on_step=infos.append,
+            guided_steps=guided_steps(variant, args.steps),
         )
         return grid.clip_latents(latents).cpu(), sum(info.reused for info in infos), time.perf_counter() - start
 
     reference = Variant(name="reference", dtype=getattr(torch, args.reference))
-    exact, _, _ = run(load_experts(reference, args, checkpoint))
+    exact, _, _ = run(load_experts(reference, args, checkpoint), reference)
     loaded, experts = reference, None
     exact_seconds = 0.0
     for variant in variants:
-        weights = replace(variant, name="", step_cache_threshold=0.0)
+        weights = replace(variant, name="", step_cache_threshold=0.0, guidance_interval=())
         if experts is None or weights != loaded:
             if experts is not None:
                 experts.release()
             loaded, experts = weights, load_experts(variant, args, checkpoint)
-            run(with_threshold(experts, 0.0, args))  # warm-up
-        latents, num_reused, seconds = run(with_threshold(experts, variant.step_cache_threshold, args))
+            run(with_threshold(experts, 0.0, args), weights)  # warm-up
+        latents, num_reused, seconds = run(with_threshold(experts, variant.step_cache_threshold, args), variant)
         exact_seconds = exact_seconds or seconds
         row = rows[variant.name]
         row["latent error"] = relative_error(latents, exact)
@@ -166,8 +181,16 @@ def measure_pictures(variants: list[Variant], args: argparse.Namespace, rows: di
     experts.release()
     for variant in variants:
         experts = load_experts(variant, args, checkpoint)
-        rows[variant.name] |= pictures.compare(with_threshold(experts, variant.step_cache_threshold, args))
+        rows[variant.name] |= pictures.compare(
+            with_threshold(experts, variant.step_cache_threshold, args), guided_steps(variant, PICTURE_STEPS)
+        )
         experts.release()
+
+
+def guided_steps(variant: Variant, num_steps: int) -> range:
+    """The steps in which ``variant`` is guided."""
+    settings = SamplerSettings(num_inference_steps=num_steps, guidance_interval=list(variant.guidance_interval))
+    return settings.guided_steps
 
 
 def with_threshold(experts: ExpertPair, threshold: float, args: argparse.Namespace) -> ExpertPair:
@@ -256,7 +279,7 @@ def measure_block(
     reference = Variant(name="reference", dtype=getattr(torch, args.reference))
     exact = block_update(reference, args, outliers)
     for variant in variants:
-        if not variant.step_cache_threshold:
+        if not variant.step_cache_threshold and not variant.guidance_interval:
             rows[variant.name][column] = relative_error(block_update(variant, args, outliers), exact)
 
 
@@ -286,6 +309,12 @@ def relative_error(found: Tensor, exact: Tensor) -> float:
     return ((found - exact).norm() / exact.norm()).item()
 
 
+def interval(text: str) -> tuple[float, float]:
+    """The value of ``--intervals``."""
+    start, end = map(float, text.split(","))
+    return start, end
+
+
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = make_parser("lossy_errors", __doc__)
@@ -297,6 +326,14 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--lora", type=Path, help="folder with StoryMem's LoRA folders")
     parser.add_argument("--thresholds", type=float, nargs="*", default=[0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8])
+    parser.add_argument(
+        "--intervals",
+        type=interval,
+        nargs="*",
+        default=[(0.0, 0.75), (0.0, 0.5), (0.0, 0.25), (0.25, 1.0)],
+        metavar="START,END",
+        help="shares of the steps that are guided",
+    )
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--solver", default="unipc", choices=["unipc", "dpmpp", "euler"])
     parser.add_argument("--guidance", type=float, default=3.5)

@@ -77,11 +77,11 @@ class Pictures:
         """Make the clips that others are compared with."""
         self._exact = [self._render(experts, shot)[0] for shot in self._shots]
 
-    def compare(self, experts: ExpertPair) -> dict[str, float | str]:
+    def compare(self, experts: ExpertPair, guided_steps: range | None = None) -> dict[str, float | str]:
         """Share of the four words of each clip that the judge sees, dB against the exact clips, steps reused."""
         right, decibels, reused = 0, 0.0, 0
         for shot, exact in zip(self._shots, self._exact, strict=True):
-            clip, num_reused = self._render(experts, shot)
+            clip, num_reused = self._render(experts, shot, guided_steps)
             found = judge(clip)
             right += sum(shot.wanted[kind] == getattr(found, kind) for kind in KINDS)
             decibels += psnr(clip, exact)
@@ -93,7 +93,7 @@ class Pictures:
             "pictures, steps reused": f"{reused / num:.1f} of {STEPS}",
         }
 
-    def _render(self, experts: ExpertPair, shot: PictureShot) -> tuple[Tensor, int]:
+    def _render(self, experts: ExpertPair, shot: PictureShot, guided_steps: range | None = None) -> tuple[Tensor, int]:
         infos: list[StepInfo] = []
         solver = Solver("unipc", num_steps=STEPS, flow_shift=SamplerSettings().flow_shift_m2v)
         latents = denoise(
@@ -106,6 +106,7 @@ class Pictures:
             self._grid,
             device=self._device,
             on_step=infos.append,
+            guided_steps=guided_steps,
         )
         clip = self._vae.decode(self._grid.clip_latents(latents)).cpu()
         return clip, sum(info.reused for info in infos)

@@ -15,6 +15,9 @@ first shot are its memory; what the judge saw there is right. "drawn memory": th
 same prompts without memory. "continued": MI2V and MM2V after a first shot. "chain": whole stories through
 storymem-render, with the memory bank; all shots but the first, which alone says what the character looks like.
 
+"two characters": stories of two, of whom each later shot recalls one, by name or by entity. "away": a shot of a
+character who was seen in one shot and away for eleven, with a window and with memory.recall=entities.
+
 "fault": "drawn memory" with a fault of ``tools/nano/faults.py`` in the renderer.
 
 Ends with 1 if a share is below its floor, or if the control is right too often: then it is not memory that is measured.
@@ -37,6 +40,7 @@ from storymem_dist.artifacts.video import read_clip
 from storymem_dist.resources import packed_weights
 from storymem_dist.weights.packed import unpack_once
 from tools.nano import world
+from tools.nano.cast import Cast, Character, render, seen
 from tools.nano.exam import KINDS, Exam, Sampling, Score, make_pipeline, sentence
 from tools.nano.faults import FAULTS, SEEN_IN
 from tools.nano.judge import judge
@@ -58,6 +62,8 @@ FLOORS: dict[str, Mapping[str, float]] = {
     "continued, MI2V": {"colour": 0.9, "shape": 0.73, "motion": 0.48, "background": 0.9},
     "continued, MM2V": {"colour": 0.9, "shape": 0.81, "motion": 0.56, "background": 0.9},
     "chain": {"colour": 0.9, "shape": 0.75, "motion": 0.77, "background": 0.9},
+    "two characters": {"colour": 0.9, "background": 0.9},
+    "away, by entity": {"colour": 0.7, "background": 0.9},
 }
 """The least share of each column."""
 
@@ -66,6 +72,9 @@ MOST_OF_CONTROL = {"colour": 0.4}
 
 LEAST_LOSS = 0.1
 """How far below its floor a fault takes the share that shows it."""
+
+MOST_OF_WINDOW = 0.2
+"""The most colours of a character who was away that a window may get right."""
 
 _CHAIN_SHOTS = 5
 
@@ -110,6 +119,8 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, dict[str, float
                 ).row()
     if args.chains:
         rows["chain"] = chains(args, folder).row()
+    if args.casts:
+        rows |= {name: score.row() for name, score in casts(args, folder / "casts").items()}
     return rows
 
 
@@ -153,6 +164,35 @@ def chains(args: argparse.Namespace, folder: Path) -> Score:
     return score
 
 
+def casts(args: argparse.Namespace, folder: Path) -> dict[str, Score]:
+    """Render stories of two characters with the command and judge the shots that recall one of them."""
+    colours = tuple(world.COLOURS)
+    two, away = (Cast(folder=folder / name, g=torch.Generator().manual_seed(args.seed)) for name in ("two", "away"))
+    for index in range(args.casts):
+        characters = [
+            Character(name=name, colour=colours[(index + 2 * further) % 5], shape=world.SHAPES[(index + further) % 3])
+            for further, name in enumerate(("one", "other"))
+        ]
+        two.two(f"two_{index}", *characters)
+        away.away(f"away_{index}", *characters)
+    settings = [f"model.packed={args.packed.absolute()}", "model.packed_sha256=null", f"sampler.seed={args.seed}"]
+    settings += [f"sampler.num_inference_steps={args.steps}", f"sampler.guidance_scale_high={args.guidance}"]
+    settings += [f"sampler.guidance_scale_low={args.guidance}"]
+    rows = {}
+    for name, cast, rule in (
+        ("two characters", two, "entities"),
+        ("away, window", away, "window"),
+        ("away, by entity", away, "entities"),
+    ):
+        run = folder / f"{name} run"
+        render(cast.folder, run, f"memory.recall={rule}", "memory.num_fixed=1", *settings)
+        rows[name] = Score()
+        for story_id, wanted in cast.wanted.items():
+            for number, shot in wanted.items():
+                rows[name].add(shot, seen(run, story_id, number))
+    return rows
+
+
 def below(rows: Mapping[str, Mapping[str, float]]) -> list[str]:
     """What is below its floor, in words."""
     found = [
@@ -167,6 +207,8 @@ def below(rows: Mapping[str, Mapping[str, float]]) -> list[str]:
         for fault, kind in SEEN_IN.items()
         if (row := f"fault: {fault}") in rows and rows[row][kind] > FLOORS["drawn memory"][kind] - LEAST_LOSS
     ]
+    if "away, window" in rows and (share := rows["away, window"]["colour"]) > MOST_OF_WINDOW:
+        found.append(f"away, window: colour {share:.2f}, at most {MOST_OF_WINDOW:.2f}")
     return found + [
         f"control: {kind} {rows['control'][kind]:.2f}, at most {most:.2f}"
         for kind, most in MOST_OF_CONTROL.items()
@@ -188,6 +230,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--packed", type=Path, default=packed_weights("nano.safetensors"), help="a packed model")
     parser.add_argument("--scale", type=float, default=1.0, help="times this many clips (default: 174 and the chains)")
     parser.add_argument("--chains", type=int, default=10, help=f"stories of {_CHAIN_SHOTS} shots (default: 10)")
+    parser.add_argument("--casts", type=int, default=10, help="stories of two characters, of each kind (default: 10)")
     parser.add_argument("--faults", action="store_true", help="also render with faults (120 clips)")
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--guidance", type=float, default=2.0)

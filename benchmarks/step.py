@@ -10,11 +10,18 @@ block, before the first timing. "speed-up" is the time of diffusers divided by t
 "difference" compares the rival's velocity with that of diffusers. "utilisation" is relative to the device's published
 bf16 peak; where this is unknown, to the speed of a large matrix product. "other time" is the share of a profiled step
 outside matrix products and attention. "kernels" counts the launches of one block. With ``--linears float8`` on a CPU,
-the seconds say nothing: CPUs emulate float8.
+the seconds say nothing: CPUs emulate float8. ``--backends flash_attn_3`` runs in a process of its own, because it takes
+the place of torch's flash kernel; its speed-up is against diffusers in that process, before it is activated.
 """
 
 import argparse
+import json
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,25 +38,27 @@ from benchmarks.harness import (
     profile_run,
     write_json,
 )
-from benchmarks.rivals import (
+from benchmarks.own_dit import (
     Inputs,
-    make_diffusers,
     make_inputs,
     make_ours,
     make_quantized,
-    run_diffusers,
     run_ours,
     share_weights,
     small_config,
+    step_tflop,
 )
+from benchmarks.rivals import make_diffusers, run_diffusers
+from storymem_dist.errors import ConfigError
 from storymem_dist.hardware import peak_tflops
-from storymem_dist.models.attention import BACKENDS, Attend
+from storymem_dist.models.attention import BACKENDS, Attend, start_backend
 from storymem_dist.models.compile import compile_blocks
 from storymem_dist.models.quantized_linear import LINEARS
 from storymem_dist.models.wan.dit import DiTConfig
 from storymem_dist.models.wan.presets import PRESETS
 
 GUIDANCE_SCALE = 3.5
+FLASH_ATTN_3 = "flash_attn_3"
 STORY = (1, 3, 6, 9, 10)  # memory frames of the shots of one story
 
 
@@ -61,8 +70,15 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     torch._inductor.config.cpp.enable_kernel_profile = True  # shows the profiler fused loops on the CPU
     config = PRESETS[args.preset].i2v if args.preset else small_config(args.dim, args.heads, args.layers)
-    rivals = make_rivals(config, args, dtype, device)
     peak = peak_tflops(device_name(device)) or measured_tflops(dtype, device, args.clock)
+    try:
+        if args.alone:
+            rows = measure_flash_attn_3(config, peak, args, dtype, device)
+            return write_json(args.json, "step", {"rows": rows}, device)
+        of_flash_attn_3 = run_alone(sys.argv[1:]) if FLASH_ATTN_3 in args.backends else []
+        rivals = make_rivals(config, args, dtype, device)
+    except ConfigError as error:
+        raise SystemExit(str(error)) from None
 
     print(f"{device_name(device)}, torch {torch.__version__}, {args.dtype}; 100% utilisation is {peak:.3g} TFLOP/s")
     print(f"dim {config.dim}, {config.num_heads} heads, {config.num_layers} layers")
@@ -70,9 +86,11 @@ def main() -> None:
     for num_memory in args.memory:
         frames, height, width = args.latents
         inputs = make_inputs(config, (frames + num_memory, height, width), device)
-        rows += measure(rivals, inputs, step_tflop(config, inputs.num_tokens), peak, args, device)
+        measured = measure(rivals, inputs, step_tflop(config, inputs.num_tokens), peak, args, device)
+        measured += [row for row in of_flash_attn_3 if row["num_tokens"] == inputs.num_tokens]
+        rows += measured
         print(f"\n{num_memory} memory frames, {inputs.num_tokens} tokens")
-        print_table([{key: value for key, value in row.items() if key != "num_tokens"} for row in rows[-len(rivals) :]])
+        print_table([{key: value for key, value in row.items() if key != "num_tokens"} for row in measured])
     results: dict[str, Any] = {
         "dtype": args.dtype,
         "clock": args.clock,
@@ -131,11 +149,9 @@ def make_rivals(
 
     rivals = {"diffusers": Rival(theirs, diffusers_forward), "ours": Rival(ours, run_ours)}
     for backend in args.backends:
-        variant = share_weights(ours)
-        for module in variant.modules():
-            if isinstance(module, Attend):
-                module.backend = backend
-        rivals[f"ours {backend}"] = Rival(variant, run_ours)
+        if backend != FLASH_ATTN_3:
+            start_backend(backend, device=device, dtype=dtype, head_dim=config.head_dim)
+            rivals[f"ours {backend}"] = Rival(with_attention(ours, backend), run_ours)
     for linears in args.linears:
         rivals[f"ours {linears}"] = Rival(make_quantized(ours, linears), run_ours)
     if args.compile:
@@ -150,6 +166,53 @@ def make_rivals(
             compile_blocks(quantized)
             rivals[f"ours {linears} compiled"] = Rival(quantized, run_ours, compiled=True)
     return rivals
+
+
+def with_attention(ours: nn.Module, backend: str) -> nn.Module:
+    """The same model with another attention kernel."""
+    variant: nn.Module = share_weights(ours)
+    for module in variant.modules():
+        if isinstance(module, Attend):
+            module.backend = backend
+    return variant
+
+
+def run_alone(arguments: list[str]) -> list[dict[str, Any]]:
+    """The rows of FlashAttention 3, from a process of its own. Raises ``ConfigError`` when that ends with an error."""
+    with tempfile.TemporaryDirectory() as folder:
+        results = Path(folder) / "rows.json"
+        command = [sys.executable, "-m", "benchmarks.step", *arguments, "--alone", "--json", str(results)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise ConfigError((done.stderr.strip().splitlines() or ["no error message"])[-1])
+        rows: list[dict[str, Any]] = json.loads(results.read_text())["rows"]
+        return rows
+
+
+def measure_flash_attn_3(
+    config: DiTConfig, peak: float, args: argparse.Namespace, dtype: torch.dtype, device: torch.device
+) -> list[dict[str, Any]]:
+    """One row for each number of memory frames; diffusers runs first, then the kernel is activated in this process."""
+    only = argparse.Namespace(**{**vars(args), "backends": [], "linears": [], "compile": False})
+    rivals = make_rivals(config, only, dtype, device)
+    frames, height, width = args.latents
+    all_inputs = [make_inputs(config, (frames + num_memory, height, width), device) for num_memory in args.memory]
+    theirs = []
+    for inputs in all_inputs:
+        step = rivals["diffusers"].step
+        rounds = interleaved_seconds([partial(step, inputs)], repeats=args.repeats, device=device, clock=args.clock)
+        theirs.append((min(rounds)[0], step(inputs)))
+    start_backend(FLASH_ATTN_3, device=device, dtype=dtype, head_dim=config.head_dim)
+    ours = Rival(with_attention(rivals["ours"].module, FLASH_ATTN_3), run_ours)
+    rows = []
+    for inputs, (seconds, velocity) in zip(all_inputs, theirs, strict=True):
+        tflop = step_tflop(config, inputs.num_tokens)
+        (row,) = measure({f"ours {FLASH_ATTN_3}": ours}, inputs, tflop, peak, args, device)
+        row["speed-up"] = seconds / row["s/step"]
+        found = ours.step(inputs)
+        row["difference"] = ((found - velocity).norm() / velocity.norm()).item()
+        rows.append(row)
+    return rows
 
 
 def measure(
@@ -192,16 +255,6 @@ def count_recompilations(rival: Rival, config: DiTConfig, latents: list[int], de
     return counters["stats"]["unique_graphs"] - before
 
 
-def step_tflop(config: DiTConfig, num_tokens: int) -> float:
-    """TFLOP of the matrix products and attention of two forwards."""
-    dim, text = config.dim, config.text_len
-    attention_linears = 2 * dim * dim * (4 * num_tokens + 2 * num_tokens + 2 * text)
-    attention = 4 * num_tokens * dim * (num_tokens + text)
-    feed_forward = 4 * num_tokens * dim * config.ffn_dim
-    ends = 2 * num_tokens * dim * (4 * config.in_dim + 4 * config.out_dim) + 2 * text * dim * (config.text_dim + dim)
-    return 2 * (config.num_layers * (attention_linears + attention + feed_forward) + ends) / 1e12
-
-
 def measured_tflops(dtype: torch.dtype, device: torch.device, clock: str, size: int = 1536) -> float:
     """Best speed of a large matrix product, in TFLOP/s."""
     a = torch.randn(size, size, device=device).to(dtype)
@@ -225,6 +278,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--backends", nargs="*", default=[], choices=BACKENDS, help="attention backends to add")
     parser.add_argument("--linears", nargs="*", default=[], choices=LINEARS[1:], help="formats of layers to add")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)  # the process of flash_attn_3
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's own choice)")
     parser.add_argument("--clock", default="wall", choices=["wall", "cpu"], help="cpu: processor time of this process")

@@ -18,7 +18,7 @@ export STORYMEM_NODE=${STORYMEM_NODE:-${SLURM_ARRAY_TASK_ID:-${SLURM_NODEID:-0}}
 # --- caches --------------------------------------------------------------------------------------------------------
 # All files are local: compute nodes without network must not wait for a hub that cannot answer.
 export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}
-# Compiled kernels (parallel.compile=true) survive restarts. One folder per user and node: network file systems are slow
+# Compiled kernels (parallel.compile) survive restarts. One folder per user and node: network file systems are slow
 # with many small files, and the ranks of one node share them.
 export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-${TMPDIR:-/tmp}/storymem-inductor-$(id -u)}
 

@@ -75,6 +75,45 @@ def device_memory_bytes(device: Any) -> int | None:
     return total
 
 
+def free_device_memory_bytes(device: Any) -> int | None:
+    """Return how much of a ``torch.device`` this process can still take, in bytes; None for a CPU.
+
+    Counts what no process holds, and what torch's allocator of this process holds without need.
+    """
+    if device.type == "cpu":
+        return None
+    module = sys.modules["torch"].get_device_module(device)
+    free, _ = module.mem_get_info(device)
+    spare: int = module.memory_reserved(device) - module.memory_allocated(device)
+    return int(free) + spare
+
+
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+
+_ALLOCATOR_SETTINGS = (
+    # Token counts, and so the sizes of allocations, change from shot to shot: segments that grow avoid fragmentation.
+    "expandable_segments:True",
+    # Page-locked memory is not rounded up to a power of two.
+    "pinned_max_round_threshold_mb:1",
+)
+
+
+def set_allocator_defaults() -> None:
+    """Set what torch's CUDA allocators do in this process, unless a variable of ``ALLOCATOR_VARIABLES`` says it.
+
+    Call it before anything is allocated on a GPU. A setting that this torch does not know is left out.
+    """
+    if any(name in os.environ for name in ALLOCATOR_VARIABLES):
+        return
+    torch = sys.modules["torch"]
+    set_settings = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
+    set_settings = set_settings or torch.cuda.memory._set_allocator_settings
+    for count in range(len(_ALLOCATOR_SETTINGS), 0, -1):
+        with contextlib.suppress(RuntimeError, ValueError):
+            set_settings(",".join(_ALLOCATOR_SETTINGS[:count]))
+            return
+
+
 def host_memory_bytes(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
     """Return physical memory in bytes, or the limit of this process's control group (container, SLURM job) if lower."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -6,8 +6,8 @@ B = 1; ``storymem_to_comfyui`` and ``comfyui_to_storymem`` convert from and to C
 """
 
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from types import TracebackType
 from typing import Any
 
@@ -17,20 +17,27 @@ from PIL import Image
 from torch import Tensor
 
 from storymem_dist.diffusion.denoise import PromptEmbeds
+from storymem_dist.diffusion.latent_grid import LatentGrid
 from storymem_dist.diffusion.settings import SamplerSettings
 from storymem_dist.errors import ConfigError, StoryMemError
+from storymem_dist.parallel.session import start_session
 from storymem_dist.parallel.settings import ParallelSettings
+from storymem_dist.render.attention import decide_attention
 from storymem_dist.render.build import Engine
 from storymem_dist.render.clip import ClipRequest
 from storymem_dist.story.modes import KIND_OF_MODE, M2V, MI2V, MM2V, NO_CONTINUATION, NUM_GIVEN_FRAMES, T2V
 from storymem_dist.weights.bundle import open_weights, packed_model
 from storymem_dist.weights.checkpoints import IN_DIMS, require_folder
+from storymem_dist.weights.lora import lora_inputs, lora_key, shot_loras
 from storymem_dist.weights.lora.storymem import find_storymem_folder
 from storymem_dist.weights.prompt_lengths import CutText, cut_text_of
 from storymem_dist.weights.settings import ModelSettings
 
 ImageLike = Tensor | np.ndarray | Image.Image
 """An image: a PIL image, a uint8 array ``[H, W, 3]``, a uint8 tensor ``[3, H, W]``, or a float tensor in [-1, 1]."""
+
+Loras = Sequence[str | Mapping[str, Any]]
+"""LoRAs of one clip."""
 
 MAX_RECALLED = 10  # StoryMem is trained with at most ten memory keyframes
 
@@ -49,7 +56,8 @@ class StoryMemPipeline:
         use_fsdp: shard the experts over the ranks that torchrun or ``accelerate launch`` started; every rank calls the
             same methods and gets the same result.
         dtype: "bfloat16" or "float32": number format of matrix products and attention.
-        linears: "exact", or "float8" or "int8" for faster, smaller and lossy layers inside the transformer blocks.
+        linears: "exact", or "float8", "float8_fast" or "int8" for faster, smaller and lossy layers inside the
+            transformer blocks.
 
     A folder that is not there raises ``WeightsNotFound`` at once, naming the download and its command. Nothing is read
     before the first ``generate_*`` call. These calls raise ``ConfigError`` for bad arguments, and ``WeightsNotFound``
@@ -110,14 +118,16 @@ class StoryMemPipeline:
         steps: int = 40,
         cfg_scale: float | tuple[float, float] = 3.5,
         negative_prompt: str | None = None,
+        loras: Loras = (),
     ) -> Tensor:
         """Render a clip from text alone: float32 ``[1, 3, num_frames, height, width]`` in [-1, 1].
 
         ``num_frames`` is 4n+1, sizes are multiples of 16. ``cfg_scale`` is one guidance scale, or a pair: for
-        the low-noise and for the high-noise expert. 1 skips the unconditional pass.
+        the low-noise and for the high-noise expert. 1 skips the unconditional pass. ``loras`` are added for this clip
+        alone, without loading the experts again: paths, or mappings with the keys of ``LoraSettings``.
         """
         sampler = _sampler(num_frames, height, width, steps, cfg_scale, negative_prompt)
-        return self._generate(T2V, prompt, seed, sampler)
+        return self._generate(T2V, prompt, seed, sampler, loras=loras)
 
     def generate_m2v(
         self,
@@ -130,10 +140,11 @@ class StoryMemPipeline:
         steps: int = 40,
         cfg_scale: float | tuple[float, float] = 3.5,
         negative_prompt: str | None = None,
+        loras: Loras = (),
     ) -> Tensor:
         """Render a new shot (a cut) with at most ten ``memory_frames``, oldest first; result as of ``generate_t2v``."""
         sampler = _sampler(num_frames, height, width, steps, cfg_scale, negative_prompt)
-        return self._generate(M2V, prompt, seed, sampler, memory_frames=memory_frames)
+        return self._generate(M2V, prompt, seed, sampler, memory_frames=memory_frames, loras=loras)
 
     def generate_mi2v(
         self,
@@ -147,12 +158,12 @@ class StoryMemPipeline:
         steps: int = 40,
         cfg_scale: float | tuple[float, float] = 3.5,
         negative_prompt: str | None = None,
+        loras: Loras = (),
     ) -> Tensor:
         """Render a shot that continues from ``first_frame``, its first frame; otherwise as ``generate_m2v``."""
         sampler = _sampler(num_frames, height, width, steps, cfg_scale, negative_prompt)
-        return self._generate(
-            MI2V, prompt, seed, sampler, memory_frames=memory_frames, first_frame=to_image_tensor(first_frame)
-        )
+        first = to_image_tensor(first_frame)
+        return self._generate(MI2V, prompt, seed, sampler, memory_frames=memory_frames, first_frame=first, loras=loras)
 
     def generate_mm2v(
         self,
@@ -166,6 +177,7 @@ class StoryMemPipeline:
         steps: int = 40,
         cfg_scale: float | tuple[float, float] = 3.5,
         negative_prompt: str | None = None,
+        loras: Loras = (),
     ) -> Tensor:
         """Render a shot that continues from five ``motion_frames``, its first frames; otherwise as ``generate_m2v``."""
         needed = NUM_GIVEN_FRAMES[MM2V]
@@ -173,14 +185,13 @@ class StoryMemPipeline:
             raise ConfigError(f"motion_frames has {len(motion_frames)} frames; generate_mm2v takes {needed}")
         frames = torch.stack([to_image_tensor(frame) for frame in motion_frames])
         sampler = _sampler(num_frames, height, width, steps, cfg_scale, negative_prompt)
-        return self._generate(MM2V, prompt, seed, sampler, memory_frames=memory_frames, motion_frames=frames)
+        return self._generate(
+            MM2V, prompt, seed, sampler, memory_frames=memory_frames, motion_frames=frames, loras=loras
+        )
 
     def unload_models(self) -> None:
         """Drop all weights, and the process groups of this pipeline. The next ``generate_*`` call loads them again."""
-        if self._engine is not None:
-            self._engine.close()
-        self._engine, self._engine_key = None, None
-        self._embeds.clear()
+        self._unload()
 
     def __enter__(self) -> "StoryMemPipeline":
         return self
@@ -188,7 +199,13 @@ class StoryMemPipeline:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.unload_models()
+        self._unload(error)
+
+    def _unload(self, error: BaseException | None = None) -> None:
+        if self._engine is not None:
+            self._engine.close(error)
+        self._engine, self._engine_key = None, None
+        self._embeds.clear()
 
     def _generate(
         self,
@@ -199,6 +216,7 @@ class StoryMemPipeline:
         memory_frames: Sequence[ImageLike] = (),
         first_frame: Tensor | None = None,
         motion_frames: Tensor | None = None,
+        loras: Loras = (),
     ) -> Tensor:
         if seed < 0:
             raise ConfigError(f"seed={seed} is not allowed; it must be at least 0")
@@ -212,6 +230,8 @@ class StoryMemPipeline:
             memory_images=[to_image_tensor(frame) for frame in memory_frames],
             first_frame=first_frame,
             motion_frames=motion_frames,
+            loras=[asdict(one) for one in shot_loras(loras)],
+            lora_key=lora_key(lora_inputs(loras)),
         )
         engine = self._engine_for(mode, sampler)
         texts = [prompt, sampler.negative_prompt] if sampler.needs_negative_prompt else [prompt]
@@ -240,7 +260,16 @@ class StoryMemPipeline:
                 self._engine.close()
             self._engine = None
             weights = open_weights(self._model, [kind], continuation)
-            self._engine = Engine.start(self._model, weights, self._parallel, sampler)
+            config = weights.any_checkpoint.dit_config
+            session = start_session(self._parallel, num_heads=config.num_heads)
+            grid = LatentGrid(
+                num_frames=sampler.num_frames,
+                height=sampler.height,
+                width=sampler.width,
+                num_memory=MAX_RECALLED if kind == M2V else 0,
+            )
+            model, _ = decide_attention(self._model, session, config, num_tokens=grid.num_tokens)
+            self._engine = Engine.start(model, weights, self._parallel, sampler, session=session)
             self._cut_text = cut_text_of(weights.any_checkpoint)
             self._engine_key = key
         return self._engine

@@ -35,8 +35,15 @@ def environment_stays() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def loggers_stay_enabled() -> Iterator[None]:
-    """Enable all loggers again: Hydra disables those that exist when it starts a job in this process."""
+    """Let all loggers speak before and after a test: Hydra silences those that exist when it starts a job here."""
+    _let_loggers_speak()
     yield
+    _let_loggers_speak()
+
+
+def _let_loggers_speak() -> None:
+    logging.disable(logging.NOTSET)
+    logging.getLogger("storymem_dist").setLevel(logging.NOTSET)
     for logger in logging.root.manager.loggerDict.values():
         if isinstance(logger, logging.Logger):
             logger.disabled = False
@@ -48,7 +55,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if "gpu" in item.keywords and not has_gpu:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
         params = getattr(getattr(item, "callspec", None), "params", {})
-        if not has_float8 and ("float8" in item.keywords or params.get("linears") == "float8"):
+        if not has_float8 and ("float8" in item.keywords or str(params.get("linears")).startswith("float8")):
             item.add_marker(pytest.mark.skip(reason=f"torch {torch.__version__} has no float8 products on a CPU"))
 
 

@@ -1,11 +1,12 @@
 """Fingerprints: one hash over everything that changes the pixels of a shot, and a description of what changed.
 
-As in a build system, a shot's fingerprint covers its own inputs and its predecessor's fingerprint: an edited prompt
-changes that shot and all after it, and nothing else. Knows JSON values only, nothing of what they mean.
+As in a build system, a shot's fingerprint covers its own inputs and the fingerprints of the shots that it needs: an
+edited prompt changes that shot and those that need it, and nothing else. Knows JSON values only, nothing of what they
+mean.
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,19 @@ _LONGEST_VALUE = 60
 
 
 def fingerprint(inputs: Mapping[str, Any], predecessor: str | None) -> str:
-    """Return 64 hex digits over ``inputs`` (JSON values) and the predecessor's fingerprint (None: the first shot)."""
+    """Return 64 hex digits over ``inputs`` (JSON values) and ``predecessor``.
+
+    That is the fingerprint of the shot before, or the joint one of all that it needs; None where it needs nothing.
+    """
     value = {"format": FINGERPRINT_FORMAT, "inputs": inputs, "predecessor": predecessor}
     return hashlib.sha256(canonical_json(value)).hexdigest()
+
+
+def joint_fingerprint(fingerprints: Sequence[str]) -> str | None:
+    """Return one fingerprint over those of all shots that a shot needs, in order; None where there are none."""
+    if not fingerprints:
+        return None
+    return hashlib.sha256(canonical_json({"needs": list(fingerprints)})).hexdigest()
 
 
 def hash_of(value: Any) -> str:

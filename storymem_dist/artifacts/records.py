@@ -13,7 +13,7 @@ import stat
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,7 @@ class ShotRecord:
     dropped, with scores). ``inputs`` are all inputs of ``fingerprint``, ``predecessor`` is the fingerprint of the shot
     before. ``files`` maps names in the attempt's folder to size and content; ``clip`` and ``tail`` (the last frames, in
     order) are names among them. ``clip_sample`` is the ``quick_digest`` of the clip; None in records of earlier
-    versions.
+    versions. ``own``: what the storyboard sets for this shot alone, as JSON; not written where it sets nothing.
 
     ``timing``: seconds per stage and when it was committed. ``host``: attempt, machine, versions. Both may differ
     between equal runs.
@@ -91,6 +91,7 @@ class ShotRecord:
     timing: Mapping[str, Any]
     host: Mapping[str, Any]
     clip_sample: str | None = None
+    own: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def attempt_id(self) -> str:
@@ -100,6 +101,8 @@ class ShotRecord:
     def to_json(self) -> bytes:
         """Return the canonical JSON text."""
         value = {"format": RECORD_FORMAT, **asdict(self)}
+        if not self.own:
+            del value["own"]
         return canonical_json({**value, "host": {**self.host, _CHECKSUM: _checksum(value)}})
 
     @classmethod
@@ -112,10 +115,10 @@ class ShotRecord:
             raise DamagedRecord(f"it holds a {type(value).__name__}, not an object")
         if value.get("format") != RECORD_FORMAT:
             raise DamagedRecord(f"format={reprlib.repr(value.get('format'))}; this version reads {RECORD_FORMAT}")
-        missing = sorted({field.name for field in fields(cls) if field.default is MISSING} - set(value))
+        missing = sorted(_required() - set(value))
         if missing:
             raise DamagedRecord(f"it lacks {', '.join(missing)}")
-        parts = {field.name: value[field.name] for field in fields(cls) if field.name in value}
+        parts = {part.name: value[part.name] for part in fields(cls) if part.name in value}
         try:
             parts["keyframes"] = tuple(StoredKeyframe(**keyframe) for keyframe in parts["keyframes"])
             parts["files"] = {str(name): StoredFile(**stored) for name, stored in parts["files"].items()}
@@ -157,6 +160,11 @@ class ShotRecord:
                 raise DamagedRecord(f"{name} is missing") from None
 
 
+def _required() -> set[str]:
+    """The fields that every version writes."""
+    return {part.name for part in fields(ShotRecord) if part.default is MISSING and part.default_factory is MISSING}
+
+
 def _checksum(value: Mapping[str, Any]) -> str:
     """SHA-256 of a record without its checksum, in hex digits."""
     return hashlib.sha256(canonical_json(value)).hexdigest()
@@ -166,7 +174,7 @@ def _checked_host(value: Mapping[str, Any]) -> dict[str, Any]:
     """``host`` of a record without its checksum, which must match. Only records of an earlier version have none."""
     host = {key: part for key, part in value["host"].items() if key != _CHECKSUM}
     if _CHECKSUM not in value["host"]:
-        known = {"format", *(field.name for field in fields(ShotRecord) if field.default is MISSING)}
+        known = {"format", *_required()}
         if unknown := sorted(set(value) - known):
             raise DamagedRecord(f"it lacks its checksum and has {', '.join(unknown)[:200]}")
     elif value["host"][_CHECKSUM] != _checksum({**value, "host": host}):

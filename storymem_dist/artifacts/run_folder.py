@@ -3,7 +3,7 @@
     storymem_run.json                     marker: format, run id; a folder without it is used only if it is empty
     config/<config hash>.yaml             resolved configurations that were used
     stories/<story>/storyboard.json       the story as it was read
-    stories/<story>/references/           small copies of its reference images, for reports
+    stories/<story>/references/           small copies of its pictures, for reports (``storyboard_copy.py``)
     stories/<story>/<shot>/...            attempts and records (``shot_folder.py``)
     stories/<story>/<shot>.mp4, .json     the current clip and record of a shot
     stories/<story>/keyframes/            its current keyframes
@@ -21,19 +21,18 @@ Knows names and how to write files safely; does not decide what is rendered.
 """
 
 import contextlib
-import io
 import re
 import secrets
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from storymem_dist.artifacts.records import ShotRecord
 from storymem_dist.artifacts.shot_folder import ShotFolder
-from storymem_dist.errors import RunFolderError, StoryboardError
-from storymem_dist.events import json_ready
+from storymem_dist.artifacts.storyboard_copy import write_storyboard
+from storymem_dist.errors import RunFolderError
 from storymem_dist.files import (
     TEMPORARY_PREFIX,
     UnsafePath,
@@ -41,10 +40,8 @@ from storymem_dist.files import (
     create_exclusively,
     names_in,
     read_json,
-    read_limited,
     write_bytes,
 )
-from storymem_dist.story.images import open_reference_image
 from storymem_dist.story.schema import Story
 
 RUN_FORMAT = 1
@@ -53,9 +50,6 @@ STOP_FILE = "STOP"
 
 SMALL_FOLDERS = ("config", "seeds", "rerender")
 """Folders with a few files each, written at the start of jobs."""
-
-_REFERENCE_PIXELS = 512
-"""Longest side of the copy of a reference image."""
 
 # Names that a folder may hold before it becomes a run folder: launchers and people put them there.
 _HARMLESS = {"logs", "STOP", "cache"}
@@ -212,17 +206,7 @@ class RunFolder:
 
         Raises ``OSError``.
         """
-        path = self.story_folder(story.story_id) / "storyboard.json"
-        data = canonical_json(json_ready(asdict(story)))
-        try:
-            is_written = read_limited(path, len(data)) == data
-        except OSError:
-            is_written = False
-            path.parent.mkdir(parents=True, exist_ok=True)
-        if not is_written:
-            write_bytes(path, data)
-        for position, image in enumerate(story.reference_images):
-            _write_small_copy(image, path.parent / "references" / f"reference_{position}.jpg")
+        write_storyboard(self.story_folder(story.story_id), story)
 
     # -- decisions that are made once per run --------------------------------------------------------------------------
 
@@ -356,10 +340,11 @@ def failure_json(failure: FailureRecord) -> bytes:
     return canonical_json(asdict(failure))
 
 
-def shot_ids(names: Sequence[str], known: Iterable[tuple[str, Sequence[str]]]) -> list[tuple[str, str]]:
-    """Resolve ``STORY:SHOT`` names (``ocean:shot_03`` or ``ocean:3``) against the known stories and their shot ids.
+def shot_ids(names: Sequence[str], known: Iterable[tuple[str, Mapping[str, str]]]) -> list[tuple[str, str]]:
+    """Resolve ``STORY:SHOT`` names (``ocean:shot_03``, ``ocean:3``, ``ocean:the reef``) against the known stories.
 
-    Raises ``RunFolderError`` with the first unknown name and the known ones.
+    ``known``: each story with the ids of its shots and their own names, "" for none. Raises ``RunFolderError`` with the
+    first unknown name and the known ones.
     """
     stories = dict(known)
     resolved = []
@@ -369,29 +354,14 @@ def shot_ids(names: Sequence[str], known: Iterable[tuple[str, Sequence[str]]]) -
             raise RunFolderError(
                 f"dispatch.rerender={name}: no story {story_id!r}; there are: {', '.join(sorted(stories)[:20])}"
             )
-        shot_id = f"shot_{int(shot):02d}" if shot.isdecimal() else shot
+        named = [shot_id for shot_id, own in stories[story_id].items() if own == shot]
+        shot_id = named[0] if named else f"shot_{int(shot):02d}" if shot.isdecimal() else shot
         if shot_id not in stories[story_id]:
             raise RunFolderError(
                 f"dispatch.rerender={name}: {story_id} has no shot {shot!r}; it has {', '.join(stories[story_id])}"
             )
         resolved.append((story_id, shot_id))
     return resolved
-
-
-def _write_small_copy(image: Path, copy: Path) -> None:
-    """Write a small JPEG of a reference image unless it is there and newer. None of an image that cannot be read."""
-    with contextlib.suppress(OSError):
-        if copy.stat().st_mtime >= image.stat().st_mtime:
-            return
-    try:
-        small = open_reference_image(image)
-    except StoryboardError:
-        return  # whoever plans the story refuses it
-    small.thumbnail((_REFERENCE_PIXELS, _REFERENCE_PIXELS))
-    buffer = io.BytesIO()
-    small.save(buffer, format="JPEG", quality=85)
-    copy.parent.mkdir(exist_ok=True)
-    write_bytes(copy, buffer.getvalue(), durable=False)
 
 
 def _utc_now() -> str:

@@ -10,7 +10,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from storymem_dist.config.composing import compose_settings
-from storymem_dist.doctor import job, machine
+from storymem_dist.doctor import job, machine, nodes
 from storymem_dist.doctor.finding import OK, PROBLEM, WARNING, Finding, warning
 from storymem_dist.errors import StoryMemError
 from storymem_dist.launch.environment import set_cache_folders
@@ -53,6 +53,7 @@ def _run(arguments: Sequence[str] | None) -> int:
             machine.check_attention,
             machine.check_host,
             machine.check_network,
+            partial(nodes.check_nodes, settings),
             machine.check_restarts,
             machine.check_slurm,
             machine.check_video,

@@ -33,12 +33,13 @@ from storymem_dist.terminal.program import Parser, program
 from storymem_dist.terminal.rich_console import SafeConsole
 from storymem_dist.terminal.streams import print_error, print_line, print_lines
 from storymem_dist.terminal.text import printable
-from storymem_dist.weights.checkpoints import dit_shapes, open_checkpoint
+from storymem_dist.weights.checkpoints import IN_DIMS, dit_shapes, open_checkpoint
 from storymem_dist.weights.hub import Hub, check_space, download, plan_download, read_state, verify_hashes
 from storymem_dist.weights.inspection import Facts, inspect_weights, kind_of
 from storymem_dist.weights.lora import SCALE_RULES, LoraSettings, ScaledLora, lora_settings, open_loras, storymem_lora
 from storymem_dist.weights.prepare import prepare_checkpoint
 from storymem_dist.weights.prepared import STORED_DTYPES, check_files
+from storymem_dist.weights.single_files import CheckpointFiles
 
 DEFAULT_NAMES = ("t2v", "i2v", "storymem")
 """The minimum that a renderer needs."""
@@ -119,6 +120,10 @@ def _parser() -> argparse.ArgumentParser:
         metavar="PATH[,KEY=VALUE]",
         help="a further LoRA; keys: scale_rule, strength, alpha, expert, unmatched; may be repeated",
     )
+    prepare.add_argument("--kind", choices=tuple(IN_DIMS), help="which base model, if the folder holds both")
+    for name in CheckpointFiles.names():
+        what = "one expert's file" if name in EXPERTS else f"the {name.replace('_', ' ')}"
+        prepare.add_argument(f"--{name.replace('_', '-')}", type=a_path, help=f"{what}, instead of the folder's")
     prepare.add_argument("--dtype", choices=STORED_DTYPES, default="bfloat16", help="default: bfloat16")
     prepare.set_defaults(run=_prepare)
     return parser
@@ -190,8 +195,9 @@ def _inspect(args: argparse.Namespace) -> None:
 
 def _prepare(args: argparse.Namespace) -> None:
     console = SafeConsole(soft_wrap=True)
-    kind = kind_of(args.checkpoint)
-    checkpoint = open_checkpoint(args.checkpoint, kind)
+    files = CheckpointFiles(**{name: getattr(args, name) for name in CheckpointFiles.names()})
+    kind = args.kind or kind_of(files.high_noise or args.checkpoint)
+    checkpoint = open_checkpoint(args.checkpoint, kind, files)
     further, shapes = [_lora_settings(text) for text in args.lora], dit_shapes(checkpoint.dit_config)
     loras: dict[str, list[ScaledLora]] = {expert: open_loras(further, expert, shapes) for expert in EXPERTS}
     folder = None

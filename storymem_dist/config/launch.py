@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from storymem_dist.errors import ConfigError, require_between, require_one_of
 
 MODES = ("inline", "torchrun", "slurm")
+NUMA = ("auto", "off", "node", "socket", "exclusive", "core-complex")
 _MAX_NODES = 65_536  # also of tasks and of cores per task
 _TIME = re.compile(r"\d+(-\d+(:\d+){0,2})?|\d+(:\d+){1,2}")
 
@@ -76,7 +77,8 @@ class LaunchSettings:
     ``mode``: ``inline`` renders in this process, which is alone or one of the ranks that torchrun or accelerate
     started; ``torchrun`` starts one rank per GPU of this node (``processes_per_node`` overrides that; 1 without GPUs)
     and starts them again up to ``max_restarts`` times when one dies; ``slurm`` submits a job. ``dry_run`` only prints
-    what is left to render or would be submitted.
+    what is left to render or would be submitted. ``numa`` binds the ranks that ``torchrun`` starts to the cores next to
+    their GPU: ``auto`` to those of its NUMA node, where there are several; the others are torch's own choices.
 
     One replica over several nodes (``parallel.across_nodes=true``): the same command runs on each of ``num_nodes``
     nodes with its own ``node_rank``; they meet at ``port`` of the host ``head``, which is the node of rank 0.
@@ -87,6 +89,7 @@ class LaunchSettings:
     dry_run: bool = False
     processes_per_node: int | None = None
     max_restarts: int = 3
+    numa: str = "auto"
     num_nodes: int = 1
     node_rank: int = 0
     head: str = "localhost"
@@ -95,6 +98,7 @@ class LaunchSettings:
 
     def __post_init__(self) -> None:
         require_one_of("launch.mode", self.mode, MODES)
+        require_one_of("launch.numa", self.numa, NUMA)
         if self.processes_per_node is not None:
             require_between("launch.processes_per_node", self.processes_per_node, 1, 1024)
         require_between("launch.max_restarts", self.max_restarts, 0, 1_000_000)

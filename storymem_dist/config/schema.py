@@ -29,6 +29,13 @@ PATHS = (
     "output",
     "model.t2v_checkpoint",
     "model.i2v_checkpoint",
+    "model.t2v_high_noise",
+    "model.t2v_low_noise",
+    "model.i2v_high_noise",
+    "model.i2v_low_noise",
+    "model.vae",
+    "model.text_encoder",
+    "model.tokenizer",
     "model.storymem_lora",
     "model.packed",
     "memory.clip_model",
@@ -50,9 +57,9 @@ _MAX_COUNT = 1_000_000  # a story file or folder holds fewer
 class StoriesSettings:
     """The ``stories`` group: which storyboards, and how many of them.
 
-    ``path`` is a file, a folder, a glob, or a list of those. ``max_stories`` and ``max_shots`` (per story) cut a batch
-    short, for a quick look. ``long_prompts``: whether a prompt that the text encoder cuts is a warning, or refuses its
-    story.
+    ``path`` is a file (a storyboard, a list of storyboards, prompts), a folder, a glob, or a list of those.
+    ``max_stories`` (the first ones, of the lowest ``priority``) and ``max_shots`` (per story) cut a batch short, for a
+    quick look. ``long_prompts``: whether a prompt that the text encoder cuts is a warning, or refuses its story.
     """
 
     path: Any = None

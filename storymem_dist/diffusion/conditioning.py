@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from storymem_dist.diffusion.latent_cache import LatentCache, content_key
 from storymem_dist.diffusion.latent_grid import VAE_TIME_STRIDE, LatentGrid
 from storymem_dist.errors import ConfigError, require_one_of
 from storymem_dist.story.modes import CONDITIONED_MODES, MI2V, MM2V, NUM_GIVEN_FRAMES
@@ -33,12 +34,12 @@ class LatentEncoder(Protocol):
 
 
 class ConditionBuilder:
-    """Builds the conditions of shots; keeps the latents of empty clips, which depend on the size only."""
+    """Builds the conditions of shots; what was encoded before is not encoded again (``LatentCache``)."""
 
     def __init__(self, vae: LatentEncoder, device: torch.device | str) -> None:
         self._vae = vae
         self._device = torch.device(device)
-        self._blank_clips: dict[tuple[int, int, int], Tensor] = {}
+        self._latents = LatentCache()
 
     @torch.no_grad()
     def build(
@@ -64,26 +65,31 @@ class ConditionBuilder:
         if len(memory_images) != grid.num_memory:
             raise ConfigError(f"{len(memory_images)} memory images for a grid of num_memory={grid.num_memory}")
         given = _given_frames(mode, grid, first_frame, motion_frames)
-        clip_latents = self._blank_clip(grid) if given is None else self._encode_given(given, grid)
-        memory_latents = [
-            self._vae.encode_image(prepare_image(image.to(self._device), grid.height, grid.width))
-            for image in memory_images
-        ]
+        clip_latents = self._clip_latents(given, grid)
+        memory_latents = [self._image_latents(image, grid) for image in memory_images]
         mask = _mask(NUM_GIVEN_FRAMES[mode], grid, num_fixed).to(self._device)
         return torch.cat([mask, torch.cat([*memory_latents, clip_latents], dim=1).float()])
 
-    def _encode_given(self, given_F3HW: Tensor, grid: LatentGrid) -> Tensor:
-        """Latents of a clip that begins with the given frames and is mid grey after them."""
-        pixels = torch.zeros(3, grid.num_frames, grid.height, grid.width, device=self._device)
-        for index, frame in enumerate(given_F3HW):
-            pixels[:, index] = prepare_image(frame.to(self._device), grid.height, grid.width)
-        return self._vae.encode(pixels)
-
-    def _blank_clip(self, grid: LatentGrid) -> Tensor:
+    def _clip_latents(self, given_F3HW: Tensor | None, grid: LatentGrid) -> Tensor:
+        """Latents of a clip that begins with the given frames, if there are any, and is mid grey after them."""
         size = (grid.num_frames, grid.height, grid.width)
-        if size not in self._blank_clips:
-            self._blank_clips[size] = self._vae.encode(torch.zeros(3, *size, device=self._device))
-        return self._blank_clips[size]
+
+        def encode() -> Tensor:
+            pixels = torch.zeros(3, *size, device=self._device)
+            for index, frame in enumerate(given_F3HW if given_F3HW is not None else ()):
+                pixels[:, index] = prepare_image(frame.to(self._device), grid.height, grid.width)
+            return self._vae.encode(pixels)
+
+        content = None if given_F3HW is None else content_key(given_F3HW)
+        return self._latents.get(("clip", size, content), self._device, encode)
+
+    def _image_latents(self, image_CHW: Tensor, grid: LatentGrid) -> Tensor:
+        size = (grid.height, grid.width)
+        return self._latents.get(
+            ("image", size, content_key(image_CHW)),
+            self._device,
+            lambda: self._vae.encode_image(prepare_image(image_CHW.to(self._device), *size)),
+        )
 
 
 def prepare_image(image_CHW: Tensor, height: int, width: int) -> Tensor:
@@ -102,11 +108,16 @@ def cover_crop(image_CHW: Tensor, height: int, width: int) -> Tensor:
     For a user's reference images (MR2V), which may have any shape. Bicubic with antialiasing.
     """
     _check_image(image_CHW)
-    scale = max(height / image_CHW.shape[1], width / image_CHW.shape[2])
-    size = (max(height, round(image_CHW.shape[1] * scale)), max(width, round(image_CHW.shape[2] * scale)))
+    size = cover_size(image_CHW.shape[1], image_CHW.shape[2], height, width)
     scaled = F.interpolate(image_CHW[None].float(), size=size, mode="bicubic", align_corners=False, antialias=True)[0]
     top, left = (size[0] - height) // 2, (size[1] - width) // 2
     return scaled[:, top : top + height, left : left + width].round().clamp(0, 255).to(torch.uint8)
+
+
+def cover_size(image_height: int, image_width: int, height: int, width: int) -> tuple[int, int]:
+    """Height and width to which an image is scaled so that it just covers ``height`` x ``width``."""
+    scale = max(height / image_height, width / image_width)
+    return max(height, round(image_height * scale)), max(width, round(image_width * scale))
 
 
 def _mask(num_given_frames: int, grid: LatentGrid, num_fixed: int | None) -> Tensor:

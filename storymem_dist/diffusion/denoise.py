@@ -10,7 +10,7 @@ Legend: C channels, K+T latent times of memory and clip, h/w latent size, L text
 import hashlib
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -169,6 +169,8 @@ def denoise(
     should_stop: Callable[[], bool] | None = None,
     checkpoint_every_steps: int = 0,
     on_checkpoint: Callable[[DenoiseState], None] | None = None,
+    checkpoint_last: bool = False,
+    guided_steps: range | None = None,
 ) -> Tensor:
     """Denoised latents of memory and clip, float32 ``[16, K+T, h, w]`` on ``device``.
 
@@ -177,8 +179,11 @@ def denoise(
     the step of ``resume``. A resumed shot gives the same bits as an uninterrupted one, unless steps are reused: the
     contents of a step cache are not saved (gigabytes), so the first step after a resume is computed in full.
 
+    Steps whose index is not in ``guided_steps`` (None: all are) run as with a guidance scale of 1.
+
     ``should_stop`` is called before every step. ``on_checkpoint`` receives the state after every
-    ``checkpoint_every_steps`` steps (0: never), except after the last. A state never holds NaN or infinity.
+    ``checkpoint_every_steps`` steps (0: never); after the last one if ``checkpoint_last``, else not. A state never
+    holds NaN or infinity. One after the last step resumes to its latents.
 
     Raises ``DenoiseStopped`` with the state when ``should_stop`` is true, ``ShotError`` naming step and expert when
     latents are not finite, ``RunFolderError`` when ``resume`` does not belong to this shot, ``ValueError`` for a wrong
@@ -209,13 +214,16 @@ def denoise(
         if should_stop is not None and should_stop():
             raise DenoiseStopped(state())
         expert = experts.select(timesteps[index])
+        if guided_steps is not None and index not in guided_steps:
+            expert = replace(expert, guidance_scale=1.0)
         x_BCTHW[0, :LATENT_CHANNELS] = latents
         timestep_B = torch.full((1,), timesteps[index], dtype=torch.int64, device=device)
         velocity = guidance.velocity(expert, x_BCTHW, timestep_B, cond_BSE, uncond_BSE, positions_T)
         latents = solver.step(velocity[0], latents)
         finite.note(index, latents)
         done = index + 1
-        if on_checkpoint and checkpoint_every_steps and done % checkpoint_every_steps == 0 and done < solver.num_steps:
+        is_due = checkpoint_last if done == solver.num_steps else done % (checkpoint_every_steps or done + 1) == 0
+        if on_checkpoint and checkpoint_every_steps and is_due:
             on_checkpoint(state())
         now = time.perf_counter()
         info = StepInfo(

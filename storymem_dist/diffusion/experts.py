@@ -1,11 +1,12 @@
 """The two experts of Wan2.2: which one runs at a timestep, and where the weights of the other one are.
 
 An ``ExpertPair`` chooses the expert; a ``Residency`` makes it ready. ``AllResident`` keeps all experts on the device,
-``host_swap.HostSwap`` one at a time. Knows nothing about prompts, latents or ranks.
+``host_swap.HostSwap`` one at a time, ``block_stream.BlockStream`` as many blocks of one as there is room for. Knows
+nothing about prompts, latents or ranks.
 """
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Protocol
@@ -13,10 +14,12 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from storymem_dist.diffusion.adapter_switch import AdapterSwitch, AdapterUse
 from storymem_dist.diffusion.solver import NUM_TRAIN_TIMESTEPS
 from storymem_dist.diffusion.step_cache import StepCache, step_cache_of
 from storymem_dist.diffusion.text_cache import TextCache, text_cache_of
 from storymem_dist.errors import ConfigError
+from storymem_dist.models.adapters import Adapters
 from storymem_dist.models.wan.presets import HIGH_NOISE, LOW_NOISE
 
 
@@ -67,7 +70,10 @@ class Residency(Protocol):
         ...
 
     def idle(self) -> None:
-        """Free the experts' device memory until the next ``activate``, as far as this residency can."""
+        """Free the experts' device memory until the next ``activate``, as far as this residency can.
+
+        The shot after it uses as little device memory as this residency can.
+        """
         ...
 
     def release(self) -> None:
@@ -78,7 +84,7 @@ class Residency(Protocol):
 class AllResident:
     """All experts stay on the device until the first ``idle``.
 
-    ``make_swap`` moves all of them to host memory and returns a residency with one expert on the device at a time;
+    ``make_swap`` moves all of them to host memory and returns a residency with at most one expert on the device;
     ``idle`` switches to it permanently. Without ``make_swap``, ``idle`` does nothing.
     """
 
@@ -98,10 +104,10 @@ class AllResident:
 
     def idle(self) -> None:
         """Switch to the swap if there is one."""
+        if self._swap is None and self._make_swap is not None:
+            self._swap = self._make_swap()
         if self._swap is not None:
             self._swap.idle()
-        elif self._make_swap is not None:
-            self._swap = self._make_swap()
 
     def release(self) -> None:
         """Free the experts."""
@@ -127,10 +133,12 @@ class ExpertPair:
         guidance_scale_low: float,
         residency: Residency | None = None,
         step_cache_threshold: float = 0.0,
+        adapters: AdapterSwitch | None = None,
     ) -> None:
         self._boundary = boundary_ratio * NUM_TRAIN_TIMESTEPS
         self._residency = residency or AllResident()
         self._step_cache_threshold = step_cache_threshold
+        self._adapters = adapters or AdapterSwitch({HIGH_NOISE: high_noise, LOW_NOISE: low_noise})
         self._experts = {
             name: Expert(
                 name=name,
@@ -162,7 +170,17 @@ class ExpertPair:
             guidance_scale_low=guidance_scale_low,
             residency=self._residency,
             step_cache_threshold=step_cache_threshold,
+            adapters=self._adapters,
         )
+
+    def use_adapters(self, adapters: Mapping[str, Adapters], device: torch.device) -> None:
+        """Run the next shot on ``device`` with ``adapters``, by expert; empty: without any. Loads no expert."""
+        self._adapters.use(adapters, device)
+
+    @property
+    def adapters_used(self) -> AdapterUse:
+        """What the adapters of the latest ``use_adapters`` have cost so far."""
+        return self._adapters.used
 
     def begin_shot(self) -> None:
         """Clear what the caches hold of the previous shot.
@@ -190,6 +208,7 @@ class ExpertPair:
         if name not in self._experts:
             raise RuntimeError(f"the {name} expert was released")
         self._residency.activate(name)
+        self._adapters.activate(name)
         for expert in self._experts.values():
             if expert.name != name:
                 expert.forget()
@@ -201,12 +220,14 @@ class ExpertPair:
         """Call it after a shot: frees what is not needed before the next shot's first step."""
         for expert in self._experts.values():
             expert.forget()
+        self._adapters.idle()
         self._residency.end_shot()
 
     def idle(self) -> None:
         """Free device memory until the next ``select``, as far as the residency can."""
         for expert in self._experts.values():
             expert.forget()
+        self._adapters.idle()
         self._residency.idle()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -214,6 +235,7 @@ class ExpertPair:
     def release(self) -> None:
         """Free the experts; the pair cannot be used afterwards."""
         self._experts.clear()
+        self._adapters.release()
         self._residency.release()
         gc.collect()
         if torch.cuda.is_available():

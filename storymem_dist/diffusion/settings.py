@@ -4,6 +4,7 @@ Plain values, checked when they are made; every message begins with the dotted p
 models, devices or Hydra.
 """
 
+import math
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -39,8 +40,9 @@ class SamplerSettings:
 
     ``sigmas`` are the noise levels of ``solver="euler"``: each in (0, 1], falling, one per step, without the final
     zero, not shifted again. They are for models distilled to a few fixed levels. Empty means evenly spaced levels under
-    the flow shift. With ``step_cache_threshold`` above zero, steps may reuse the work of earlier ones
-    (``diffusion.step_cache``): faster, but not exact.
+    the flow shift. Two settings are faster, but not exact. With ``step_cache_threshold`` above zero, steps may reuse
+    the work of earlier ones (``diffusion.step_cache``). ``guidance_interval`` ``[start, end]`` are shares of the steps:
+    steps outside of it run the conditional pass alone, as with a scale of 1. Empty: all steps are guided.
     """
 
     num_inference_steps: int = 40
@@ -63,6 +65,7 @@ class SamplerSettings:
     seed_rule: str = "index_in_scene"
     noise_device: str = "cpu"
     step_cache_threshold: float = 0.0
+    guidance_interval: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         require_one_of("sampler.solver", self.solver, SOLVERS)
@@ -82,6 +85,7 @@ class SamplerSettings:
             require_between(f"sampler.{name}", getattr(self, name), 0.0, 100.0)
         require_between("sampler.step_cache_threshold", self.step_cache_threshold, 0.0, 1.0)
         self._check_sigmas()
+        self._check_guidance_interval()
         given = NUM_GIVEN_FRAMES.get(self.continuation, 0)
         if self.num_frames <= given:
             raise ConfigError(
@@ -104,6 +108,21 @@ class SamplerSettings:
             )
         check_sigmas(self.sigmas, where="sampler.")
 
+    def _check_guidance_interval(self) -> None:
+        if not self.guidance_interval:
+            return
+        what = f"sampler.guidance_interval={shown(self.guidance_interval)}"
+        if len(self.guidance_interval) != 2 or not 0 <= self.guidance_interval[0] < self.guidance_interval[1] <= 1:
+            raise ConfigError(
+                f"{what} is not allowed; give the first and the last share of the steps to guide, such as [0.0, 0.5], "
+                "or [] for all steps"
+            )
+        if not self.guided_steps:
+            raise ConfigError(
+                f"{what} holds none of sampler.num_inference_steps={self.num_inference_steps} steps; widen it, or turn "
+                "guidance off with sampler.guidance_scale_high=1 sampler.guidance_scale_low=1"
+            )
+
     def flow_shift(self, kind: str) -> float:
         """Shift of the noise schedule for the base model ``kind`` ("t2v" or "m2v")."""
         require_one_of("kind", kind, KINDS)
@@ -118,6 +137,18 @@ class SamplerSettings:
     def needs_negative_prompt(self) -> bool:
         """Whether any step runs the unconditional pass."""
         return self.guidance_scale_high != 1.0 or self.guidance_scale_low != 1.0
+
+    @property
+    def guided_steps(self) -> range:
+        """Indices of the steps that may run the unconditional pass: step i of n if i / n is in the interval."""
+        start, end = self.guidance_interval or (0.0, 1.0)
+        first, stop = (math.ceil(share * self.num_inference_steps - 1e-9) for share in (start, end))
+        return range(first, stop)
+
+    @property
+    def passes_per_step(self) -> float:
+        """Passes of a step on average: 2 with guidance, 1 without."""
+        return 1 + len(self.guided_steps) / self.num_inference_steps if self.needs_negative_prompt else 1
 
     @property
     def needed_negative_prompt(self) -> str | None:

@@ -1,6 +1,7 @@
 """Assigns shots to replicas and commits the results: plan, leases in the run folder, saving, end of the batch.
 
-Read in this order: ``plan`` (shots and their fingerprints), ``graph`` (which shots are ready), ``leases`` and ``queue``
+Read in this order: ``needs`` (what each shot needs of those before it), ``plan`` (shots and their fingerprints),
+``story_graph`` and ``graph`` (which shots are ready), ``choosing`` (which of them is next), ``leases`` and ``queue``
 (claiming one), ``opening`` (start or resume), ``coordinator`` (one replica's view of the batch), ``saving`` (a rendered
 shot becomes a committed one), ``story_video`` (all clips of a story in one file), ``cleanup`` (what dead processes
 left). ``protocol`` holds the types that the render loop and this package exchange, ``cost`` estimates the work of a

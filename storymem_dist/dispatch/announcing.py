@@ -5,9 +5,11 @@ from collections.abc import Mapping
 from storymem_dist.artifacts.records import ShotRecord
 from storymem_dist.artifacts.run_folder import FailureRecord
 from storymem_dist.diffusion.denoise import DenoiseState
-from storymem_dist.dispatch.graph import Chain, ShotGraph
+from storymem_dist.dispatch.graph import ShotGraph, ShotKey, shot_key
 from storymem_dist.dispatch.plan import BatchPart, PlannedShot
 from storymem_dist.dispatch.protocol import ShotHistory, ShotJob
+from storymem_dist.dispatch.shot_settings import shot_cost
+from storymem_dist.dispatch.story_graph import StoryGraph
 from storymem_dist.dispatch.summary import BatchSummary
 from storymem_dist.events import (
     JobFinished,
@@ -19,17 +21,19 @@ from storymem_dist.events import (
     StoryFinished,
     ThroughputSampled,
 )
-from storymem_dist.story.modes import M2V, T2V
+from storymem_dist.story.modes import GIVEN, M2V
 
 _OUTCOMES = {"done": "finished", "stopped": "stopped", "failed": "failed"}
 
 
 def shot_started(job: ShotJob, part: BatchPart, history: ShotHistory) -> ShotStarted:
     """An attempt begins."""
-    cost = part.cost
-    num_memory = 0
+    cost = shot_cost(part.cost, job.sampler, part.sampler)
+    num_memory, is_given = 0, job.kind == GIVEN
     if job.kind == M2V:
-        num_memory = min(cost.max_keyframes, len(job.story.reference_images) + len(history.keyframes))
+        num_given = job.needs.num_references(job.story, job.shot)
+        num_memory = min(cost.max_keyframes, num_given + len(history.keyframes))
+    tflop = cost.passes_per_step * cost.forward_tflop(num_memory)
     return ShotStarted(
         story_id=job.story_id,
         shot_id=job.shot_id,
@@ -39,12 +43,12 @@ def shot_started(job: ShotJob, part: BatchPart, history: ShotHistory) -> ShotSta
         attempt_id=job.attempt_id,
         prompt=job.shot.prompt,
         num_memory=num_memory,
-        num_steps=cost.num_inference_steps,
+        num_steps=0 if is_given else cost.num_inference_steps,
         num_frames=cost.num_frames,
         height=cost.height,
         width=cost.width,
-        num_tokens=int(cost.num_tokens(num_memory)),
-        tflop_per_step=cost.passes_per_step * cost.forward_tflop(num_memory) if cost.is_a14b else None,
+        num_tokens=0 if is_given else int(cost.num_tokens(num_memory)),
+        tflop_per_step=tflop if cost.is_a14b and not is_given else None,
         why=job.why,
     )
 
@@ -56,7 +60,7 @@ def shot_resumed(job: ShotJob, state: DenoiseState) -> ShotResumed:
 
 def queue_sampled(graph: ShotGraph) -> ThroughputSampled:
     """How many shots are ready, and how many are being rendered."""
-    return ThroughputSampled(queue_depth=graph.num_ready(T2V) + graph.num_ready(M2V), num_running=len(graph.leased()))
+    return ThroughputSampled(queue_depth=graph.num_ready(), num_running=len(graph.leased()))
 
 
 def shot_finished(
@@ -90,11 +94,6 @@ def shot_failed(failure: FailureRecord, attempt_id: str) -> ShotFailed:
     )
 
 
-def given_up(failure: FailureRecord, chain: Chain) -> tuple[ShotFailed | ShotSkipped | StoryFinished, ...]:
-    """A shot is marked failed without a failed attempt in this process."""
-    return (shot_failed(failure, ""), *chain_blocked(chain, failure.reason))
-
-
 def shot_lost(shot: PlannedShot, attempt_id: str) -> ShotFailed:
     """An attempt ended because another replica has taken the shot over."""
     return ShotFailed(
@@ -107,15 +106,27 @@ def shot_lost(shot: PlannedShot, attempt_id: str) -> ShotFailed:
     )
 
 
-def chain_blocked(chain: Chain, reason: str) -> tuple[ShotSkipped | StoryFinished, ...]:
-    """The front of ``chain`` failed: none of the shots after it can be rendered."""
-    failed, *later = chain.shots[chain.front :]
-    skipped = [
-        ShotSkipped(story_id=chain.story_id, shot_id=shot.shot_id, reason="predecessor failed") for shot in later
-    ]
-    message = f"{failed.shot_id} failed: {reason}"
-    story = StoryFinished(story_id=chain.story_id, outcome="failed", num_shots=len(chain.shots), message=message)
-    return (*skipped, story)
+def shots_blocked(story: StoryGraph, announced: set[tuple[int, str]]) -> list[ShotSkipped]:
+    """Shots of ``story`` cannot be rendered, because one that they need has failed.
+
+    Leaves out those in ``announced`` (number of the story, shot id), and adds the others to it.
+    """
+    blocked = [shot for shot in story.blocked if (story.number, shot.shot_id) not in announced]
+    announced.update((story.number, shot.shot_id) for shot in blocked)
+    return [ShotSkipped(story_id=story.story_id, shot_id=shot.shot_id, reason="predecessor failed") for shot in blocked]
+
+
+def ends_of(story: StoryGraph) -> set[tuple[int, str]]:
+    """Number of the story with the ids of its blocked shots, and with "" if all that could be rendered of it is."""
+    names = [shot.shot_id for shot in story.blocked] + [""] * story.is_failed
+    return {(story.number, name) for name in names}
+
+
+def story_failed(story: StoryGraph, failures: Mapping[ShotKey, FailureRecord]) -> StoryFinished:
+    """All that can be rendered of a story is, and it is not complete. ``failures`` say why."""
+    reasons = [(shot.shot_id, failures.get(shot_key(shot))) for shot in story.failed]
+    message = "; ".join(f"{shot_id} failed" + (f": {found.reason}" if found else "") for shot_id, found in reasons)
+    return StoryFinished(story_id=story.story_id, outcome="failed", num_shots=len(story.shots), message=message)
 
 
 def job_finished(summary: BatchSummary) -> JobFinished:

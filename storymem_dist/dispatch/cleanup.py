@@ -9,21 +9,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from storymem_dist.artifacts.run_folder import SMALL_FOLDERS, RunFolder
-from storymem_dist.dispatch.graph import Chain, ShotStatus
 from storymem_dist.dispatch.leases import LeaseFolder
 from storymem_dist.dispatch.queue import ShotQueue, lease_key, parse_lease_key
+from storymem_dist.dispatch.story_graph import ShotStatus, StoryGraph
 from storymem_dist.files import temporaries_in
 
 
 def clean_up(
     run: RunFolder,
     leases: LeaseFolder,
-    chains: Sequence[Chain],
+    stories: Sequence[StoryGraph],
     queue: ShotQueue,
     *,
     only_after_deaths: bool = False,
 ) -> None:
-    """Remove what dead processes left of ``chains`` in ``run``, if no other may be alive. Raises ``OSError``.
+    """Remove what dead processes left of ``stories`` in ``run``, if no other may be alive. Raises ``OSError``.
 
     Lists all files first, and removes them only if this process is still alone after that. So the list has no file of
     a living process: each writes a heartbeat before it makes any file here. Leases on shots that are still to be
@@ -33,12 +33,12 @@ def clean_up(
     dead = leases.dead_owners()
     if not leases.is_alone() or (only_after_deaths and not dead):
         return
-    half_made = _half_made_files(run, chains)
-    shots = {lease_key(shot): shot for chain in chains for shot in chain.shots}
+    half_made = _half_made_files(run, stories)
+    shots = {lease_key(shot): shot for story in stories for shot in story.shots}
     wanted = {key for key, shot in shots.items() if queue.graph.state(shot) is not ShotStatus.COMMITTED}
-    stories = {chain.story_id for chain in chains}
+    names = {story.story_id for story in stories}
     left_leases = {
-        path: key for path, key in leases.lease_files().items() if key not in wanted and _story_of(key) in stories
+        path: key for path, key in leases.lease_files().items() if key not in wanted and _story_of(key) in names
     }
     if not leases.is_alone():
         return
@@ -48,10 +48,10 @@ def clean_up(
         path.unlink(missing_ok=True)
 
 
-def _half_made_files(run: RunFolder, chains: Sequence[Chain]) -> list[Path]:
+def _half_made_files(run: RunFolder, stories: Sequence[StoryGraph]) -> list[Path]:
     folders = [run.leases_folder, run.failures_folder, *(run.root / name for name in SMALL_FOLDERS)]
-    for chain in chains:
-        folders += [run.story_folder(chain.story_id), run.story_folder(chain.story_id) / "keyframes"]
+    for story in stories:
+        folders += [run.story_folder(story.story_id), run.story_folder(story.story_id) / "keyframes"]
     found = temporaries_in(run.root, "stop.json")  # not the marker's: it is made before the first heartbeat
     return found + [path for folder in folders for path in temporaries_in(folder)]
 

@@ -19,16 +19,16 @@ from storymem_dist.artifacts.shot_folder import new_attempt_id
 from storymem_dist.diffusion.denoise import DenoiseState
 from storymem_dist.dispatch import announcing
 from storymem_dist.dispatch.ending import Ending, unusable
-from storymem_dist.dispatch.graph import ShotStatus
 from storymem_dist.dispatch.history import DamagedHistory, read_checkpoint, read_history
 from storymem_dist.dispatch.leases import Owner
-from storymem_dist.dispatch.opening import OpenBatch, open_batch, why_again
+from storymem_dist.dispatch.opening import OpenBatch, open_batch, share, why_again
 from storymem_dist.dispatch.plan import BatchPart
-from storymem_dist.dispatch.protocol import Assignment, End, RenderedShot, ShotJob
+from storymem_dist.dispatch.protocol import Assignment, End, RenderedShot
 from storymem_dist.dispatch.queue import Claim, ShotQueue, failure_at
 from storymem_dist.dispatch.saving import BackgroundSave, HeldShot, SaveEnd
 from storymem_dist.dispatch.settings import DispatchSettings
 from storymem_dist.dispatch.stop import StopSwitch
+from storymem_dist.dispatch.story_graph import ShotStatus, StoryGraph
 from storymem_dist.dispatch.story_video import StoryVideoMaker
 from storymem_dist.dispatch.summary import DONE, FAILED, STOPPED, BatchSummary, Replica, Tally
 from storymem_dist.errors import MachineError, RunFolderError
@@ -64,6 +64,7 @@ class Coordinator:
         self._next_lease_check = 0.0
         self._end: End | None = None
         self._announced_stop = False
+        self._announced: set[tuple[int, str]] = set()  # see ``announcing.ends_of``
         self._tally = Tally()
         self._began = time.monotonic()
 
@@ -82,6 +83,7 @@ class Coordinator:
         )
         self._stop.when_requested(self._batch.note_stopping)
         self._tally.num_skipped = self._batch.num_skipped
+        self._announced.update(*(announcing.ends_of(story) for story in self._queue.graph.stories))
         if self._replica.index == 0:
             for part, leases in zip(self._parts, self._batch.leases, strict=True):
                 if not leases.others_working():
@@ -123,8 +125,10 @@ class Coordinator:
 
     # -- the next shot -------------------------------------------------------------------------------------------------
 
-    def next_assignment(self, loaded: str | None) -> Assignment | End:
+    def next_assignment(self, loaded: str | None, lora_key: str = "") -> Assignment | End:
         """Wait for a shot that this replica can render, or for the end. ``loaded``: the kind of its loaded experts.
+
+        ``lora_key``: the LoRAs of a shot that they have.
 
         Raises ``MachineError`` when the run folder can no longer be used.
         """
@@ -136,16 +140,18 @@ class Coordinator:
                 self._end = End(state=STOPPED, reason=reason)
                 break
             try:
-                claim = self._queue.claim(loaded)
+                claim = self._queue.claim(loaded, lora_key)
                 for shot, failure in self._queue.take_given_up():
-                    for event in announcing.given_up(failure, self._queue.graph.chain_of(shot)):
-                        self._parts[shot.part].observers.notify(event)
+                    self._parts[shot.part].observers.notify(announcing.shot_failed(failure, ""))
+                    self._announce_blocked(self._queue.graph.story_of(shot))
                 if claim is not None:
                     if (assignment := self._assign(claim)) is None:
                         continue
                     self._note_wait(waited)
                     return assignment
                 if self._queue.graph.is_finished and self._make_missing_story_videos():
+                    for story in share(self._queue.graph, self._replica):  # ended by failures on other replicas
+                        self._announce_if_failed(story)
                     self._end = self._outcome()
                     break
             except OSError as error:
@@ -168,7 +174,7 @@ class Coordinator:
         part.run.shot(shot.story_id, shot.shot_id).discard_orphans(shot.fingerprint)
         part.run.write_storyboard(shot.story)
         try:
-            history = read_history(part.run, self._queue.graph.chain_of(shot), shot.index)
+            history = read_history(part.run, self._queue.graph.story_of(shot), shot)
         except DamagedHistory as damage:
             self._warn(part, f"{damage}; the shot is rendered again", "resume")
             self._queue.release(claim, ShotStatus.WAITING)
@@ -176,17 +182,7 @@ class Coordinator:
             return None
         began, attempt_id = time.monotonic(), new_attempt_id(shot.fingerprint, self._owner.owner_id)
         why = why_again(part, shot)
-        job = ShotJob(
-            part=shot.part,
-            story=shot.story,
-            shot=shot.shot,
-            kind=shot.kind,
-            mode=shot.mode,
-            seed=shot.seed,
-            fingerprint=shot.fingerprint,
-            attempt_id=attempt_id,
-            why=why,
-        )
+        job = shot.job(attempt_id, why)
         part.observers.notify(announcing.shot_started(job, part, history))
         part.observers.notify(announcing.queue_sampled(self._queue.graph))
         resume = None
@@ -239,14 +235,15 @@ class Coordinator:
 
     # -- how a shot ended ----------------------------------------------------------------------------------------------
 
-    def shot_stopped(self, state: DenoiseState) -> None:
-        """The running shot stopped between two steps: save its state, unless another replica has taken it over."""
+    def shot_stopped(self, state: DenoiseState | None) -> None:
+        """The running shot stopped: save its state, if it has one, unless another replica has taken it over."""
         held = self._held
         if not self._queue.still_held(held.claim):
             self._give_up_lost_shot(held)
             return
         try:
-            self.save_checkpoint(state)
+            if state is not None:
+                self.save_checkpoint(state)
         finally:
             self._release(held, ShotStatus.WAITING)
 
@@ -259,7 +256,7 @@ class Coordinator:
             held,
             rendered,
             part=self._parts[held.shot.part],
-            chain=self._queue.graph.chain_of(held.shot),
+            story=self._queue.graph.story_of(held.shot),
             story_videos=self._story_videos,
             host={"replica": self._replica.index, "job_id": self._owner.job_id, "resumed_at_step": held.resumed_at},
             may_publish=partial(self._queue.still_held, held.claim),
@@ -289,6 +286,7 @@ class Coordinator:
                 self._tally.add_stages(saved.stage_seconds)
                 self._queue.note_rendered(held.shot, saved.elapsed_seconds)
                 self._release(held, ShotStatus.COMMITTED)
+                self._announce_if_failed(self._queue.graph.story_of(held.shot))
                 for shot in saved.damaged:
                     self._queue.mark_damaged(shot)
             case SaveEnd.LOST:
@@ -297,7 +295,7 @@ class Coordinator:
                 self._fail(held, f"the shot cannot be saved: {saved.error}", type(saved.error).__name__)
 
     def shot_failed(self, reason: str, error_type: str, *, details: str = "", low_memory_next: bool = False) -> None:
-        """The running shot cannot be rendered: mark it failed, which blocks all after it, or retry with less memory."""
+        """The running shot cannot be rendered: mark it failed, which blocks those that need it, or retry with less."""
         self._fail(self._held, reason, error_type, details=details, low_memory_next=low_memory_next)
 
     def _fail(
@@ -318,10 +316,8 @@ class Coordinator:
             self._release(held, ShotStatus.WAITING)
             raise unusable(error) from error
         self._release(held, ShotStatus.FAILED if failure.is_final else ShotStatus.WAITING)
-        chain = self._queue.graph.chain_of(shot)
-        if chain.is_blocked:
-            for event in announcing.chain_blocked(chain, reason):
-                part.observers.notify(event)
+        if failure.is_final:
+            self._announce_blocked(self._queue.graph.story_of(shot))
 
     def note_out_of_memory(self, assignment: Assignment, reason: str) -> None:
         """Record for the restart: retry the shot with less memory, or not at all if it already had less.
@@ -364,9 +360,21 @@ class Coordinator:
 
     def _make_missing_story_videos(self) -> bool:
         """Make the videos of complete stories that have none; False when the batch may not be finished after that."""
-        chains = self._queue.graph.chains
-        first = len(chains) * self._replica.index // self._replica.count  # each replica begins with other stories
-        return self._story_videos.make_missing(chains[first:] + chains[:first], self._queue.mark_damaged)
+        stories = self._queue.graph.stories
+        first = len(stories) * self._replica.index // self._replica.count  # each replica begins with other stories
+        return self._story_videos.make_missing(stories[first:] + stories[:first], self._queue.mark_damaged)
+
+    def _announce_blocked(self, story: StoryGraph) -> None:
+        """Announce that a shot of ``story`` has failed and blocks others."""
+        for event in announcing.shots_blocked(story, self._announced):
+            self._parts[story.part].observers.notify(event)
+        self._announce_if_failed(story)
+
+    def _announce_if_failed(self, story: StoryGraph) -> None:
+        """Announce once that all that can be rendered of ``story`` is, and it is not complete."""
+        if story.is_failed and (story.number, "") not in self._announced:
+            self._announced.add((story.number, ""))
+            self._parts[story.part].observers.notify(announcing.story_failed(story, self._queue.failures))
 
     def _announce_stop(self, reason: str) -> None:
         if not self._announced_stop:
@@ -384,7 +392,7 @@ class Coordinator:
         part.observers.notify(WarningIssued(message=message, source=source))
 
     def _outcome(self) -> End:
-        num_failed = sum(chain.is_blocked for chain in self._queue.graph.chains)
+        num_failed = sum(story.is_failed for story in self._queue.graph.stories)
         num_failed += len(self._batch.rejected) if self._batch else 0
         if not num_failed:
             return End(state=DONE)

@@ -1,4 +1,4 @@
-"""Estimates the work of a shot in TFLOP, to find the longest chain.
+"""Estimates the work of a shot in TFLOP, to find the longest path through a story.
 
 Pure arithmetic on sizes. Priorities need only ratios, so it knows no machine: ``queue`` measures the seconds per TFLOP.
 """
@@ -23,8 +23,9 @@ _TERA = 1e12
 class CostModel:
     """The sizes that determine the work of a shot.
 
-    ``passes_per_step``: 2 with classifier-free guidance, 1 without. ``max_keyframes``: the most that a shot recalls.
-    ``keyframes_per_shot``: expected number that a shot adds (StoryMem keeps up to three; some are duplicates).
+    ``passes_per_step``: 2 with classifier-free guidance, 1 without, between where a part of the steps is guided.
+    ``max_keyframes``: the most that a shot recalls. ``keyframes_per_shot``: expected number that a shot adds (StoryMem
+    keeps up to three; some are duplicates).
     ``is_a14b``: whether the model is the A14B; for other models only ratios are meaningful, not the TFLOP.
     """
 
@@ -32,7 +33,7 @@ class CostModel:
     height: int = 480
     width: int = 832
     num_inference_steps: int = 40
-    passes_per_step: int = 2
+    passes_per_step: float = 2.0
     max_keyframes: int = 10
     keyframes_per_shot: float = 2.5
     is_a14b: bool = True
@@ -50,6 +51,10 @@ class CostModel:
         """TFLOP (of bf16 matmul time) of a whole shot: denoising, then decoding."""
         decode = VAE_TFLOP_PER_PIXEL_FRAME * VAE_SLOWNESS * self.num_frames * self.height * self.width
         return self.num_inference_steps * self.passes_per_step * self.forward_tflop(num_keyframes) + decode
+
+    def given_tflop(self) -> float:
+        """TFLOP that stand for reading a given clip: those of its frames, without the decoder's slowness."""
+        return VAE_TFLOP_PER_PIXEL_FRAME * self.num_frames * self.height * self.width
 
     def expected_keyframes(self, kind: str, num_before: int, num_references: int = 0) -> float:
         """Expected keyframes in memory for a shot with ``num_before`` shots before it; 0 for T2V."""

@@ -69,7 +69,7 @@ class Ending:
         return summarize(
             self.end.state,
             self.end.reason,
-            chains=queue.graph.chains if part_index is None else queue.graph.chains_of(part_index),
+            stories=queue.graph.stories if part_index is None else queue.graph.stories_of(part_index),
             rejected=[failure for index, failure in self.batch.rejected if part_index in (None, index)],
             failures=[failure for key, failure in queue.failures.items() if part_index in (None, key[0])],
             tally=self.tally,

@@ -1,7 +1,7 @@
 """Reads what a shot starts from: keyframes and tail of the shots before it, and the state of an earlier attempt.
 
-The former depend on committed records and images only. Knows a run folder and a chain; nothing of how a memory bank
-chooses among the keyframes.
+The former depend on committed records and images only. Knows a run folder and a story's graph; nothing of how a memory
+bank chooses among the keyframes.
 """
 
 import os
@@ -9,13 +9,12 @@ import os
 from storymem_dist.artifacts.records import DamagedRecord
 from storymem_dist.artifacts.run_folder import RunFolder
 from storymem_dist.diffusion.denoise import DenoiseState
-from storymem_dist.dispatch.graph import Chain
 from storymem_dist.dispatch.plan import PlannedShot
 from storymem_dist.dispatch.protocol import ShotHistory
+from storymem_dist.dispatch.story_graph import StoryGraph
 from storymem_dist.errors import RunFolderError
 from storymem_dist.hardware import machine_fault
 from storymem_dist.memory.bank import Keyframe
-from storymem_dist.story.modes import M2V
 
 
 class DamagedHistory(Exception):
@@ -26,21 +25,27 @@ class DamagedHistory(Exception):
         self.shot = shot
 
 
-def read_history(run: RunFolder, chain: Chain, index: int) -> ShotHistory:
-    """Return the keyframes of all shots before ``index`` and the tail of the one just before; nothing for T2V.
+def read_history(run: RunFolder, story: StoryGraph, shot: PlannedShot) -> ShotHistory:
+    """Return what ``shot`` needs of the shots before it: keyframes for its memory, and the tail that it continues.
 
     Raises ``DamagedHistory`` naming the first shot whose files cannot be used.
     """
     keyframes: list[Keyframe] = []
+    remembered = frozenset(shot.needs.memory)
     tail = None
-    if chain.shots[index].kind == M2V:
-        for before in chain.shots[:index]:
-            folder = run.shot(chain.story_id, before.shot_id)
-            try:
-                record = folder.require_record(before.fingerprint)
-                images, tail = folder.read_images(record)
-            except DamagedRecord as damage:
-                raise DamagedHistory(before, str(damage)) from damage
+    for before in story.shots[: shot.index]:
+        continues = shot.needs.continues and before.index == shot.index - 1
+        if not continues and before.index not in remembered:
+            continue
+        folder = run.shot(story.story_id, before.shot_id)
+        try:
+            record = folder.require_record(before.fingerprint)
+            images, end = folder.read_images(record)
+        except DamagedRecord as damage:
+            raise DamagedHistory(before, str(damage)) from damage
+        if continues:
+            tail = end
+        if before.index in remembered:
             keyframes += [
                 Keyframe(image=image, shot_index=before.index, slot=kept.slot, frame_index=kept.frame_index)
                 for image, kept in zip(images, record.keyframes, strict=True)

@@ -7,19 +7,20 @@ this; several of them, of one or several jobs, may run it at once. Knows nothing
 import contextlib
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from storymem_dist.artifacts.fingerprint import differences
 from storymem_dist.artifacts.records import DamagedRecord
 from storymem_dist.artifacts.run_folder import FailureRecord, RunFolder, shot_ids
-from storymem_dist.dispatch.announcing import chain_blocked
+from storymem_dist.dispatch.announcing import shots_blocked, story_failed
 from storymem_dist.dispatch.cleanup import clean_up
-from storymem_dist.dispatch.graph import Chain, ShotGraph, ShotStatus, shot_key
+from storymem_dist.dispatch.graph import ShotGraph
 from storymem_dist.dispatch.leases import WAITING, WORKING, LeaseFolder, Owner
 from storymem_dist.dispatch.plan import BatchPart, PlannedShot, plan_part
 from storymem_dist.dispatch.queue import ShotQueue
 from storymem_dist.dispatch.settings import DispatchSettings
+from storymem_dist.dispatch.story_graph import ShotStatus, StoryGraph
 from storymem_dist.dispatch.story_video import has_story_video, notify_story_finished
 from storymem_dist.dispatch.summary import Replica
 from storymem_dist.errors import RunFolderError, StoryboardError
@@ -55,8 +56,8 @@ class OpenBatch:
             leases.close(release=not crashed)
         with contextlib.suppress(OSError):  # the next process to open the folder cleans up as well
             for index, run in enumerate(self.runs):
-                chains = self.queue.graph.chains_of(index)
-                clean_up(run, self.leases[index], chains, self.queue, only_after_deaths=True)
+                stories = self.queue.graph.stories_of(index)
+                clean_up(run, self.leases[index], stories, self.queue, only_after_deaths=True)
 
 
 def open_batch(
@@ -88,8 +89,8 @@ def open_batch(
             if part.config_hash:
                 part.run.write_config(part.config_hash, part.config_text)
         _force_rerenders(parts, settings, owner.job_id)
-        chains, rejected = _plan(parts, replica, owner.job_id)
-        graph = ShotGraph(chains)
+        planned, rejected = _plan(parts, replica, owner.job_id)
+        graph = ShotGraph(planned)
         runs = [part.run for part in parts]
         queue = ShotQueue(
             graph=graph,
@@ -103,13 +104,13 @@ def open_batch(
         if settings.resume == "strict":
             _refuse_differences(parts, graph)
         for index, part in enumerate(parts):
-            clean_up(part.run, leases[index], graph.chains_of(index), queue)
-        share = list(_share(graph, replica))
-        num_skipped = sum(_check_chain(parts[chain.part], chain, queue, check_contents) for chain in share)
+            clean_up(part.run, leases[index], graph.stories_of(index), queue)
+        own = share(graph, replica)
+        num_skipped = sum(_check_story(parts[story.part], story, queue, check_contents) for story in own)
         queue.scan(force=True)
-        num_finished = sum(state is ShotStatus.COMMITTED for chain in graph.chains for state in chain.states)
-        for chain in share:
-            _report_ended_chain(parts[chain.part], chain, queue, check_contents)
+        num_finished = sum(state is ShotStatus.COMMITTED for story in graph.stories for state in story.states)
+        for story in own:
+            _report_ended(parts[story.part], story, queue, check_contents)
     except BaseException as error:
         for folder in leases:
             folder.close()
@@ -133,7 +134,7 @@ def why_again(part: BatchPart, shot: PlannedShot) -> str:
         return ""
     changes = differences(other.inputs, shot.inputs)
     if not changes and other.predecessor != shot.predecessor:
-        changes = ["a shot before it is rendered again"]
+        changes = ["a shot that it needs is rendered again"]
     return "; ".join(changes)
 
 
@@ -165,24 +166,25 @@ def _force_rerenders(parts: Sequence[BatchPart], settings: DispatchSettings, job
     if not settings.rerender:
         return
     for part in parts:
-        known = [(story.story_id, [shot.shot_id for shot in story.shots]) for story in part.stories]
+        known = [(story.story_id, {shot.shot_id: shot.name for shot in story.shots}) for story in part.stories]
         part.run.rerender(shot_ids(settings.rerender, known), job_id)
 
 
 def _plan(
     parts: Sequence[BatchPart], replica: Replica, job_id: str
 ) -> tuple[list[tuple[PlannedShot, ...]], list[tuple[int, FailureRecord]]]:
-    chains: list[tuple[PlannedShot, ...]] = []
+    stories: list[tuple[PlannedShot, ...]] = []
     rejected: list[tuple[int, FailureRecord]] = []
     for part_index, part in enumerate(parts):
         for position, (story, planned) in enumerate(plan_part(part_index, part)):
             reports = position % replica.count == replica.index
             if reports:
+                waits = () if isinstance(planned, StoryboardError) else tuple(shot.waits_for for shot in planned)
                 part.observers.notify(
-                    StoryStarted(story_id=story.story_id, name=story.name, num_shots=len(story.shots))
+                    StoryStarted(story_id=story.story_id, name=story.name, num_shots=len(story.shots), waits_for=waits)
                 )
             if not isinstance(planned, StoryboardError):
-                chains.append(planned)
+                stories.append(planned)
                 continue
             failure = FailureRecord(
                 story_id=story.story_id,
@@ -197,15 +199,15 @@ def _plan(
             rejected.append((part_index, failure))
             if reports:
                 part.observers.notify(StoryFinished(story_id=story.story_id, outcome="failed", message=failure.reason))
-    return chains, rejected
+    return stories, rejected
 
 
 def _refuse_differences(parts: Sequence[BatchPart], graph: ShotGraph) -> None:
     found = []
-    for chain in graph.chains:
-        for shot, state in zip(chain.shots, chain.states, strict=True):
-            if state is not ShotStatus.COMMITTED and (why := why_again(parts[chain.part], shot)):
-                found.append(f"{chain.story_id}:{shot.shot_id}: {why}")
+    for story in graph.stories:
+        for shot, state in zip(story.shots, story.states, strict=True):
+            if state is not ShotStatus.COMMITTED and (why := why_again(parts[story.part], shot)):
+                found.append(f"{story.story_id}:{shot.shot_id}: {why}")
     if found:
         more = f"; and {len(found) - _MAX_SHOWN} more" if len(found) > _MAX_SHOWN else ""
         raise RunFolderError(
@@ -216,18 +218,18 @@ def _refuse_differences(parts: Sequence[BatchPart], graph: ShotGraph) -> None:
         )
 
 
-def _share(graph: ShotGraph, replica: Replica) -> Iterator[Chain]:
-    """The chains whose records this replica checks at the start."""
-    return (chain for chain in graph.chains if chain.number % replica.count == replica.index)
+def share(graph: ShotGraph, replica: Replica) -> list[StoryGraph]:
+    """The stories whose records this replica checks at the start."""
+    return [story for story in graph.stories if story.number % replica.count == replica.index]
 
 
-def _check_chain(part: BatchPart, chain: Chain, queue: ShotQueue, check_contents: bool) -> int:
-    """Check the committed shots of a chain against their files and repair their views; return how many are intact."""
+def _check_story(part: BatchPart, story: StoryGraph, queue: ShotQueue, check_contents: bool) -> int:
+    """Check the committed shots of a story against their files and repair their views; return how many are intact."""
     good = 0
-    for shot, state in zip(chain.shots, list(chain.states), strict=True):
+    for shot, state in zip(story.shots, list(story.states), strict=True):
         if state is not ShotStatus.COMMITTED:
             continue
-        folder = part.run.shot(chain.story_id, shot.shot_id)
+        folder = part.run.shot(story.story_id, shot.shot_id)
         try:
             record = folder.require_record(shot.fingerprint, check_contents=check_contents)
             folder.discard_orphans(shot.fingerprint)
@@ -237,18 +239,20 @@ def _check_chain(part: BatchPart, chain: Chain, queue: ShotQueue, check_contents
             queue.graph.set_state(shot, ShotStatus.WAITING)
         else:
             good += 1
-            part.observers.notify(ShotSkipped(story_id=chain.story_id, shot_id=shot.shot_id))
+            part.observers.notify(ShotSkipped(story_id=story.story_id, shot_id=shot.shot_id))
     return good
 
 
-def _report_ended_chain(part: BatchPart, chain: Chain, queue: ShotQueue, check_contents: bool) -> None:
-    """Notify the observers of a chain that is complete or blocked."""
-    if chain.is_complete:
-        fingerprints = [shot.fingerprint for shot in chain.shots]
-        if has_story_video(part.run, chain.story_id, fingerprints, check_contents=check_contents):
-            notify_story_finished(part, chain)
-    elif chain.is_blocked:
-        front = chain.shots[chain.front]
-        part.observers.notify(ShotSkipped(story_id=chain.story_id, shot_id=front.shot_id, reason="failed before"))
-        for event in chain_blocked(chain, queue.failures[shot_key(front)].reason):
-            part.observers.notify(event)
+def _report_ended(part: BatchPart, story: StoryGraph, queue: ShotQueue, check_contents: bool) -> None:
+    """Notify the observers of a story that is complete, and of shots that failed before and block others."""
+    if story.is_complete:
+        fingerprints = [shot.fingerprint for shot in story.shots]
+        if has_story_video(part.run, story.story_id, fingerprints, check_contents=check_contents):
+            notify_story_finished(part, story)
+        return
+    for shot in story.failed:
+        part.observers.notify(ShotSkipped(story_id=story.story_id, shot_id=shot.shot_id, reason="failed before"))
+    for event in shots_blocked(story, set()):
+        part.observers.notify(event)
+    if story.is_failed:
+        part.observers.notify(story_failed(story, queue.failures))

@@ -4,22 +4,28 @@ A plan does not depend on what has been rendered: a shot is done when the run fo
 Reads reference images; only ``plan_part`` reads the run folder. Knows nothing of replicas, leases or models.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
 from typing import Any
 
-from storymem_dist.artifacts.fingerprint import fingerprint, reference_image_digest
+from storymem_dist.artifacts.fingerprint import fingerprint, joint_fingerprint, reference_image_digest
 from storymem_dist.artifacts.run_folder import RunFolder
 from storymem_dist.artifacts.video import VideoSettings
 from storymem_dist.diffusion.seeds import shot_seed
 from storymem_dist.diffusion.settings import SamplerSettings
 from storymem_dist.dispatch.cost import CostModel
-from storymem_dist.dispatch.protocol import OfOneShot
+from storymem_dist.dispatch.needs import Needs, story_needs, waits_for
+from storymem_dist.dispatch.protocol import OfOneShot, ShotJob
+from storymem_dist.dispatch.shot_settings import shot_cost, shot_inputs, shot_sampler
 from storymem_dist.errors import StoryboardError
 from storymem_dist.events import NullObserver, Observer
+from storymem_dist.memory.settings import MemorySettings
 from storymem_dist.story.images import pixel_rule
-from storymem_dist.story.modes import M2V, NO_CONTINUATION
+from storymem_dist.story.modes import GIVEN
 from storymem_dist.story.schema import Shot, Story
+from storymem_dist.weights.lora import lora_key
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,9 +34,10 @@ class BatchPart:
 
     A job usually has one part; a joined sweep has one for each point. ``inputs`` maps a kind (``t2v``, ``m2v``) to the
     JSON values that change the pixels of its shots, except prompt, seed and mode: sizes, sampler, weights identities,
-    memory rules, video encoding. ``config_text`` is the resolved configuration; ``config_hash`` covers only what can
-    change pixels (no paths, no replicas). ``observers`` receive the events of these stories. ``host`` goes into the
-    records' ``host`` part: versions, device, layout. ``num_refused`` storyboards are no stories: they cannot be read.
+    memory rules, video encoding. ``memory`` says which shots a shot recalls. ``config_text`` is the resolved
+    configuration; ``config_hash`` covers only what can change pixels (no paths, no replicas). ``observers`` receive the
+    events of these stories. ``host`` goes into the records' ``host`` part: versions, device, layout. ``num_refused``
+    storyboards are no stories: they cannot be read.
     """
 
     run: RunFolder
@@ -39,6 +46,7 @@ class BatchPart:
     inputs: Mapping[str, Mapping[str, Any]]
     video: VideoSettings
     cost: CostModel
+    memory: MemorySettings = field(default_factory=MemorySettings)
     config_hash: str = ""
     config_text: str = ""
     observers: Observer = field(default_factory=NullObserver)
@@ -50,8 +58,10 @@ class BatchPart:
 class PlannedShot(OfOneShot):
     """One shot of one part: its inputs, and the fingerprint that names its result.
 
-    ``part`` is the index of its part. ``cost`` is its estimated TFLOP. ``predecessor`` is the fingerprint of the shot
-    before it in its story, None for the first.
+    ``part`` is the index of its part. ``sampler`` has the shot's own settings over the job's. ``needs`` says what it
+    uses of the shots before it, ``waits_for`` which of these it waits for (they wait for the others). ``predecessor``
+    covers the fingerprints of all that it needs: it is that of the shot before it in a story whose shots remember all
+    before them, else one of all; None where it needs nothing. ``cost`` is its estimated TFLOP.
     """
 
     part: int
@@ -60,24 +70,31 @@ class PlannedShot(OfOneShot):
     kind: str
     mode: str
     seed: int
+    sampler: SamplerSettings
+    needs: Needs
+    waits_for: tuple[int, ...]
     inputs: Mapping[str, Any]
     fingerprint: str
     predecessor: str | None
     cost: float
+    lora_key: str = ""
 
-
-def shot_mode(story: Story, shot: Shot, sampler: SamplerSettings) -> tuple[str, str]:
-    """Return kind and mode of a shot.
-
-    The first shot is T2V, unless reference images (MR2V) or ``first_shot=m2v`` make it M2V. A cut is M2V; a shot that
-    continues the one before it has the job's continuation mode, plain M2V when that is ``none``.
-    """
-    if shot.index == 0:
-        kind = M2V if story.reference_images else sampler.first_shot
-        return kind, kind
-    if shot.cut or sampler.continuation == NO_CONTINUATION:
-        return M2V, M2V
-    return M2V, sampler.continuation
+    def job(self, attempt_id: str, why: str) -> ShotJob:
+        """Return the shot as a renderer gets it, for one attempt."""
+        return ShotJob(
+            part=self.part,
+            story=self.story,
+            shot=self.shot,
+            kind=self.kind,
+            mode=self.mode,
+            seed=self.seed,
+            sampler=self.sampler,
+            needs=self.needs,
+            fingerprint=self.fingerprint,
+            attempt_id=attempt_id,
+            why=why,
+            lora_key=self.lora_key,
+        )
 
 
 def plan_story(
@@ -88,18 +105,41 @@ def plan_story(
     ``generations``: number of forced re-renders by (story id, shot id). Raises ``StoryboardError`` when a reference
     image cannot be read.
     """
-    references = [reference_image_digest(path) + pixel_rule(path) for path in story.reference_images]
+    digest = cache(_image_digest)  # many shots may recall one image
+    references = [digest(path) for path in story.reference_images]
     planned: list[PlannedShot] = []
-    for shot in story.shots:
-        kind, mode = shot_mode(story, shot, part.sampler)
-        seed = shot_seed(part.sampler.seed, shot, story, part.sampler.seed_rule)
-        inputs: dict[str, Any] = {"prompt": shot.prompt, "seed": seed, "mode": mode, **part.inputs[kind]}
-        if shot.index == 0 and references:
+    all_needs, num_given = story_needs(story, part.sampler, part.memory), 0
+    for shot, needs, waits in zip(story.shots, all_needs, waits_for(all_needs), strict=True):
+        kind, mode = needs.kind, needs.mode
+        seed = shot.options.seed
+        if seed is None:
+            seed = shot_seed(part.sampler.seed, shot, story, part.sampler.seed_rule)
+        sampler = shot_sampler(shot, part.sampler)
+        inputs = shot_inputs(
+            shot,
+            kind=kind,
+            mode=mode,
+            seed=seed,
+            sampler=sampler,
+            job_sampler=part.sampler,
+            job_inputs=part.inputs,
+        )
+        if shot.index == 0 and needs.references:
             inputs["reference_images"] = references
+        if needs.keeps_first:
+            inputs["keeps_first"] = True
         if generation := generations.get((story.story_id, shot.shot_id), 0):
             inputs["forced_rerenders"] = generation
         predecessor = planned[-1].fingerprint if planned else None
-        keyframes = part.cost.expected_keyframes(kind, shot.index, len(references))
+        if kind == GIVEN:
+            predecessor = None
+        elif not _is_chained(story, needs, waits, planned[-1].needs if planned else None, shot.index, num_given):
+            inputs["recall"] = _recall_inputs(story, needs, digest)
+            needed = {*needs.memory, *([shot.index - 1] if needs.continues else [])}
+            predecessor = joint_fingerprint([planned[index].fingerprint for index in sorted(needed)])
+        num_given += len(shot.references)
+        cost = shot_cost(part.cost, sampler, part.sampler)
+        keyframes = cost.expected_keyframes(kind, len(needs.memory), needs.num_references(story, shot))
         planned.append(
             PlannedShot(
                 part=part_index,
@@ -108,13 +148,67 @@ def plan_story(
                 kind=kind,
                 mode=mode,
                 seed=seed,
+                sampler=sampler,
+                needs=needs,
+                waits_for=waits,
                 inputs=inputs,
                 fingerprint=fingerprint(inputs, predecessor),
                 predecessor=predecessor,
-                cost=part.cost.shot_tflop(keyframes),
+                cost=cost.given_tflop() if kind == GIVEN else cost.shot_tflop(keyframes),
+                lora_key=lora_key(inputs.get("loras", ())),
             )
         )
     return tuple(planned)
+
+
+def _is_chained(
+    story: Story, needs: Needs, waits: tuple[int, ...], before: Needs | None, index: int, num_given: int
+) -> bool:
+    """Whether a shot remembers all before it, and waits for the one before it alone: as every shot of StoryMem.
+
+    ``before``: what the shot before it needs, None for the first. ``num_given``: references of the shots before it.
+    Then the fingerprint of the shot before covers all, and nothing needs to be said of what it recalls.
+    """
+    if needs.references != bool(story.reference_images) or needs.entities:
+        return False
+    if before is None:
+        return True
+    if before.references != needs.references:  # a given clip, or a T2V shot: it does not cover the story's images
+        return False
+    return waits == (index - 1,) and len(needs.memory) == index and len(needs.given) == num_given
+
+
+def _recall_inputs(story: Story, needs: Needs, digest: Callable[[Path], str]) -> dict[str, Any]:
+    """What the memory of a shot has, where it is not everything before it: shots by name, images by ``digest``."""
+    shots = story.shots
+    inputs: dict[str, Any] = {"shots": [shots[index].shot_id for index in needs.memory]}
+    if needs.references:
+        inputs["references"] = [digest(path) for path in story.reference_images]
+    if needs.given:
+        inputs["given"] = [
+            [shots[index].shot_id, digest(reference.path), "sink" if reference.is_sink else "window"]
+            for index, position in needs.given
+            for reference in [shots[index].references[position]]
+        ]
+    if needs.entities:
+        images = {entity.name: entity.references for entity in story.entities}
+        order = sorted(slot for entity in needs.entities for slot in entity.references)  # as the memory has them
+        inputs["entities"] = [
+            {
+                "references": [
+                    [order.index(slot), digest(path)]
+                    for slot, path in zip(entity.references, images.get(entity.name, ()), strict=True)
+                ],
+                "first": None if entity.first is None else shots[entity.first].shot_id,
+                "latest": [shots[index].shot_id for index in entity.latest],
+            }
+            for entity in needs.entities
+        ]
+    return inputs
+
+
+def _image_digest(path: Path) -> str:
+    return reference_image_digest(path) + pixel_rule(path)
 
 
 def plan_part(part_index: int, part: BatchPart) -> Iterator[tuple[Story, tuple[PlannedShot, ...] | StoryboardError]]:

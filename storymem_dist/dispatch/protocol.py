@@ -11,6 +11,8 @@ from typing import Any, Protocol, TypeVar
 from torch import Tensor
 
 from storymem_dist.diffusion.denoise import DenoiseState, StepInfo
+from storymem_dist.diffusion.settings import SamplerSettings
+from storymem_dist.dispatch.needs import Needs
 from storymem_dist.memory.bank import Keyframe
 from storymem_dist.story.schema import Shot, Story
 
@@ -45,7 +47,9 @@ class ShotJob(OfOneShot):
     """A shot to render.
 
     ``part`` is the index of its batch part (``dispatch.plan.BatchPart``). ``kind`` names the experts it needs (``t2v``
-    or ``m2v``), ``mode`` how it is conditioned (``t2v``, ``m2v``, ``mi2v``, ``mm2v``). ``fingerprint`` covers
+    or ``m2v``), ``mode`` how it is conditioned (``t2v``, ``m2v``, ``mi2v``, ``mm2v``); both are ``given`` for a given
+    clip, which is read, not rendered. ``sampler`` has the shot's own settings over the job's. ``needs`` says
+    what its memory has. ``lora_key`` names the LoRAs that it adds; empty where it has none. ``fingerprint`` covers
     everything that changes its pixels. ``attempt_id`` is unique to each attempt. ``why``: what changed since the shot
     was rendered from other inputs; empty where it was not.
     """
@@ -56,17 +60,21 @@ class ShotJob(OfOneShot):
     kind: str
     mode: str
     seed: int
+    sampler: SamplerSettings
+    needs: Needs
     fingerprint: str
     attempt_id: str
     why: str = ""
+    lora_key: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShotHistory:
     """What a shot uses of the committed shots before it.
 
-    ``keyframes``: those of all shots before it, in order, without the story's reference images. ``tail``: the last
-    frames of the shot just before it, uint8 ``[n, 3, H, W]`` in order; None for the first shot and for T2V.
+    ``keyframes``: those of exactly the shots that its memory may use (``Needs.memory``), in the order of the story,
+    without given images. ``tail``: the last frames of the shot that it continues, uint8 ``[n, 3, H, W]`` in order; None
+    where it continues none.
     """
 
     keyframes: tuple[Keyframe, ...]
@@ -79,7 +87,9 @@ class RenderedShot:
 
     ``clip``: uint8 ``[F, 3, H, W]``, given frames already dropped. ``keyframes``: those it adds to the memory bank.
     ``tail``: its last frames, uint8 ``[n, 3, H, W]``, for a continuation. ``memory``: what the memory decided, as JSON
-    values (keys ``recalled`` and ``decisions``). ``stage_seconds``: seconds per stage. All tensors on the CPU.
+    values (keys ``recalled`` and ``decisions``). ``stage_seconds``: seconds per stage. ``given``: what a given clip is
+    (``story.videos.VideoFacts``), as JSON values. ``loras``: what the shot's own LoRAs cost, as JSON values; it may
+    differ between equal shots. All tensors on the CPU.
     """
 
     clip: Tensor
@@ -87,6 +97,8 @@ class RenderedShot:
     tail: Tensor
     memory: Mapping[str, Any] = field(default_factory=dict)
     stage_seconds: Mapping[str, float] = field(default_factory=dict)
+    given: Mapping[str, Any] = field(default_factory=dict)
+    loras: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,6 +117,10 @@ class End:
 
     state: str
     reason: str = ""
+
+
+class ShotStopped(Exception):
+    """Not an error: ``should_stop`` ended a shot that has no state to continue from (a given clip)."""
 
 
 class ShotRenderer(Protocol):
@@ -136,8 +152,9 @@ class ShotRenderer(Protocol):
         ``low_memory`` keeps the experts in host memory and one at a time on the device: for a shot that ran out of
         memory before.
 
-        Raises ``DenoiseStopped`` when ``should_stop`` returned True, ``ShotError`` (or any ``StoryMemError``) when this
-        shot cannot be rendered, and ``torch.OutOfMemoryError``. Any other exception ends the job.
+        Raises ``DenoiseStopped`` or ``ShotStopped`` when ``should_stop`` returned True, ``ShotError`` (or any
+        ``StoryMemError``) when this shot cannot be rendered, and ``torch.OutOfMemoryError``. Any other exception ends
+        the job.
         """
 
 

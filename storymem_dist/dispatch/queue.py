@@ -1,6 +1,6 @@
 """Claims shots: which shot this replica renders next, and the lease that entitles it.
 
-One ``ShotQueue`` belongs to the leader of one replica. It holds the graph of all chains and shares the lease folders
+One ``ShotQueue`` belongs to the leader of one replica. It holds the graph of all shots and shares the lease folders
 with the other replicas of its job and with other jobs. It scans each folder at most once per ``poll_seconds``. Its view
 may be outdated between scans, so each claim takes the lease and then checks the record. Knows nothing of pixels, ranks
 or models.
@@ -13,12 +13,15 @@ from dataclasses import dataclass
 
 from storymem_dist.artifacts.records import DamagedRecord
 from storymem_dist.artifacts.run_folder import FailureRecord, RunFolder
-from storymem_dist.dispatch.graph import ShotGraph, ShotKey, ShotStatus, choose_shot, shot_key
+from storymem_dist.dispatch.choosing import choose_shot
+from storymem_dist.dispatch.graph import ShotGraph, ShotKey, shot_key
 from storymem_dist.dispatch.leases import Lease, LeaseFolder
 from storymem_dist.dispatch.plan import PlannedShot
 from storymem_dist.dispatch.protocol import ShotJob
 from storymem_dist.dispatch.settings import DispatchSettings
+from storymem_dist.dispatch.story_graph import ShotStatus
 from storymem_dist.files import names_in
+from storymem_dist.story.modes import GIVEN
 
 _OWNERS_PER_SCAN = 64  # leases of other owners checked for dead holders in one scan
 _OVERDUE = 3.0  # no replica waits for a shot that has taken this many times its estimate
@@ -86,11 +89,11 @@ class ShotQueue:
 
     def find_committed(self) -> None:
         """Find the shots that any process has committed."""
-        for chain in self.graph.chains:
-            run = self._runs[chain.part]
-            if run.story_folder(chain.story_id).exists():
-                for shot in chain.shots:
-                    if run.shot(chain.story_id, shot.shot_id).is_committed(shot.fingerprint):
+        for story in self.graph.stories:
+            run = self._runs[story.part]
+            if run.story_folder(story.story_id).exists():
+                for shot in story.shots:
+                    if run.shot(story.story_id, shot.shot_id).is_committed(shot.fingerprint):
                         self.graph.set_state(shot, ShotStatus.COMMITTED)
 
     def scan(self, *, force: bool = False) -> bool:
@@ -115,23 +118,23 @@ class ShotQueue:
         for key in found:
             entry = self.graph.find(key)
             if entry is not None and key not in self._own:
-                chain, index = entry
+                story, position = entry
                 self._leased_since.setdefault(key, now)
-                if chain.states[index] is ShotStatus.WAITING:
-                    self.graph.set_state(chain.shots[index], ShotStatus.LEASED)
+                if story.states[position] is ShotStatus.WAITING:
+                    self.graph.set_state(story.shots[position], ShotStatus.LEASED)
         self._free_leases_of_the_dead()
         return True
 
     # -- claiming ------------------------------------------------------------------------------------------------------
 
-    def claim(self, loaded: str | None) -> Claim | None:
-        """Claim the best shot for a replica that has loaded the experts of kind ``loaded``.
+    def claim(self, loaded: str | None, lora_key: str = "") -> Claim | None:
+        """Claim the best shot for a replica that has loaded the experts of kind ``loaded`` with these LoRAs.
 
-        None when no shot can be claimed now, or when the replica should wait for the shot after the one it is saving.
+        None when no shot can be claimed now, or when the replica should wait for a shot after the one it is saving.
         Raises ``OSError`` when the folder cannot be written.
         """
         self.scan()
-        while (shot := self._choose(loaded)) is not None:
+        while (shot := self._choose(loaded, lora_key)) is not None:
             key = shot_key(shot)
             leases = self._leases[shot.part]
             lease = leases.try_claim(lease_key(shot), self._generations.get(key))
@@ -160,7 +163,7 @@ class ShotQueue:
         return self._leases[claim.shot.part].is_held(claim.lease)
 
     def note_saving(self, claim: Claim) -> None:
-        """Note that a claimed shot is being saved: once it is committed, the shot after it is ready."""
+        """Note that a claimed shot is being saved: once it is committed, shots that wait for it may be ready."""
         self._saving = claim.shot
 
     def release_lease(self, claim: Claim) -> None:
@@ -199,7 +202,9 @@ class ShotQueue:
     # -- measured times ------------------------------------------------------------------------------------------------
 
     def note_rendered(self, shot: PlannedShot, elapsed_seconds: float) -> None:
-        """Update the seconds per TFLOP with the time that ``shot`` took."""
+        """Update the seconds per TFLOP with the time that ``shot`` took; a given clip says nothing about them."""
+        if shot.kind == GIVEN:
+            return
         rate = elapsed_seconds / shot.cost
         before = self._seconds_per_tflop
         self._seconds_per_tflop = rate if before is None else 0.7 * before + 0.3 * rate
@@ -215,7 +220,7 @@ class ShotQueue:
         """Replicas that share the work, as far as known."""
         return max(self._num_replicas, sum(leases.num_alive for leases in self._leases))
 
-    def _choose(self, loaded: str | None) -> PlannedShot | None:
+    def _choose(self, loaded: str | None, lora_key: str) -> PlannedShot | None:
         return choose_shot(
             self.graph,
             loaded,
@@ -223,6 +228,7 @@ class ShotQueue:
             expected_wait=self._expected_wait,
             swap_seconds=self._swap_seconds,
             saving=self._saving,
+            lora_key=lora_key,
         )
 
     def _expected_wait(self, kind: str) -> float:
@@ -236,23 +242,25 @@ class ShotQueue:
             entry = self.graph.find(key)
             if entry is None or key in self._own:
                 continue
-            chain, index = entry
-            if index + 1 < len(chain.shots) and chain.shots[index + 1].kind == kind:
-                estimate = chain.shots[index].cost * self._seconds_per_tflop
+            shot = entry[0].shots[entry[1]]
+            if any(freed.kind == kind for freed in self.graph.freed_by(shot)):
+                estimate = shot.cost * self._seconds_per_tflop
                 elapsed = now - since
                 if elapsed < _OVERDUE * estimate:
                     shortest = min(shortest, max(estimate - elapsed, 0.0))
         return shortest
 
     def _find_committed(self, shot: PlannedShot) -> bool:
-        """Whether another process has committed ``shot``; if so, find the committed shots after it, too."""
-        chain, index = self.graph.chain_of(shot), shot.index
+        """Whether another process has committed ``shot``; if so, find the committed shots that need it, too."""
         run, found = self._runs[shot.part], False
-        for later in chain.shots[index:]:
-            if not run.shot(later.story_id, later.shot_id).is_committed(later.fingerprint):
-                break
-            self.graph.set_state(later, ShotStatus.COMMITTED)
-            found = True
+        left, seen = [shot], {shot.index}
+        while left:
+            one = left.pop()
+            if run.shot(one.story_id, one.shot_id).is_committed(one.fingerprint):
+                self.graph.set_state(one, ShotStatus.COMMITTED)
+                left += [later for later in self.graph.followers(one) if later.index not in seen]
+                seen |= {later.index for later in left}
+                found = True
         return found
 
     def _has_failed(self, shot: PlannedShot) -> bool:
@@ -288,9 +296,13 @@ class ShotQueue:
         entry = self.graph.find(key)
         if entry is None or key in self._own:
             return
-        chain, index = entry
-        shot = chain.shots[index]
-        if chain.states[index] is ShotStatus.LEASED and not self._find_committed(shot) and not self._has_failed(shot):
+        story, position = entry
+        shot = story.shots[position]
+        if (
+            story.states[position] is ShotStatus.LEASED
+            and not self._find_committed(shot)
+            and not self._has_failed(shot)
+        ):
             self.graph.set_state(shot, ShotStatus.WAITING)
 
     def _follow_failures(self, part_index: int) -> None:
@@ -301,8 +313,8 @@ class ShotQueue:
             entry = self.graph.find((part_index, *key)) if key else None
             if entry is None:
                 continue
-            chain, index = entry
-            shot, state = chain.shots[index], chain.states[index]
+            story, position = entry
+            shot, state = story.shots[position], story.states[position]
             if state is ShotStatus.WAITING and name in names:
                 self._has_failed(shot)
             elif state is ShotStatus.FAILED and name not in names:

@@ -1,8 +1,8 @@
 """Commits a rendered shot in a thread, while the replica renders the next one.
 
 ``BackgroundSave`` encodes and writes the files, publishes the record, updates the views, releases the lease, notifies
-the observers and, after a story's last shot, makes the story video. Of the queue it uses this shot's lease only. The
-states of shots change in the thread that renders, which handles the outcome (``Saved``) later.
+the observers and, once all shots of a story are committed, makes the story video. Of the queue it uses this
+shot's lease only. The states of shots change in the thread that renders, which handles the outcome (``Saved``) later.
 
 Knows files only: decoding and choosing keyframes need the device and come before, in the thread that renders.
 """
@@ -21,10 +21,11 @@ from typing import Any
 from storymem_dist.artifacts.records import ShotRecord, StoredKeyframe
 from storymem_dist.artifacts.shot_folder import ClipFiles, ShotFolder, keyframe_name, tail_name
 from storymem_dist.dispatch import announcing
-from storymem_dist.dispatch.graph import Chain
 from storymem_dist.dispatch.plan import BatchPart, PlannedShot
 from storymem_dist.dispatch.protocol import RenderedShot
 from storymem_dist.dispatch.queue import Claim
+from storymem_dist.dispatch.shot_settings import own_settings
+from storymem_dist.dispatch.story_graph import StoryGraph
 from storymem_dist.dispatch.story_video import StoryVideoMaker
 from storymem_dist.errors import MachineError
 from storymem_dist.events import StageFinished, StageStarted, WarningIssued, json_ready
@@ -86,7 +87,7 @@ class BackgroundSave:
         rendered: RenderedShot,
         *,
         part: BatchPart,
-        chain: Chain,
+        story: StoryGraph,
         story_videos: StoryVideoMaker,
         host: Mapping[str, Any],
         may_publish: Callable[[], bool],
@@ -97,7 +98,7 @@ class BackgroundSave:
         """
         self.held = held
         self._part = part
-        self._chain = chain
+        self._story = story
         self._story_videos = story_videos
         self._host = host
         self._may_publish = may_publish
@@ -176,7 +177,7 @@ class BackgroundSave:
         observers.notify(announcing.shot_finished(record, part, elapsed, seconds))
         if fault is not None:
             raise fault
-        damaged = self._make_story_video() if shot is self._chain.shots[-1] else ()
+        damaged = self._make_story_video() if self._has_all_records() else ()
         return Saved(end=SaveEnd.COMMITTED, elapsed_seconds=elapsed, stage_seconds=seconds, damaged=damaged)
 
     def _check(self) -> None:
@@ -193,17 +194,24 @@ class BackgroundSave:
             return machine_fault(error, while_writing=True)
         return None
 
+    def _has_all_records(self) -> bool:
+        """Whether every shot of the story is committed, by whichever process. The last one is looked at first."""
+        run = self._part.run
+        return all(
+            run.shot(shot.story_id, shot.shot_id).is_committed(shot.fingerprint) for shot in reversed(self._story.shots)
+        )
+
     def _make_story_video(self) -> Sequence[PlannedShot]:
         """Make the video of the story; return the shots whose record is unusable."""
         damaged: list[PlannedShot] = []
         try:
-            self._story_videos.make(self._chain, damaged.append)
+            self._story_videos.make(self._story, damaged.append)
         except Exception as error:
             if fault := machine_fault(error, while_writing=True):
                 raise fault from error
             if not isinstance(error, OSError):
                 raise
-            self._warn(f"the video of {self._chain.story_id} cannot be made now: {error}", "join")  # tried again later
+            self._warn(f"the video of {self._story.story_id} cannot be made now: {error}", "join")  # tried again later
         return damaged
 
     def _warn(self, message: str, source: str) -> None:
@@ -265,6 +273,8 @@ def save_shot(
         timing={
             "stage_seconds": {**json_ready(rendered.stage_seconds), "save": time.monotonic() - began},
             "committed_at": time.time(),
+            **({"loras": json_ready(rendered.loras)} if rendered.loras else {}),
         },
         host=json_ready({"attempt_id": attempt_id, "host": socket.gethostname(), **part.host, **host}),
+        own=json_ready(own_settings(shot.shot, shot.sampler) | ({"given": rendered.given} if rendered.given else {})),
     )

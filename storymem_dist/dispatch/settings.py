@@ -10,7 +10,7 @@ from storymem_dist.errors import ConfigError, require_between, require_one_of, s
 RESUME_RULES = ("continue", "strict")
 BUSY_RULES = ("join", "wait", "refuse")
 _DAY = 24 * 3600.0
-_MAX_SHOT_NAME = 200  # in a request to render again; a run folder names shots by number
+_MAX_SHOT_NAME = 200  # in a request to render again
 
 
 @dataclass(kw_only=True, slots=True)
@@ -18,9 +18,10 @@ class DispatchSettings:
     """The ``dispatch`` group.
 
     ``resume``: what to do with shots whose records were made from other inputs (an edited prompt, another setting).
-    ``continue`` renders them and all shots after them again; ``strict`` refuses to start and lists the differences.
-    ``rerender``: shots to render again although nothing changed, as ``STORY:SHOT`` (``ocean:shot_03`` or ``ocean:3``);
-    the shots after them are rendered again too. Applied once per job, for any number of replicas and restarts.
+    ``continue`` renders them and all shots that need them again; ``strict`` refuses to start and lists the differences.
+    ``rerender``: shots to render again although nothing changed, as ``STORY:SHOT`` (``ocean:shot_03``, ``ocean:3`` or
+    a shot's own name); the shots that need them are rendered again too. Applied once per job, for any number of
+    replicas and restarts.
     ``retry_failed``: render shots again that failed in an earlier job.
     ``on_busy``: what to do when another job works in the same run folder: ``join`` it and share the shots, ``wait``
     until it has left, or ``refuse`` to start.
@@ -58,7 +59,8 @@ class DispatchSettings:
         require_between("dispatch.swap_seconds", self.swap_seconds, 0.0, _DAY)
         for shot in self.rerender:
             story, colon, name = shot.rpartition(":")
-            if not (story and colon and name) or len(shot) > _MAX_SHOT_NAME or len(name) > 12:
+            is_too_long = len(shot) > _MAX_SHOT_NAME or (name.isdecimal() and len(name) > 12)
+            if not (story and colon and name) or is_too_long:
                 raise ConfigError(
                     f"dispatch.rerender={shown(shot)} is not allowed; write STORY:SHOT, for example ocean:shot_03 or "
                     "ocean:3"

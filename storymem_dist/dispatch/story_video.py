@@ -4,7 +4,7 @@
     stories/<story>/story.json     the fingerprints of its records, its size, hashes and frames; written after it
 
 A video that has changed since then is set aside and made again. One process at a time makes the video of a story: it
-holds a separate lease. Knows run folders, leases and chains; nothing of rendering.
+holds a separate lease. Knows run folders, leases and graphs; nothing of rendering.
 """
 
 import secrets
@@ -18,9 +18,9 @@ from storymem_dist.artifacts.fingerprint import file_digest
 from storymem_dist.artifacts.records import DamagedRecord, ShotRecord
 from storymem_dist.artifacts.run_folder import RunFolder
 from storymem_dist.artifacts.video import concat_clips
-from storymem_dist.dispatch.graph import Chain
 from storymem_dist.dispatch.leases import LeaseFolder
 from storymem_dist.dispatch.plan import BatchPart, PlannedShot
+from storymem_dist.dispatch.story_graph import StoryGraph
 from storymem_dist.errors import RunFolderError
 from storymem_dist.events import StoryFinished, WarningIssued, timed_stage
 from storymem_dist.files import UnsafePath, canonical_json, quick_digest, read_json, temporaries_in, write_bytes
@@ -37,7 +37,7 @@ class StoryVideoState(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class StoryVideoMaker:
-    """Makes the videos of complete chains. ``parts`` and ``leases`` have one entry for each part. Thread-safe.
+    """Makes the videos of complete stories. ``parts`` and ``leases`` have one entry for each part. Thread-safe.
 
     ``check_contents`` compares all bytes of an existing video with its hash, not only a sample.
     """
@@ -46,58 +46,60 @@ class StoryVideoMaker:
     leases: Sequence[LeaseFolder]
     check_contents: bool = False
 
-    def make(self, chain: Chain, note_damaged: Callable[[PlannedShot], None]) -> StoryVideoState:
-        """Make the video of a complete chain unless it exists; notify the observers.
+    def make(self, story: StoryGraph, note_damaged: Callable[[PlannedShot], None]) -> StoryVideoState:
+        """Make the video of a complete story unless it exists; notify the observers.
 
         ``note_damaged`` is called with a shot whose record is unusable: it must be rendered again. Raises ``OSError``.
         """
-        part, leases = self.parts[chain.part], self.leases[chain.part]
-        fingerprints = [shot.fingerprint for shot in chain.shots]
-        if has_story_video(part.run, chain.story_id, fingerprints, check_contents=self.check_contents):
+        part, leases = self.parts[story.part], self.leases[story.part]
+        fingerprints = [shot.fingerprint for shot in story.shots]
+        if has_story_video(part.run, story.story_id, fingerprints, check_contents=self.check_contents):
             return StoryVideoState.MADE
-        key = f"{chain.story_id}.story.{fingerprints[-1][:16]}"
+        key = f"{story.story_id}.story.{fingerprints[-1][:16]}"
         lease = leases.try_claim(key, leases.generation_of(key))
         if lease is None:
             return StoryVideoState.ELSEWHERE
         try:
-            if has_story_video(part.run, chain.story_id, fingerprints, check_contents=self.check_contents):
+            if has_story_video(part.run, story.story_id, fingerprints, check_contents=self.check_contents):
                 return StoryVideoState.MADE
-            if aside := set_aside_changed_video(part.run, chain.story_id, fingerprints):
-                message = f"{aside}: this video of {chain.story_id} was set aside, its contents have changed"
+            if aside := set_aside_changed_video(part.run, story.story_id, fingerprints):
+                message = f"{aside}: this video of {story.story_id} was set aside, its contents have changed"
                 part.observers.notify(WarningIssued(message=f"{message}; it is made again", source="join"))
-            return self._make(chain, part, note_damaged)
+            return self._make(story, part, note_damaged)
         finally:
             leases.release(lease)
 
-    def make_missing(self, chains: Sequence[Chain], note_damaged: Callable[[PlannedShot], None]) -> bool:
-        """Make the videos of complete ``chains`` that have none; False when the batch may not be finished after that.
+    def make_missing(self, stories: Sequence[StoryGraph], note_damaged: Callable[[PlannedShot], None]) -> bool:
+        """Make the videos of complete ``stories`` that have none; False when the batch may not be finished after that.
 
         Raises ``OSError``.
         """
-        states = [self.make(chain, note_damaged) for chain in chains if chain.is_complete]
+        states = [self.make(story, note_damaged) for story in stories if story.is_complete]
         return not any(state in (StoryVideoState.ELSEWHERE, StoryVideoState.DAMAGED) for state in states)
 
-    def _make(self, chain: Chain, part: BatchPart, note_damaged: Callable[[PlannedShot], None]) -> StoryVideoState:
+    def _make(self, story: StoryGraph, part: BatchPart, note_damaged: Callable[[PlannedShot], None]) -> StoryVideoState:
         began = time.monotonic()
-        records = self._records(chain, part, note_damaged)
+        records = self._records(story, part, note_damaged)
         if records is None:
             return StoryVideoState.DAMAGED
-        with timed_stage(part.observers, "join", story_id=chain.story_id):
+        with timed_stage(part.observers, "join", story_id=story.story_id):
             try:
-                make_story_video(part.run, chain.story_id, records)
+                make_story_video(part.run, story.story_id, records)
             except RunFolderError as error:
-                message = f"the clips of {chain.story_id} exist but cannot be concatenated: {error}"
+                message = f"the clips of {story.story_id} exist but cannot be concatenated: {error}"
                 part.observers.notify(WarningIssued(message=message, source="join"))
                 return StoryVideoState.IMPOSSIBLE
-        notify_story_finished(part, chain, elapsed_seconds=time.monotonic() - began)
+        notify_story_finished(part, story, elapsed_seconds=time.monotonic() - began)
         return StoryVideoState.MADE
 
     @staticmethod
-    def _records(chain: Chain, part: BatchPart, note_damaged: Callable[[PlannedShot], None]) -> list[ShotRecord] | None:
+    def _records(
+        story: StoryGraph, part: BatchPart, note_damaged: Callable[[PlannedShot], None]
+    ) -> list[ShotRecord] | None:
         records = []
-        for shot in chain.shots:
+        for shot in story.shots:
             try:
-                folder = part.run.shot(chain.story_id, shot.shot_id)
+                folder = part.run.shot(story.story_id, shot.shot_id)
                 record = folder.require_record(shot.fingerprint, check_contents=True)  # all bytes are read now anyway
             except DamagedRecord as damage:
                 message = f"{damage}; the shot is rendered again"
@@ -164,13 +166,13 @@ def make_story_video(run: RunFolder, story_id: str, records: Sequence[ShotRecord
     return num_frames
 
 
-def notify_story_finished(part: BatchPart, chain: Chain, *, elapsed_seconds: float = 0.0) -> None:
+def notify_story_finished(part: BatchPart, story: StoryGraph, *, elapsed_seconds: float = 0.0) -> None:
     """Notify the observers that the video of a story exists."""
     part.observers.notify(
         StoryFinished(
-            story_id=chain.story_id,
-            video=part.run.story_video(chain.story_id).relative_to(part.run.root).as_posix(),
-            num_shots=len(chain.shots),
+            story_id=story.story_id,
+            video=part.run.story_video(story.story_id).relative_to(part.run.root).as_posix(),
+            num_shots=len(story.shots),
             elapsed_seconds=elapsed_seconds,
         )
     )

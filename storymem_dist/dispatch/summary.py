@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from storymem_dist.artifacts.run_folder import FailureRecord
-from storymem_dist.dispatch.graph import Chain, ShotStatus
+from storymem_dist.dispatch.story_graph import ShotStatus, StoryGraph
 from storymem_dist.errors import ShotError
 
 DONE = "done"
@@ -49,7 +49,7 @@ class BatchSummary:
     ``state``: ``done`` (everything is rendered), ``stopped`` (on request; the same command continues), ``failed`` (some
     shots could not be rendered, see ``failures``). Counts of shots are this replica's own: ``num_rendered`` committed,
     ``num_resumed`` of them continued from a step checkpoint, ``num_skipped`` found committed at the start.
-    ``num_blocked`` counts shots of the batch that cannot be rendered because one before them failed, ``num_refused``
+    ``num_blocked`` counts shots of the batch that cannot be rendered because one that they need failed, ``num_refused``
     storyboard files that could not be read. ``num_finished`` shots of the batch are committed, by whichever replica or
     job; ``num_finished_before`` of them were when this replica began.
     """
@@ -81,7 +81,7 @@ def summarize(
     state: str,
     reason: str,
     *,
-    chains: Sequence[Chain],
+    stories: Sequence[StoryGraph],
     rejected: Sequence[FailureRecord],
     failures: Sequence[FailureRecord],
     tally: Tally,
@@ -90,33 +90,33 @@ def summarize(
     num_refused: int = 0,
     num_finished_before: int = 0,
 ) -> BatchSummary:
-    """Summarize the given chains: of the whole batch (``is_whole``) or of one part.
+    """Summarize the given stories: of the whole batch (``is_whole``) or of one part.
 
     ``state`` is that of the whole batch. A part may be done although another failed. A part that is not done and has no
     failure is stopped: the same command continues it.
     """
     final = [failure for failure in failures if failure.is_final]
-    num_done = sum(chain.is_complete for chain in chains)
+    num_done = sum(story.is_complete for story in stories)
     if not is_whole:
-        if chains and num_done == len(chains) and not rejected:
+        if stories and num_done == len(stories) and not rejected:
             state = DONE
         elif state == FAILED and not (final or rejected):
             state = STOPPED
     return BatchSummary(
         state=state,
         reason=reason,
-        num_stories=len(chains) + len(rejected),
+        num_stories=len(stories) + len(rejected),
         num_stories_done=num_done,
         num_rendered=tally.num_rendered,
         num_resumed=tally.num_resumed,
         num_skipped=tally.num_skipped,
         num_failed=len(final) + len(rejected),
-        num_blocked=sum(len(chain.shots) - chain.front - 1 for chain in chains if chain.is_blocked),
+        num_blocked=sum(len(story.blocked) for story in stories),
         elapsed_seconds=elapsed_seconds,
         waited_seconds=tally.waited_seconds,
         stage_seconds=dict(tally.stage_seconds),
         failures=(*rejected, *final),
         num_refused=num_refused,
-        num_finished=sum(state is ShotStatus.COMMITTED for chain in chains for state in chain.states),
+        num_finished=sum(state is ShotStatus.COMMITTED for story in stories for state in story.states),
         num_finished_before=num_finished_before,
     )

@@ -11,21 +11,28 @@ import shutil
 import time
 import uuid
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from storymem_dist.config.schema import RenderConfig
+from storymem_dist.diffusion.settings import SamplerSettings
+from storymem_dist.dispatch.needs import story_needs
+from storymem_dist.dispatch.shot_check import check_shots
+from storymem_dist.dispatch.shot_loras import OpenedLoras, check_loras
 from storymem_dist.doctor.finding import Finding, ok, problem, warning
 from storymem_dist.errors import ConfigError, StoryMemError, WeightsNotFound
 from storymem_dist.hardware import GIB
 from storymem_dist.models.quantized_linear import check_linears
 from storymem_dist.observe.run.format import count
 from storymem_dist.observe.wandb.process import check_settings, has_api_key
-from storymem_dist.parallel.weight_memory import check_weight_memory, decide_experts, weight_memory
+from storymem_dist.parallel.layout import check_guidance
+from storymem_dist.parallel.weight_memory import WeightMemory, check_weight_memory, decide_experts, weight_memory
 from storymem_dist.story.loading import StoryBatch, load_storyboards
 from storymem_dist.story.modes import KINDS, T2V
-from storymem_dist.weights.bundle import open_weights, with_generated_weights
+from storymem_dist.story.schema import ShotOptions
+from storymem_dist.weights.bundle import Weights, open_weights, with_generated_weights
 from storymem_dist.weights.checkpoints import WanCheckpoint
 from storymem_dist.weights.prompt_lengths import check_prompt_lengths, cut_text_of
 from storymem_dist.weights.prompt_words import check_prompt_words
@@ -46,12 +53,58 @@ def check_stories(settings: RenderConfig) -> Iterator[Finding]:
     except StoryMemError as error:
         yield problem("stories", "files", "none can be rendered", str(error))
         return
-    num_shots = sum(len(story.shots) for story in batch.stories)
+    batch = check_shots(batch, settings.sampler, settings.memory, partial(_check_guidance, settings))
+    batch = _check_loras(settings, batch)
     if batch.stories:
-        yield ok("stories", "files", f"{count(len(batch.stories), 'story', 'stories')}, {count(num_shots, 'shot')}")
+        yield ok("stories", "files", _contents(batch))
     yield from _check_prompts(settings, batch)
     for rejected in batch.rejected:
         yield problem("stories", str(rejected.source), "refused", rejected.message)
+
+
+def _contents(batch: StoryBatch) -> str:
+    """How many stories and shots there are; and how many shots are given, or rendered with settings of their own."""
+    shots = [shot for story in batch.stories for shot in story.shots]
+    num_given = sum(shot.video is not None for shot in shots)
+    num_own = sum(shot.video is None and shot.options != ShotOptions() for shot in shots)
+    parts = [count(len(batch.stories), "story", "stories"), count(len(shots), "shot")]
+    parts += [f"{num_given} of them given"] if num_given else []
+    parts += [f"{num_own} with settings of their own"] if num_own else []
+    return ", ".join(parts)
+
+
+def _check_guidance(settings: RenderConfig, sampler: SamplerSettings) -> None:
+    check_guidance(
+        settings.parallel,
+        guidance_scale_high=sampler.guidance_scale_high,
+        guidance_scale_low=sampler.guidance_scale_low,
+        guidance_interval=sampler.guidance_interval,
+    )
+
+
+def _check_loras(settings: RenderConfig, batch: StoryBatch) -> StoryBatch:
+    """``batch`` without the stories whose LoRAs do not fit the experts, if these are there."""
+    with_loras = [story for story in batch.stories if any(shot.options.loras for shot in story.shots)]
+    needed = {need.kind for story in with_loras for need in story_needs(story, settings.sampler, settings.memory)}
+    kinds = [kind for kind in KINDS if kind in needed]
+    if not kinds:
+        return batch
+    try:
+        weights = open_weights(with_generated_weights(settings.model), kinds, settings.sampler.continuation)
+    except StoryMemError:  # weights have their own check
+        return batch
+    opened = OpenedLoras(weights, getattr(torch, settings.model.dtype))
+    return check_loras(batch, settings.sampler, settings.memory, opened)
+
+
+def _memory_of_loras(settings: RenderConfig, weights: Weights) -> WeightMemory:
+    """What the LoRAs of a shot for the experts of ``weights`` need at most; those that cannot be used are left out."""
+    opened = OpenedLoras(weights, getattr(torch, settings.model.dtype))
+    if settings.stories.path is not None:
+        with contextlib.suppress(StoryMemError):  # storyboards have their own check
+            check_loras(load_storyboards(settings.stories.paths()), settings.sampler, settings.memory, opened)
+    largest = opened.most_bytes(compiled=bool(settings.parallel.compile))
+    return WeightMemory(on_device=largest.on_device, on_host=largest.on_host)
 
 
 def _check_prompts(settings: RenderConfig, batch: StoryBatch) -> Iterator[Finding]:
@@ -103,11 +156,11 @@ def check_weights(settings: RenderConfig) -> Iterator[Finding]:
             + (f", {max(loras.values())} LoRAs" if any(loras.values()) else ""),
         )
         yield from _check_read_speed(kind, checkpoint)
-        yield from _check_memory(settings, kind, checkpoint)
+        yield from _check_memory(settings, kind, checkpoint, _memory_of_loras(settings, weights))
 
 
 def _check_read_speed(kind: str, checkpoint: WanCheckpoint) -> Iterator[Finding]:
-    files = [path for path in checkpoint.root.rglob("*.safetensors") if path.is_file()]
+    files = checkpoint.expert_files
     largest = max(files, key=lambda path: path.stat().st_size)
     num_bytes, seconds = _timed_read(largest)
     if num_bytes < _READ_BLOCK:
@@ -137,19 +190,23 @@ def _timed_read(path: Path) -> tuple[int, float]:
         return num_bytes, max(time.perf_counter() - start, 1e-9)
 
 
-def _check_memory(settings: RenderConfig, kind: str, checkpoint: WanCheckpoint) -> Iterator[Finding]:
-    """Whether the experts fit, with one rank on each of this machine's devices."""
+def _check_memory(
+    settings: RenderConfig, kind: str, checkpoint: WanCheckpoint, adapters: WeightMemory
+) -> Iterator[Finding]:
+    """Whether the experts and a shot's LoRAs fit, with one rank on each of this machine's devices."""
     on_gpu = settings.parallel.device != "cpu" and torch.cuda.is_available()
     num_ranks = torch.cuda.device_count() if on_gpu else 1
     device, config, parallel = torch.device("cuda" if on_gpu else "cpu"), checkpoint.dit_config, settings.parallel
-    model = decide_experts(settings.model, parallel, config, device)
+    model = decide_experts(settings.model, parallel, config, device, adapters=adapters)
     needed = weight_memory(model, parallel, config)
     value = (
         f"experts={model.experts}: {needed.on_device / GIB:.1f} GiB on each device, "
         f"{needed.on_host * num_ranks / GIB:.1f} GiB on the host"
     )
+    if adapters.on_device:
+        value += f", and {adapters.on_device / GIB:.1f} GiB on each device for the LoRAs of a shot"
     try:
-        check_weight_memory(model, parallel, config, device=device, ranks_per_node=num_ranks)
+        check_weight_memory(model, parallel, config, device=device, ranks_per_node=num_ranks, adapters=adapters)
     except StoryMemError as error:
         yield problem("weights", f"{kind} fit", value, str(error))
     else:

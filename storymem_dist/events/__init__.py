@@ -3,8 +3,8 @@
 Rendering code creates an event and passes it to an ``Observer``. The fan-out (``observe/observers.py``) adds wall time,
 writer, replica and sequence number in a ``StampedEvent``.
 
-``kinds`` defines the events, ``observing`` the protocol that receives them, ``serialization`` their JSON lines. Nothing
-here knows of files, threads, torch or back ends.
+``kinds`` defines the events, ``memory`` makes some of them from records, ``observing`` is the protocol that receives
+them, ``serialization`` their JSON lines. Nothing here knows of files, threads, torch or back ends.
 """
 
 from storymem_dist.events.kinds import (
@@ -14,6 +14,7 @@ from storymem_dist.events.kinds import (
     Event,
     JobFinished,
     JobStarted,
+    LorasUsed,
     MemoryDecided,
     ReplicaWaited,
     ShotFailed,
@@ -32,8 +33,8 @@ from storymem_dist.events.kinds import (
     ThroughputSampled,
     WarningIssued,
     WeightsProgress,
-    memory_events,
 )
+from storymem_dist.events.memory import memory_events
 from storymem_dist.events.observing import NullObserver, Observer, timed_stage
 from storymem_dist.events.serialization import (
     SCHEMA_VERSION,
@@ -53,6 +54,7 @@ __all__ = [
     "Event",
     "JobFinished",
     "JobStarted",
+    "LorasUsed",
     "MemoryDecided",
     "NullObserver",
     "Observer",

@@ -2,10 +2,9 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
-STAGES = ("text", "load", "recall", "condition", "denoise", "decode", "keyframes", "save", "join")
-"""Names of the stages, in the order in which a shot passes through them."""
+STAGES = ("text", "load", "recall", "loras", "condition", "denoise", "compile", "decode", "keyframes", "save", "join")
+"""Names of the stages, in the order in which a shot passes through them; ``compile`` is a part of ``denoise``."""
 
 MEMORY_VERDICTS = ("recalled", "evicted", "kept", "kept_as_last_resort", "duplicate", "low_quality")
 """Values of ``MemoryDecided.verdict``. ``recalled`` and ``evicted`` apply to keyframes in the bank, the others to
@@ -27,8 +26,8 @@ class JobStarted(Event):
     ``job`` names the job among those that share the run folder; its replicas use the same name, also after a restart.
     ``num_stories`` and ``num_shots`` count the whole batch, ``num_devices`` the ranks of *this* replica.
     ``peak_tflops`` is the dense bf16 peak of one device, None where unknown (then there is no FLOP utilisation).
-    ``attention`` is the attention kernel, ``auto (flash)`` where torch chose flash. ``versions`` maps package names to
-    versions.
+    ``attention`` is the attention kernel; where it was chosen, with its time against the others'. ``compile`` says
+    whether blocks are compiled, and why. ``versions`` maps package names to versions.
     """
 
     run_id: str = ""
@@ -41,6 +40,7 @@ class JobStarted(Event):
     device: str = "cpu"
     layout: str = ""
     attention: str = ""
+    compile: str = ""
     host: str = ""
     process_id: int = 0
     peak_tflops: float | None = None
@@ -152,16 +152,24 @@ class SystemSampled(Event):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoryStarted(Event):
-    """A story is part of the batch. Sent once per story and start, before its first shot."""
+    """A story is part of the batch. Sent once per story and start, before its first shot.
+
+    ``waits_for``: for each shot the positions of the shots before it that it waits for directly; empty where the story
+    cannot be planned.
+    """
 
     story_id: str
     name: str = ""
     num_shots: int = 0
+    waits_for: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoryFinished(Event):
-    """The chain of a story has ended. ``outcome``: ``finished`` or ``failed``; ``video``: path of ``story.mp4``."""
+    """All that can be rendered of a story is.
+
+    ``outcome``: ``finished`` or ``failed``; ``video``: path of ``story.mp4``.
+    """
 
     story_id: str
     outcome: str = "finished"
@@ -175,7 +183,7 @@ class StoryFinished(Event):
 class ShotStarted(Event):
     """A replica starts an attempt at a shot.
 
-    ``shot_index`` is the position in the chain, from 0. ``why`` is the reason for rendering a shot again that has a
+    ``shot_index`` is the position in the story, from 0. ``why`` is the reason for rendering a shot again that has a
     record (an edited prompt, a forced re-render), else it is empty. ``num_tokens`` and ``tflop_per_step`` (all passes
     of one denoising step, all devices of the replica together) let readers compute rates; None: not known.
     """
@@ -214,6 +222,24 @@ class StageFinished(Event):
     elapsed_seconds: float
     story_id: str | None = None
     shot_id: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LorasUsed(Event):
+    """A shot has been denoised with ``num_loras`` LoRAs of its own, added to experts that were not loaded again.
+
+    ``elapsed_seconds`` took reading them into host memory (almost none if they were there: ``already_read``),
+    ``device_seconds`` copying them to the device (on a GPU: until the copies were queued), ``device_gib`` is the most
+    memory that they had there.
+    """
+
+    story_id: str
+    shot_id: str
+    num_loras: int
+    elapsed_seconds: float
+    device_seconds: float
+    device_gib: float
+    already_read: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -293,7 +319,7 @@ class MemoryDecided(Event):
     """One decision about one frame or keyframe, and why. ``memory_events`` creates them from a shot's memory record.
 
     ``story_id``/``shot_id`` is the shot for which it was decided. ``verdict`` is one of ``MEMORY_VERDICTS``.
-    ``source_shot_index`` is the chain position of the shot the frame comes from (-1: a reference image of the story),
+    ``source_shot_index`` is the position of the shot the frame comes from (-1: a reference image of the story),
     ``source_frame_index`` its frame in that shot's clip, ``slot`` its number among that shot's keyframes (None: not
     kept; for references the position of the image). ``position`` is its place among the recalled keyframes.
     ``similarity`` is that to the frame chosen before it, ``bank_similarity`` the highest to a keyframe of the bank
@@ -314,44 +340,6 @@ class MemoryDecided(Event):
     why: str = ""
 
 
-def memory_events(story_id: str, shot_id: str, shot_index: int, memory: Mapping[str, Any]) -> tuple[MemoryDecided, ...]:
-    """Return the decisions in the ``memory`` part of a shot's record (``recalled`` and ``decisions``), as events.
-
-    ``recalled`` lists the decisions about keyframes of the bank, ``decisions`` those about frames of the new clip, with
-    the field names of ``memory.bank.RecallDecision`` and ``memory.keyframes.FrameDecision``.
-    """
-    recalled = [
-        MemoryDecided(
-            story_id=story_id,
-            shot_id=shot_id,
-            verdict="evicted" if decision["verdict"] == "evicted" else "recalled",
-            source_shot_index=decision["shot_index"],
-            source_frame_index=decision["frame_index"],
-            slot=decision["slot"],
-            position=decision.get("position"),
-            why=decision.get("why", ""),
-        )
-        for decision in memory.get("recalled", ())
-    ]
-    chosen = [
-        MemoryDecided(
-            story_id=story_id,
-            shot_id=shot_id,
-            verdict=decision["verdict"],
-            source_shot_index=shot_index,
-            source_frame_index=decision["frame_index"],
-            slot=decision.get("slot"),
-            similarity=decision.get("similarity"),
-            bank_similarity=decision.get("bank_similarity"),
-            against=decision.get("against"),
-            quality=decision.get("quality"),
-            why=decision.get("why", ""),
-        )
-        for decision in memory.get("decisions", ())
-    ]
-    return (*recalled, *chosen)
-
-
 EVENT_TYPES: Mapping[str, type[Event]] = {
     cls.__name__: cls
     for cls in (
@@ -369,6 +357,7 @@ EVENT_TYPES: Mapping[str, type[Event]] = {
         ShotStarted,
         StageStarted,
         StageFinished,
+        LorasUsed,
         StepFinished,
         ShotFinished,
         ShotFailed,

@@ -13,10 +13,6 @@ from pathlib import Path
 from storymem_dist.dispatch.stop import STOP_FILES_VARIABLE
 
 _DEFAULTS = {
-    # Token counts, and so the sizes of allocations, change from shot to shot: segments that grow avoid fragmentation.
-    "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
-    # A collective that fails or times out ends its rank, so that the group restarts instead of hanging.
-    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
     # When a collective times out, NCCL reports which one and which ranks; it keeps the last 2000 in memory.
     "TORCH_FR_BUFFER_SIZE": "2000",
     "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",

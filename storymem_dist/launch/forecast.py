@@ -13,14 +13,16 @@ from storymem_dist.artifacts.records import DamagedRecord
 from storymem_dist.artifacts.run_folder import RunFolder, shot_ids
 from storymem_dist.artifacts.video import VideoSettings
 from storymem_dist.config.points import Point
+from storymem_dist.dispatch.graph import ShotGraph
 from storymem_dist.dispatch.plan import BatchPart, PlannedShot, plan_part
 from storymem_dist.errors import RunFolderError, StoryboardError
 from storymem_dist.observe.run.format import count, duration
 from storymem_dist.render.check import check_job
 from storymem_dist.render.inputs import cost_model, pixel_inputs
+from storymem_dist.story.modes import GIVEN
 from storymem_dist.terminal.text import printable
 
-_RENDERING_STAGES = ("recall", "condition", "denoise", "decode", "keyframes", "save")
+_RENDERING_STAGES = ("recall", "loras", "condition", "denoise", "decode", "keyframes", "save")
 _LONGEST = 1e9  # seconds of a stage; a record that says more is not a render's
 _NOT_DRAWN = 2**63
 """Replaces a seed that the render will draw. No drawn seed is that large, so no shot is found rendered with it."""
@@ -30,7 +32,8 @@ _NOT_DRAWN = 2**63
 class Forecast:
     """What is left to render, of the stories that can be rendered. ``refused``: why each of the others cannot.
 
-    ``warnings`` are those of their storyboards. ``device_seconds`` is None where nothing is known about times.
+    ``warnings`` are those of their storyboards. ``longest_path_share``: of the work that is left, the part that can
+    only be done one shot after the other. ``device_seconds`` is None where nothing is known about times.
     """
 
     num_stories: int
@@ -38,14 +41,14 @@ class Forecast:
     num_committed: int
     refused: Sequence[str]
     warnings: Sequence[str] = ()
-    longest_chain_share: float
+    longest_path_share: float
     device_seconds: float | None
 
     def elapsed_seconds(self, num_replicas: int) -> float | None:
         """Time of rendering alone (without loading weights) with ``num_replicas`` like those that rendered before."""
         if self.device_seconds is None:
             return None
-        return self.device_seconds * max(1.0 / num_replicas, self.longest_chain_share)
+        return self.device_seconds * max(1.0 / num_replicas, self.longest_path_share)
 
 
 class _UntouchedFolder(RunFolder):
@@ -71,7 +74,8 @@ def forecast(points: Sequence[Point]) -> Forecast:
     """
     checked = check_job(points)
     rerender = points[0].settings.dispatch.rerender
-    chains: list[float] = []
+    left: list[list[PlannedShot]] = []
+    num_stories = 0
     refused: list[str] = []
     warnings: list[str] = []
     num_shots = num_committed = 0
@@ -80,7 +84,7 @@ def forecast(points: Sequence[Point]) -> Forecast:
         of_point = f"{point.name}: " if point.name else ""
         refused += [of_point + rejected.message for rejected in batch.rejected]
         warnings += [of_point + warning for warning in batch.all_warnings]
-        known = [(story.story_id, [shot.shot_id for shot in story.shots]) for story in batch.stories]
+        known = [(story.story_id, {shot.shot_id: shot.name for shot in story.shots}) for story in batch.stories]
         part = BatchPart(
             run=_UntouchedFolder(point.settings.output, rerender=shot_ids(rerender, known)),
             stories=batch.stories,
@@ -88,30 +92,34 @@ def forecast(points: Sequence[Point]) -> Forecast:
             inputs={kind: pixel_inputs(kind, point.settings, checked.weights) for kind in checked.weights.checkpoints},
             video=VideoSettings(),
             cost=cost_model(point.settings, checked.weights),
+            memory=point.settings.memory,
         )
         for story, planned in plan_part(0, part):
             if isinstance(planned, StoryboardError):
                 refused.append(f"{of_point}{story.story_id}: {planned}")
                 continue
-            left = 0.0
+            num_stories += 1
+            of_story = []
             for shot in planned:
                 seconds = _seconds(part.run, shot)
                 num_shots += 1
                 if seconds is None:
-                    left += shot.cost
+                    of_story.append(shot)
                 else:
                     num_committed += 1
-                    seconds_per_tflop.append(seconds / shot.cost)
-            chains.append(left)
-    work = sum(chains)
+                    if shot.kind != GIVEN:
+                        seconds_per_tflop.append(seconds / shot.cost)
+            if of_story:
+                left.append(of_story)
+    graph = ShotGraph(left)
     return Forecast(
-        num_stories=len(chains),
+        num_stories=num_stories,
         num_shots=num_shots,
         num_committed=num_committed,
         refused=refused,
         warnings=warnings,
-        longest_chain_share=max(chains) / work if work else 0.0,
-        device_seconds=work * statistics.median(seconds_per_tflop) if seconds_per_tflop else None,
+        longest_path_share=graph.longest_path() / graph.work if graph.work else 0.0,
+        device_seconds=graph.work * statistics.median(seconds_per_tflop) if seconds_per_tflop else None,
     )
 
 
@@ -146,7 +154,7 @@ def _time(found: Forecast, num_replicas: int | None) -> str:
 
 
 def _seconds(run: RunFolder, shot: PlannedShot) -> float | None:
-    """How long a committed shot took; None for one that is still to do."""
+    """How long a committed shot took, without the compiler's time, which no later shot needs; None for one to do."""
     try:
         record = run.shot(shot.story_id, shot.shot_id).read_record(shot.fingerprint, set_aside=False)
     except DamagedRecord:
@@ -154,5 +162,9 @@ def _seconds(run: RunFolder, shot: PlannedShot) -> float | None:
     if record is None:
         return None
     stages = record.timing.get("stage_seconds")
-    taken = [stages.get(stage) for stage in _RENDERING_STAGES] if isinstance(stages, dict) else []
-    return float(sum(seconds for seconds in taken if isinstance(seconds, int | float) and 0 < seconds < _LONGEST))
+    taken = {
+        stage: seconds
+        for stage, seconds in (stages.items() if isinstance(stages, dict) else ())
+        if isinstance(seconds, int | float) and 0 < seconds < _LONGEST
+    }
+    return float(max(0, sum(taken.get(stage, 0) for stage in _RENDERING_STAGES) - taken.get("compile", 0)))

@@ -13,8 +13,10 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import fields
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
@@ -29,6 +31,7 @@ from storymem_dist.errors import ConfigError, LayoutError, MachineError, StoryMe
 from storymem_dist.hardware import machine_fault
 from storymem_dist.launch.environment import set_rank_environment
 from storymem_dist.launch.group_folder import GroupFolder, RankError
+from storymem_dist.launch.numa import numa_options
 from storymem_dist.parallel.layout import check_heads, plan_layout
 from storymem_dist.parallel.session import choose_backend, choose_device
 from storymem_dist.parallel.settings import ParallelSettings
@@ -92,12 +95,18 @@ def check_start(points: Sequence[Point]) -> int:
             f"launch.processes_per_node={num_processes}, but this node has {num_gpus} GPUs; start at most that many "
             "ranks on it, or use parallel.device=cpu"
         )
+    _numa_options(launch, parallel)  # raises where the setting cannot be followed
     port = chosen_port(launch, parallel)
     if port is not None and launch.node_rank == 0:
         _check_port(port)
     checked = check_job(points)
     check_heads(parallel, checked.weights.any_checkpoint.dit_config.num_heads)
     return num_processes
+
+
+def _numa_options(launch: LaunchSettings, parallel: ParallelSettings) -> dict[str, Any]:
+    on_gpus = parallel.device != "cpu" and torch.cuda.device_count() > 0
+    return numa_options(launch.numa, on_gpus=on_gpus, accepted=[field.name for field in fields(LaunchConfig)])
 
 
 def chosen_port(launch: LaunchSettings, parallel: ParallelSettings) -> int | None:
@@ -139,6 +148,7 @@ def _run(launch: LaunchSettings, parallel: ParallelSettings, num_processes: int,
         max_restarts=launch.max_restarts,
         monitor_interval=0.2,
         logs_specs=DefaultLogsSpecs(log_dir=str(folder.root / "logs")),
+        **_numa_options(launch, parallel),
         signals_to_handle="SIGQUIT",  # the others are ours, see _signals_become_a_file
     )
     where = config.rdzv_endpoint

@@ -2,7 +2,8 @@
 
 1. The first frame that passes the quality test, then every later frame that differs enough from the last chosen one
    and passes; the threshold is lowered until at most ``max_per_shot`` remain.
-2. A chosen frame too similar to any keyframe of the bank is dropped.
+2. A chosen frame too similar to any keyframe of the bank is dropped. (Where a storyboard names the shot for a later
+   one's memory, which may not have those keyframes, the first chosen frame stays.)
 
 A frame is described once per size and scored only once, when its score is first needed (a score may cost a forward of a
 7B model). The search for the threshold uses cached similarities. Knows nothing about how scorers work or where
@@ -12,7 +13,7 @@ Shapes: F frames, C channels (3), H height, W width.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -67,11 +68,13 @@ def choose_keyframes(
     settings: MemorySettings,
     *,
     shot_index: int,
+    keeps_first: bool = False,
 ) -> Chosen:
     """Choose from a clip (``uint8 [F, 3, H, W]``, F >= 1) the keyframes that shot ``shot_index`` adds to ``bank``.
 
     The keyframes of ``bank`` have the clip's size. When no frame passes the quality test, the shot adds nothing; only
-    if the bank would stay empty, the best-scoring frame is kept as a last resort.
+    if the bank would stay empty, the best-scoring frame is kept as a last resort. With ``keeps_first`` the shot adds at
+    least one: its first chosen frame, or that last resort.
     """
     assert clip_FCHW.dtype == torch.uint8 and clip_FCHW.ndim == 4 and len(clip_FCHW) > 0, clip_FCHW.shape
     candidates = _Candidates(resize_for_selection(clip_FCHW), similarity, quality)
@@ -83,7 +86,7 @@ def choose_keyframes(
 
     decisions = [_low_quality(index, candidates) for index in sorted(candidates.refused)]
     kept = []
-    if not selected and not len(bank):
+    if not selected and (keeps_first or not len(bank)):
         best = max(range(len(clip_FCHW)), key=candidates.score)
         kept.append(keyframe(best, 0))
         decisions = [decision for decision in decisions if decision.frame_index != best]
@@ -94,6 +97,10 @@ def choose_keyframes(
         decision = _kept_or_duplicate(
             frame_index, slot, before, threshold, candidates, bank, bank_similarities[slot], settings
         )
+        if keeps_first and not slot and decision.verdict == "duplicate":
+            decision = replace(
+                decision, verdict="kept", why=f"{decision.why}; kept for a later shot that names this one"
+            )
         decisions.append(decision)
         if decision.verdict == "kept":
             kept.append(keyframe(frame_index, slot))

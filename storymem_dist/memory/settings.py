@@ -10,6 +10,13 @@ from storymem_dist.errors import ConfigError, require_between, require_one_of, s
 SIMILARITIES = ("clip", "hsv")
 QUALITIES = ("hpsv3", "sharpness", "none")
 
+WINDOW = "window"
+ANCHORED = "anchored"
+ENTITIES = "entities"
+RECALL_RULES = (WINDOW, ANCHORED, ENTITIES)
+"""What a shot recalls that does not say so itself: StoryMem's sink and window over all shots before it; the sink alone,
+which is the references and the first shot; by entity."""
+
 DEFAULT_QUALITY_THRESHOLDS = {"hpsv3": 3.0, "sharpness": 5.0}
 """hpsv3: StoryMem's. sharpness: in units of ``SharpnessQuality``; rejects black, white and featureless frames only."""
 
@@ -19,9 +26,13 @@ class MemorySettings:
     """Which frames a shot adds to the bank, and which keyframes a shot is shown.
 
     ``max_keyframes``: most keyframes recalled for one shot (0: none); ``num_fixed`` of them are the oldest (the sink),
-    the rest the newest. ``max_per_shot``: most frames chosen from one shot. ``similarity_threshold``: a frame is new
-    when it is less similar than this to the keyframe before it (lowered in steps of ``threshold_step`` until at most
-    ``max_per_shot`` frames remain), and a duplicate when it is more similar than this to any keyframe of the bank.
+    the rest the newest. ``recall``: ``window`` is that rule over all shots before it, StoryMem's. ``anchored`` recalls
+    references and the first shot only. ``entities`` fills the places by the entities of the shot: references, then the
+    first keyframes of each (``num_fixed`` places, one for each entity at least), then the latest. Fewer needed shots
+    mean that more of a story can be rendered at once. ``max_per_shot``: most frames chosen from one shot.
+    ``similarity_threshold``: a frame is new when it is less similar than this to the keyframe before it (lowered in
+    steps of ``threshold_step`` until at most ``max_per_shot`` frames remain), and a duplicate when it is more similar
+    than this to any keyframe of the bank.
     ``quality_threshold``: the lowest score that passes; None means the default of the chosen ``quality``.
     ``clip_model`` is a folder, or a hub id that is in the local cache. ``hpsv3_checkpoint`` is a file, or None for the
     one in the local cache.
@@ -29,6 +40,7 @@ class MemorySettings:
 
     max_keyframes: int = 10
     num_fixed: int = 3
+    recall: str = WINDOW
     max_per_shot: int = 3
     similarity: str = "clip"
     similarity_threshold: float = 0.9
@@ -48,6 +60,7 @@ class MemorySettings:
                 f"memory.num_fixed={self.num_fixed} is not allowed;"
                 f" it must be at most memory.max_keyframes={self.max_keyframes}"
             )
+        require_one_of("memory.recall", self.recall, RECALL_RULES)
         require_one_of("memory.similarity", self.similarity, SIMILARITIES)
         require_one_of("memory.quality", self.quality, QUALITIES)
         is_number = isinstance(self.similarity_threshold, int | float) and self.similarity_threshold is not True

@@ -24,8 +24,9 @@ _KERNELS = {
     "sdpa_math": SDPBackend.MATH,
 }
 BACKENDS = ("auto", *_KERNELS, "flash_attn_2")
-"""``auto``: torch's own choice for the device and dtype. On Hopper that is cuDNN's kernel if torch trusts the installed
-cuDNN with lengths that are not multiples of 128 (such as ours), else flash; ``sdpa_cudnn`` uses cuDNN's in any case.
+"""``auto``: a job takes the fastest of those that its device has (``attention_choice``); a module takes torch's own
+choice for the device and dtype. On Hopper that is cuDNN's kernel if torch trusts the installed cuDNN with lengths that
+are not multiples of 128 (such as ours), else flash; ``sdpa_cudnn`` uses cuDNN's in any case.
 ``sdpa_flash``: torch's flash kernel (FlashAttention 2 on CUDA). ``flash_attn_2`` and ``flash_attn_3``: the kernels of
 the packages ``flash_attn`` (the extra ``flash-attn``) and ``flash_attn_interface`` (for Hopper). ``sdpa_math``: unfused
 softmax in fp32, the exact reference (memory grows with L x S). Where a backend other than ``auto`` cannot be used,
@@ -46,6 +47,13 @@ class Attend(nn.Module):
         require_one_of("attention backend", backend, BACKENDS)
         self.backend = backend
 
+    def begin(self, v_BSNH: Tensor) -> Tensor:
+        """Take the values before queries and keys are ready; returns what ``forward`` takes as values.
+
+        On one device there is nothing to do. Sequence parallelism starts to send them.
+        """
+        return v_BSNH
+
     def forward(self, q_BLNH: Tensor, k_BSNH: Tensor, v_BSNH: Tensor) -> Tensor:
         """Return ``[B, L, N, H]`` in the dtype of the inputs (all three share one dtype)."""
         if self.backend == "flash_attn_2":
@@ -64,12 +72,14 @@ class Attend(nn.Module):
 def attend_with_lse(q_BLNH: Tensor, k_BSNH: Tensor, v_BSNH: Tensor, backend: str = "auto") -> tuple[Tensor, Tensor]:
     """Attention output ``[B, L, N, H]`` (input dtype) and natural log-sum-exp of the scaled scores, fp32 ``[B, N, L]``.
 
-    ``auto`` uses the flash kernel where the device has one for these inputs, else the unfused path; any other backend
-    is used as named. On CUDA these are the operators that torch's own context parallelism calls; they need 16-bit
-    inputs and a head width divisible by 8.
+    ``auto`` is the kernel that torch chooses for these inputs, or the unfused path where that kernel gives no
+    log-sum-exp; any other backend is used as named. On CUDA these are the operators that torch's own context
+    parallelism calls; they need 16-bit inputs and a head width divisible by 8.
     """
     require_one_of("attention backend", backend, BACKENDS)
-    if backend == "sdpa_math" or (backend == "auto" and not _has_flash_with_lse(q_BLNH)):
+    if backend == "auto":
+        backend = _torch_choice_with_lse(q_BLNH, k_BSNH, v_BSNH)
+    if backend == "sdpa_math":
         return _math_with_lse(q_BLNH, k_BSNH, v_BSNH)
     if backend == "flash_attn_2":
         return _flash_attn_2(q_BLNH, k_BSNH, v_BSNH)
@@ -129,6 +139,31 @@ def start_backend(backend: str, *, device: torch.device, dtype: torch.dtype, hea
             raise ConfigError(f"{what}: its results differ from exact attention by {distance:.1e}; {hint}")
 
 
+def stop_backend(backend: str) -> None:
+    """Undo what ``start_backend`` changed in this process: torch's own flash kernel is in its place again."""
+    if backend == "flash_attn_3" and registry.current_flash_attention_impl() is not None:
+        registry.restore_flash_attention_impl()
+
+
+def cudnn_attention_off() -> str | None:
+    """Why torch does not choose cuDNN's kernel on this machine's GPUs, in words; None where it may, or has no GPU.
+
+    torch leaves it off where the wheel's CUDA is older than 12.9 (pytorch pull request 171627). Its own choice is then
+    FlashAttention 2.
+    """
+    if not torch.cuda.is_available() or torch.version.cuda is None or torch.backends.cuda.cudnn_sdp_enabled():
+        return None
+    return (
+        f"torch {torch.__version__} for CUDA {torch.version.cuda} leaves cuDNN's attention kernel off, usually the "
+        "fastest one on Hopper; install a torch for CUDA 12.9 or newer"
+    )
+
+
+def relative_distance(found: Tensor, exact: Tensor) -> float:
+    """|found - exact| / |exact|."""
+    return ((found.float() - exact.float()).norm() / exact.float().norm()).item()
+
+
 def _flash_attn_2(q_BLNH: Tensor, k_BSNH: Tensor, v_BSNH: Tensor) -> tuple[Tensor, Tensor]:
     from flash_attn import flash_attn_func
 
@@ -149,10 +184,15 @@ def _activate_flash_attn_3() -> None:
         raise ConfigError(f"{what} cannot be activated: {error}; {hint}") from None
 
 
-def _has_flash_with_lse(q_BLNH: Tensor) -> bool:
+def _torch_choice_with_lse(q_BLNH: Tensor, k_BSNH: Tensor, v_BSNH: Tensor) -> str:
     if q_BLNH.device.type == "cpu":
-        return True
-    return q_BLNH.is_cuda and q_BLNH.dtype in (torch.bfloat16, torch.float16) and q_BLNH.shape[-1] % 8 == 0
+        return "sdpa_flash"
+    if not q_BLNH.is_cuda:
+        return "sdpa_math"
+    q, k, v = (x.transpose(1, 2) for x in (q_BLNH, k_BSNH, v_BSNH))
+    chosen = SDPBackend(torch._fused_sdp_choice(q, k, v))
+    with_lse = {SDPBackend.CUDNN_ATTENTION: "sdpa_cudnn", SDPBackend.FLASH_ATTENTION: "sdpa_flash"}
+    return with_lse.get(chosen, "sdpa_math")
 
 
 def _math_with_lse(q_BLNH: Tensor, k_BSNH: Tensor, v_BSNH: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,8 +15,8 @@ from torch.nn.functional import ScalingType
 
 from storymem_dist.errors import ConfigError
 
-LINEARS = ("exact", "float8", "int8")
-"""The values of ``model.linears``: the layers as trained, or one of the two formats here."""
+LINEARS = ("exact", "float8", "float8_fast", "int8")
+"""The values of ``model.linears``: the layers as trained, or one of the formats here."""
 
 _SMALLEST = 2.0**-100
 """Rows whose largest magnitude is below this count as zero: fp32 could not hold their scale."""
@@ -25,6 +25,9 @@ _LEAST_INT_MM_ROWS = 17
 """``torch._int_mm`` rejects fewer rows on CUDA."""
 
 _TRIED_SIZE = 32
+
+ROWS_AT_ONCE = 8192
+"""Most rows that one eager product takes: their fp32 copies and int32 sums would be the widest tensors of a forward."""
 
 
 class QuantizedLinear(nn.Module, ABC):
@@ -53,11 +56,25 @@ class QuantizedLinear(nn.Module, ABC):
         self.bias = _constant(torch.empty_like(like.bias))
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x [..., in]`` to ``[..., out]`` in the dtype of ``x``."""
+        """``x [..., in]`` to ``[..., out]`` in the dtype of ``x``.
+
+        Eager code takes at most ``ROWS_AT_ONCE`` rows at a time, with the same result. A compiler sees all rows at
+        once: it fuses the scaling into one pass, and a loop would fix the number of rows in the graph.
+        """
         rows = x.flatten(0, -2)
+        if torch.compiler.is_compiling() or len(rows) <= ROWS_AT_ONCE:
+            return self._of_rows(rows).unflatten(0, x.shape[:-1])
+        out = rows.new_empty(len(rows), self.out_features)
+        num_parts = -(-len(rows) // ROWS_AT_ONCE)
+        # Parts of about the same size: a rest of a few rows could be given to another kernel.
+        for part, result in zip(rows.tensor_split(num_parts), out.tensor_split(num_parts), strict=True):
+            result.copy_(self._of_rows(part))
+        return out.unflatten(0, x.shape[:-1])
+
+    def _of_rows(self, rows: Tensor) -> Tensor:
         largest = rows.abs().amax(dim=1, keepdim=True).float()
         scale = largest.clamp_min(_SMALLEST) / self.largest_value
-        return self._product(rows / scale, scale).to(x.dtype).unflatten(0, x.shape[:-1])
+        return self._product(rows / scale, scale).to(rows.dtype)
 
     @abstractmethod
     def _product(self, rows: Tensor, scale: Tensor) -> Tensor:
@@ -72,12 +89,13 @@ class QuantizedLinear(nn.Module, ABC):
 class Float8Linear(QuantizedLinear):
     """e4m3 weights and tokens. Product and bias are in bf16, the only type that CUDA supports with scales per row.
 
-    Sums are full fp32 (``use_fast_accum`` off): the error of shorter sums has not been measured.
+    Sums are full fp32, which costs speed on Hopper: its tensor cores add float8 products in fewer bits.
     """
 
     weight_dtype = torch.float8_e4m3fn
     largest_value = int(torch.finfo(torch.float8_e4m3fn).max)
     sizes_multiple_of = 16
+    fast_sums: ClassVar[bool] = False
 
     def _product(self, rows: Tensor, scale: Tensor) -> Tensor:
         return F.scaled_mm(
@@ -89,6 +107,7 @@ class Float8Linear(QuantizedLinear):
             ScalingType.RowWise,
             bias=self.bias.bfloat16(),
             output_dtype=torch.bfloat16,
+            use_fast_accum=self.fast_sums,
         )
 
     @classmethod
@@ -102,6 +121,15 @@ class Float8Linear(QuantizedLinear):
         powers = torch.exp2(torch.ceil(torch.log2(largest / cls.largest_value)))
         scales = torch.where(largest > _SMALLEST, powers, 1.0)
         return (rows / scales[:, None]).to(cls.weight_dtype), scales
+
+
+class Float8FastLinear(Float8Linear):
+    """The same weights and tokens with the tensor cores' own, shorter sums (torch's ``use_fast_accum``).
+
+    Faster and less exact on Hopper, the only architecture for which torch documents it. A CPU gives the same bits.
+    """
+
+    fast_sums = True
 
 
 class Int8Linear(QuantizedLinear):
@@ -126,7 +154,11 @@ class Int8Linear(QuantizedLinear):
         return (rows / scales[:, None]).round().to(cls.weight_dtype), scales
 
 
-_LAYERS: dict[str, type[QuantizedLinear]] = {"float8": Float8Linear, "int8": Int8Linear}
+_LAYERS: dict[str, type[QuantizedLinear]] = {
+    "float8": Float8Linear,
+    "float8_fast": Float8FastLinear,
+    "int8": Int8Linear,
+}
 
 
 def quantize_linears(module: nn.Module, linears: str) -> None:
@@ -142,6 +174,11 @@ def quantize_linears(module: nn.Module, linears: str) -> None:
                 setattr(parent, name, _LAYERS[linears](child))
 
 
+def format_of(layer: nn.Module) -> str:
+    """Return which of ``LINEARS`` the format of ``layer`` is."""
+    return next((name for name, kind in _LAYERS.items() if type(layer) is kind), "exact")
+
+
 @torch.no_grad()
 def check_linears(linears: str, device: torch.device) -> None:
     """Multiply once on ``device`` in the format ``linears``; raise ``ConfigError`` if the device cannot."""
@@ -153,7 +190,7 @@ def check_linears(linears: str, device: torch.device) -> None:
     try:
         layer(torch.zeros(_TRIED_SIZE, _TRIED_SIZE, dtype=torch.bfloat16, device=device))
     except RuntimeError as error:
-        others = "int8 or exact" if linears == "float8" else "exact"
+        others = "exact" if linears == "int8" else "int8 or exact"
         reason = str(error).partition("\n")[0]
         raise ConfigError(
             f"model.linears={linears}: this {device.type} device with torch {torch.__version__} cannot multiply in "

@@ -26,7 +26,8 @@ def rope_tables(
 
     ``temporal_positions_T`` is int64 ``[T]``, one position per latent frame; ``height`` and ``width`` count tokens
     (latent size / patch size) and are numbered from 0. Angles are computed in fp64. Positions on another device than
-    ``device`` are copied; on CUDA, the host waits for this copy.
+    ``device`` are copied; on CUDA, the host waits for this copy. The tables are no views: compiled code would depend on
+    the sizes of what they view, and be compiled again for a number of frames that equals the height.
     """
     axes_positions = (
         temporal_positions_T.to(device=device, dtype=torch.float64),
@@ -42,9 +43,9 @@ def rope_tables(
         view[axis] = len(positions)
         angles.append(axis_angles.view(view))
     # Cosine and sine in fp64 on the three short axes; only their fp32 results are expanded to all tokens.
-    cos = torch.cat([a.cos().float().expand(*shape, -1) for a in angles], dim=-1)
-    sin = torch.cat([a.sin().float().expand(*shape, -1) for a in angles], dim=-1)
-    return cos.flatten(0, 2), sin.flatten(0, 2)
+    cos = torch.cat([a.cos().float().expand(*shape, -1).flatten(0, 2) for a in angles], dim=-1)
+    sin = torch.cat([a.sin().float().expand(*shape, -1).flatten(0, 2) for a in angles], dim=-1)
+    return cos, sin
 
 
 def apply_rope(x_BLNH: Tensor, cos_LP: Tensor, sin_LP: Tensor) -> Tensor:

@@ -50,7 +50,9 @@ def event_line(event: ev.Event, level: str) -> Text | None:
             where = f"{event.num_devices} x {event.device}" + (f" on {event.host}" if event.host else "")
             layout = f", layout {event.layout}" if event.layout else ""
             attention = f", attention {event.attention}" if event.attention else ""
-            return _text(f"started: {', '.join(parts)}; this one has {where}{layout}{attention}") if normal else None
+            compiles = f", compile {event.compile}" if event.compile else ""
+            facts = f"{where}{layout}{attention}{compiles}"
+            return _text(f"started: {', '.join(parts)}; this one has {facts}") if normal else None
         case ev.JobFinished():
             style = {"finished": "green", "stopped": "yellow"}.get(event.outcome, "red")
             return _text(f"{event.outcome}: {event.num_rendered} rendered, {event.num_failed} failed", style=style)
@@ -94,6 +96,11 @@ def event_line(event: ev.Event, level: str) -> Text | None:
         case ev.StageFinished():
             shot = f"{event.story_id}/{event.shot_id} " if event.shot_id else ""
             return _text(f"{shot}{event.stage} {fmt.duration(event.elapsed_seconds)}", style="dim") if verbose else None
+        case ev.LorasUsed():
+            read = "already in host memory" if event.already_read else f"read in {event.elapsed_seconds:.1f} s"
+            placed = f"{event.device_gib:.2f} GiB on the device (copied in {event.device_seconds:.1f} s)"
+            what = f"{event.story_id}/{event.shot_id} used {fmt.count(event.num_loras, 'LoRA')} of its own"
+            return _text(f"{what}: {read}, {placed}", style="dim") if normal else None
         case ev.MemoryDecided():
             return _memory_line(event) if verbose else None
     return None

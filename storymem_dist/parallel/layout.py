@@ -4,7 +4,7 @@ Ranks are numbered by torchrun, node after node; the axes ``replica x cfg x ring
 last axis fastest, so that ranks that communicate most are neighbours. Nothing here knows ``torch.distributed``.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from storymem_dist.errors import LayoutError
@@ -55,16 +55,14 @@ class Layout:
         """Global ranks of one replica, its leader first."""
         return list(range(replica * self.ranks_per_replica, (replica + 1) * self.ranks_per_replica))
 
-    def reading_teams(self, *, sharded: bool) -> list[list[int]]:
+    def reading_teams(self, num_shards: int) -> list[list[int]]:
         """Partition the ranks into teams that sit on one node and hold the same part of the weights, reader first.
 
-        ``sharded``: the weights are cut over the ranks of a replica (equal positions hold equal parts); otherwise every
-        rank holds all of them.
+        The weights are cut into ``num_shards`` parts, which neighbouring ranks hold in turn; 1: every rank holds all.
         """
         teams: dict[tuple[int, int], list[int]] = {}
         for rank in range(self.world_size):
-            part = rank % self.ranks_per_replica if sharded else 0
-            teams.setdefault((self.node_of(rank), part), []).append(rank)
+            teams.setdefault((self.node_of(rank), rank % num_shards), []).append(rank)
         return list(teams.values())
 
     def __str__(self) -> str:
@@ -122,14 +120,26 @@ def check_heads(settings: ParallelSettings, num_heads: int) -> None:
         )
 
 
-def check_guidance(settings: ParallelSettings, *, guidance_scale_high: float, guidance_scale_low: float) -> None:
-    """Raise ``LayoutError`` if the two guidance passes are to run in parallel but an expert has only one.
+def check_guidance(
+    settings: ParallelSettings,
+    *,
+    guidance_scale_high: float,
+    guidance_scale_low: float,
+    guidance_interval: Sequence[float] = (),
+) -> None:
+    """Raise ``LayoutError`` if the two guidance passes are to run in parallel but an expert or a step has only one.
 
     With a scale of 1 there is no unconditional pass: half of the ranks would idle, and their share of the sharded
     weights would never be gathered.
     """
     if settings.cfg == 1:
         return
+    if guidance_interval:
+        raise LayoutError(
+            f"parallel.cfg=2 runs the conditional and the unconditional pass in parallel, but "
+            f"sampler.guidance_interval={list(guidance_interval)} leaves the second one out of some steps, where half "
+            "of the ranks would idle; set parallel.cfg=1 (and double parallel.ulysses or ring)"
+        )
     for name, scale in (("guidance_scale_high", guidance_scale_high), ("guidance_scale_low", guidance_scale_low)):
         if scale == 1:
             raise LayoutError(

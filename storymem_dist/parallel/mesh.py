@@ -1,8 +1,8 @@
 """The axes of one rank's replica, as process groups: ``replica x cfg x ring x ulysses``, plus two flattened ones.
 
-``sequence`` = ring x ulysses (the ranks that share one forward's tokens) and ``shard`` = cfg x ring x ulysses (the
-ranks that share the weights). A ``ReplicaMesh`` is passed as an argument, never kept in a global. It knows neither
-models nor settings.
+``sequence`` = ring x ulysses (the ranks that share one forward's tokens) and ``shard`` = cfg x ring x ulysses (all
+ranks of the replica: they share the VAE's work and, unless ``sequence`` alone does, the weights). A ``ReplicaMesh`` is
+passed as an argument, never kept in a global. It knows neither models nor settings.
 """
 
 from dataclasses import dataclass
@@ -44,7 +44,8 @@ class Axis:
 class ReplicaMesh:
     """The axes inside one replica. ``shard_mesh`` is what FSDP2 shards over (None: no process group was started).
 
-    All axes share ``clock``: the time this rank spends in collectives, None where it cannot be measured.
+    All axes share ``clock``: the time this rank spends in collectives, None where it cannot be measured. ``groups`` are
+    the process groups that were opened for the mesh on this rank, those of axes of size 1 included.
     """
 
     cfg: Axis
@@ -54,6 +55,7 @@ class ReplicaMesh:
     shard: Axis
     shard_mesh: DeviceMesh | None = None
     clock: CollectiveClock | None = None
+    groups: tuple[dist.ProcessGroup, ...] = ()
 
 
 def lone_mesh() -> ReplicaMesh:
@@ -75,29 +77,38 @@ def build_mesh(
     timeout: timedelta | None = None,
     *,
     sharded: bool = False,
+    shard_over: str = "replica",
 ) -> ReplicaMesh:
     """Build the groups of every axis. Collective over the default process group, whose size is the layout's.
 
     ``device`` decides between CPU and CUDA ranks. All axes share ``clock``. ``timeout`` is that of their collectives
-    (None: torch's default, not that of the default group). ``sharded``: weights travel along ``shard`` while
-    activations travel along the other axes. ``shard`` then has its own group even if another axis has the same ranks,
-    because a group runs its collectives one after the other.
+    (None: torch's default, not that of the default group). ``sharded``: weights travel between ranks while activations
+    travel along the axes. Weights then have their own group even if an axis has the same ranks, because a group runs
+    its collectives one after the other. ``shard_over`` "sequence": each guidance pass has its own copy of the weights,
+    sharded over the ranks of that pass.
     """
     mesh = init_device_mesh(device.type, layout.shape, mesh_dim_names=AXES)
-    shard_mesh = mesh["cfg", "ring", "ulysses"]._flatten("shard", dist.get_backend() if sharded else None)
+    sequence = mesh["ring", "ulysses"]._flatten("sequence")
+    own_group = dist.get_backend() if sharded else None
+    over_sequence = shard_over == "sequence"
+    replica = mesh["cfg", "ring", "ulysses"]._flatten("shard", None if over_sequence else own_group)
+    weights = mesh["ring", "ulysses"]._flatten("weights", own_group) if over_sequence else replica
+    groups = dict.fromkeys([*mesh.get_all_groups(), *(part.get_group() for part in (sequence, replica, weights))])
+    if timeout is not None:
+        for group in groups:
+            _set_pg_timeout(timeout, group)
 
     def axis(name: str, mesh: DeviceMesh) -> Axis:
         group = mesh.get_group() if mesh.size() > 1 else None
-        if group is not None and timeout is not None:
-            _set_pg_timeout(timeout, group)
         return Axis(name=name, size=mesh.size(), rank=mesh.get_local_rank(), group=group, clock=clock)
 
     return ReplicaMesh(
         cfg=axis("cfg", mesh["cfg"]),
         ring=axis("ring", mesh["ring"]),
         ulysses=axis("ulysses", mesh["ulysses"]),
-        sequence=axis("sequence", mesh["ring", "ulysses"]._flatten("sequence")),
-        shard=axis("shard", shard_mesh),
-        shard_mesh=shard_mesh,
+        sequence=axis("sequence", sequence),
+        shard=axis("shard", replica),
+        shard_mesh=weights,
         clock=clock,
+        groups=tuple(groups),
     )

@@ -10,20 +10,21 @@ from storymem_dist.models.wan.dit import WanDiT
 from storymem_dist.parallel.fsdp import shard_weights
 from storymem_dist.parallel.mesh import ReplicaMesh
 from storymem_dist.parallel.sequence import apply_sequence_parallel
-from storymem_dist.parallel.settings import ParallelSettings
+from storymem_dist.parallel.settings import SHARDED, ParallelSettings
 
 
 def parallelize(dit: WanDiT, mesh: ReplicaMesh, settings: ParallelSettings) -> WanDiT:
     """Rewire ``dit`` (usually on the meta device) for ``mesh`` and return it; its parameters' names do not change.
 
     ``weights="zero3"`` is not handled here: DeepSpeed takes over weights that are loaded already
-    (``storymem_dist.parallel.zero3``). Raises ``LayoutError`` when ulysses does not divide the heads.
+    (``storymem_dist.parallel.zero3``). ``compile="auto"`` compiles nothing: a job decides before. Raises
+    ``LayoutError`` when ulysses does not divide the heads.
     """
     dit.eval().requires_grad_(False)
     apply_sequence_parallel(dit, mesh)
-    if settings.compile:
-        compile_blocks(dit)
-    if settings.weights in ("fsdp", "fsdp_offload"):
+    if settings.compile is True:
+        compile_blocks(dit, has_messages=mesh.ulysses.size > 1)
+    if settings.weights in SHARDED and not settings.streams_blocks:
         assert mesh.shard_mesh is not None, "start_session starts a process group for sharded weights"
         shard_weights(
             dit,

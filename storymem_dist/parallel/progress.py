@@ -5,14 +5,14 @@ ranks with equal numbers are at the same position. ``num_signs`` counts every si
 work. Knows events; nothing of other ranks, clocks or the watch that reads it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from storymem_dist.events import Event, Observer, ShotFailed, StageFinished, StageStarted, StepFinished, WarningIssued
 
 LEADER_STAGES = ("save", "join")
 """Stages that only the leader runs, outside the lock step."""
 
-SLOW_STAGES = ("text", "load")
+SLOW_STAGES = ("text", "load", "loras")
 """Stages that read gigabytes, with few signs of life."""
 
 
@@ -34,6 +34,7 @@ class _Position:
     is_over: bool = False
     step: int | None = None
     num_steps: int = 0
+    compiles: bool = False
 
 
 class ProgressBoard:
@@ -62,7 +63,9 @@ class ProgressBoard:
         elif isinstance(event, StageStarted | StageFinished):
             shot = ":".join(filter(None, (event.story_id, event.shot_id)))
             is_over = isinstance(event, StageFinished)
-            if event.stage in LEADER_STAGES:
+            if event.stage == "compile":  # inside a step; ranks may differ in what they find compiled
+                self._place = replace(self._place, compiles=not is_over)
+            elif event.stage in LEADER_STAGES:
                 self._note_background(event.stage, None if is_over else shot)
             else:
                 self._place = _Position(self._place.number + 1, event.stage, shot, is_over)
@@ -74,7 +77,7 @@ class ProgressBoard:
     def look(self) -> Whereabouts:
         """Return where this rank is now."""
         place, background = self._place, self._background
-        is_slow = place.stage in SLOW_STAGES and not place.is_over
+        is_slow = (place.stage in SLOW_STAGES and not place.is_over) or place.compiles
         return Whereabouts(
             number=place.number, num_signs=self._num_signs, where=_in_words(place, background), is_slow=is_slow
         )
@@ -108,6 +111,8 @@ def _in_words(place: _Position, background: dict[str, str]) -> str:
         words += f", step {following} of {place.num_steps}" if following <= place.num_steps else ", after its last step"
     elif place.stage == "denoise":
         words += ", before its first step has ended"
+    if place.compiles:
+        words += ", while blocks are compiled"
     return f"{words} (with {leaders} in the background)" if leaders else words
 
 

@@ -2,9 +2,10 @@
 
 Tokens are cut into equal runs, one per rank of the ``sequence`` axis (ring x ulysses, ulysses fastest), right after the
 patch embedding, and joined after the head; everything in between works token by token, except self-attention. There a
-Ulysses all-to-all trades tokens for heads (q, k and v packed into one message), and a ring passes keys and values on
-while each rank attends to those it holds and merges partial results by their log-sum-exp. The last run is padded with
-zero tokens; they are cut off *before* attention, so no mask is needed and nothing attends to padding.
+Ulysses all-to-all trades tokens for heads: that of the values runs while queries and keys are normed and rotated, which
+then travel packed into one message. A ring passes keys and values on while each rank attends to those it holds and
+merges partial results by their log-sum-exp. The last run is padded with zero tokens; they are cut off *before*
+attention, so no mask is needed and nothing attends to padding.
 
 Knows nothing about weights, guidance or replicas.
 
@@ -80,12 +81,21 @@ class SequenceParallelAttend(Attend):
         self.attend = attend
         self.split = split
 
+    def begin(self, v_BlNH: Tensor) -> Tensor:
+        """Start to trade the values' tokens for heads (where ``ulysses`` is above 1); does not wait for them."""
+        return v_BlNH if self.split.ulysses.size == 1 else _send_tokens_for_heads([v_BlNH], self.split.ulysses)
+
     def forward(self, q_BlNH: Tensor, k_BlNH: Tensor, v_BlNH: Tensor) -> Tensor:
-        """This rank's tokens attend to all tokens: ``[B, l, N, H]``. Collective over the ``sequence`` axis."""
+        """This rank's tokens attend to all tokens: ``[B, l, N, H]``. Collective over the ``sequence`` axis.
+
+        ``v_BlNH`` is what ``begin`` returned.
+        """
         ulysses = self.split.ulysses
         if ulysses.size == 1:
             return self._attend_on_ring(q_BlNH, k_BlNH, v_BlNH)
-        q, k, v = _trade_tokens_for_heads(q_BlNH, k_BlNH, v_BlNH, ulysses)
+        arriving = _send_tokens_for_heads([q_BlNH, k_BlNH], ulysses)
+        (v,) = _arrived(v_BlNH, ulysses)
+        q, k = _arrived(arriving, ulysses)
         if self.split.ring.size == 1:
             out = self._attend_to_rows(q, k, v, self.split.all_tokens_L0.shape[0])
         else:
@@ -142,29 +152,43 @@ def _pad_rows(x_BLNH: Tensor, num_rows: int) -> Tensor:
     return F.pad(x_BLNH, (0, 0, 0, 0, 0, padding)) if padding else x_BLNH
 
 
-def _trade_tokens_for_heads(
-    q_BlNH: Tensor, k_BlNH: Tensor, v_BlNH: Tensor, ulysses: Axis
-) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v of the ulysses group's rows (U*l) for this rank's heads, each ``[B, U*l, n, H]``; one all-to-all.
+def _send_tokens_for_heads(parts_BlNH: list[Tensor], ulysses: Axis) -> Tensor:
+    """Start one all-to-all of ``parts_BlNH``, and return what arrives; ``_arrived`` waits for it."""
+    by_rank = [x.unflatten(2, (ulysses.size, -1)).permute(2, 0, 1, 3, 4) for x in parts_BlNH]
+    return _start_exchange(torch.stack(by_rank, dim=3), ulysses)
 
-    The result is three strided views of what arrived: with a batch of one, nothing is copied after the exchange.
+
+def _arrived(arriving_UBlpnH: Tensor, ulysses: Axis) -> tuple[Tensor, ...]:
+    """The ulysses group's rows (U*l) of each part for this rank's heads, ``[B, U*l, n, H]``.
+
+    They are strided views of what arrived: with a batch of one, nothing is copied after the exchange.
     """
-    by_rank = [x.unflatten(2, (ulysses.size, -1)).permute(2, 0, 1, 3, 4) for x in (q_BlNH, k_BlNH, v_BlNH)]
-    sent_UBl3nH = torch.stack(by_rank, dim=3)
-    received_UBl3nH = torch.empty_like(sent_UBl3nH)
-    with timed(ulysses.clock):
-        dist.all_to_all_single(received_UBl3nH, sent_UBl3nH, group=ulysses.group)
-    q, k, v = received_UBl3nH.transpose(0, 1).flatten(1, 2).unbind(2)
-    return q, k, v
+    return _finish_exchange(arriving_UBlpnH, ulysses).transpose(0, 1).flatten(1, 2).unbind(2)
 
 
 def _trade_heads_for_tokens(out_BLnH: Tensor, ulysses: Axis) -> Tensor:
     """The inverse, for attention's output with its rows padded to U*l again: ``[B, l, N, H]``; one all-to-all."""
     sent_UBlnH = out_BLnH.unflatten(1, (ulysses.size, -1)).transpose(0, 1).contiguous()
-    received_UBlnH = torch.empty_like(sent_UBlnH)
-    with timed(ulysses.clock):
-        dist.all_to_all_single(received_UBlnH, sent_UBlnH, group=ulysses.group)
+    received_UBlnH = _finish_exchange(_start_exchange(sent_UBlnH, ulysses), ulysses)
     return received_UBlnH.permute(1, 2, 0, 3, 4).flatten(2, 3)
+
+
+def _start_exchange(sent_UX: Tensor, ulysses: Axis) -> Tensor:
+    """Start an all-to-all of rows, one for each rank, and return what arrives: not to be used before it is finished.
+
+    These two operators work in compiled code, too, and stay apart there.
+    """
+    assert ulysses.group is not None
+    ones = [1] * ulysses.size
+    with timed(ulysses.clock):
+        arriving: Tensor = torch.ops._c10d_functional.all_to_all_single(sent_UX, ones, ones, ulysses.group.group_name)
+        return arriving
+
+
+def _finish_exchange(arriving_UX: Tensor, ulysses: Axis) -> Tensor:
+    with timed(ulysses.clock):
+        received: Tensor = torch.ops._c10d_functional.wait_tensor(arriving_UX)
+        return received
 
 
 def ring_attention(

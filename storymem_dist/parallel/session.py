@@ -17,7 +17,9 @@ import torch
 import torch.distributed as dist
 
 from storymem_dist.errors import ExtraNotInstalled, LayoutError
+from storymem_dist.hardware import set_allocator_defaults
 from storymem_dist.parallel.clock import CollectiveClock
+from storymem_dist.parallel.interfaces import set_gloo_interface
 from storymem_dist.parallel.layout import Layout, check_heads, plan_layout
 from storymem_dist.parallel.leader import LeaderDecides, all_or_none, decide_alone
 from storymem_dist.parallel.mesh import ReplicaMesh, build_mesh, lone_mesh
@@ -43,7 +45,8 @@ class Session:
 
     ``backend`` is that of ``mesh``'s collectives, None when no process group was started. ``team`` are the ranks of
     this replica. ``readers`` are the ranks of this node that need the same part of the weights, which one of them may
-    read for all; ``readers_group`` is their group for device tensors (``parallel.loading``).
+    read for all; ``readers_group`` is their group for device tensors (``parallel.loading``). ``limits_its_end``: a
+    process that hangs after an error is ended.
     """
 
     rank: int
@@ -56,6 +59,7 @@ class Session:
     readers: Team
     readers_group: dist.ProcessGroup | None
     owns_default_group: bool
+    limits_its_end: bool = True
 
     @property
     def world_size(self) -> int:
@@ -77,6 +81,11 @@ class Session:
         """Whether this rank decides for its replica."""
         return self.rank_in_replica == 0
 
+    @property
+    def end_may_hang(self) -> bool:
+        """Whether timers must end this process after an error: NCCL may wait for ranks that never come, even then."""
+        return self.limits_its_end and self.backend == "nccl" and self.world_size > 1
+
     def leader_decides(self, fn: Callable[[], T]) -> T:
         """Run ``fn`` on the leader of this replica; every rank of it gets the value, or raises the exception.
 
@@ -92,19 +101,18 @@ class Session:
         """
         return fn() if self.team.control is None else all_or_none(self.team.control, fn)
 
-    def close(self) -> None:
+    def close(self, error: BaseException | None = None) -> None:
         """Destroy the process groups that this session started. Call it on every rank, last of all.
 
-        A process can start the default group once only: torch's store keeps the addresses of the first one.
+        After an ``error`` of this rank, groups of NCCL are left alone: to destroy them may wait for ranks that never
+        come. A process can start the default group once only: torch's store keeps the addresses of the first one.
         """
-        if not dist.is_initialized():
+        if not dist.is_initialized() or (error is not None and self.backend == "nccl"):
             return
         if self.owns_default_group:
             dist.destroy_process_group()
             return
-        axes = (self.mesh.cfg, self.mesh.ring, self.mesh.ulysses, self.mesh.sequence, self.mesh.shard)
-        groups = [*(axis.group for axis in axes), self.team.control, self.readers.control, self.readers_group]
-        for group in dict.fromkeys(groups):
+        for group in dict.fromkeys([*self.mesh.groups, self.team.control, self.readers.control, self.readers_group]):
             if group is not None and group is not dist.group.WORLD:
                 dist.destroy_process_group(group)
 
@@ -114,7 +122,7 @@ class Session:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        self.close(error)
 
 
 def start_session(settings: ParallelSettings, *, num_heads: int | None = None) -> Session:
@@ -137,7 +145,8 @@ def start_session(settings: ParallelSettings, *, num_heads: int | None = None) -
     if device.type == "cpu":
         torch.set_num_threads(settings.cpu_threads)
     backend = choose_backend(settings.backend, device)
-    needs_group = layout.world_size > 1 or settings.weights != "replicated"
+    sharded = settings.weights != "replicated" and not settings.streams_blocks
+    needs_group = layout.world_size > 1 or sharded
     if not needs_group:
         return Session(
             rank=0,
@@ -156,39 +165,51 @@ def start_session(settings: ParallelSettings, *, num_heads: int | None = None) -
     if owns_default_group:
         _start_default_group(place, backend, device, collective_timeout)
     replicas = [layout.ranks_of_replica(replica) for replica in range(layout.replica)]
-    sharded = settings.weights != "replicated"
-    readers = layout.reading_teams(sharded=sharded)
+    readers = layout.reading_teams(settings.weight_shards)
     leader_timeout = timedelta(seconds=settings.leader_timeout_seconds)
-    clock = CollectiveClock() if device.type == "cpu" and not settings.compile else None
+    clock = CollectiveClock() if device.type == "cpu" and settings.compile is not True else None
     return Session(
         rank=dist.get_rank(),
         local_rank=place.local_rank,
         layout=layout,
         device=device,
         backend=backend,
-        mesh=build_mesh(layout, device, clock, collective_timeout, sharded=sharded),
+        mesh=build_mesh(layout, device, clock, collective_timeout, sharded=sharded, shard_over=settings.shard_over),
         team=_join_team(replicas, leader_timeout),
         readers=_join_team(readers, leader_timeout),
         readers_group=_join_group(readers, collective_timeout),
         owns_default_group=owns_default_group,
+        limits_its_end=settings.stall_timeout_seconds is not None,
     )
 
 
 def choose_device(choice: str, *, local_rank: int) -> torch.device:
-    """Turn ``auto | cpu | cuda`` into this rank's device (one GPU per rank of a node). Raises ``LayoutError``."""
+    """Turn ``auto | cpu | cuda`` into this rank's device (one GPU per rank of a node). Raises ``LayoutError``.
+
+    A rank that sees a single GPU uses it: ``srun --gpus-per-task=1`` shows every rank its own one only.
+    """
     if choice == "cpu" or (choice == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     num_gpus = torch.cuda.device_count()
     if not torch.cuda.is_available():
         raise LayoutError("parallel.device=cuda, but torch sees no GPU here; use parallel.device=cpu or auto")
+    if local_rank >= num_gpus == 1 and _each_rank_sees_its_own_gpu():
+        local_rank = 0
     if local_rank >= num_gpus:
         raise LayoutError(
             f"local rank {local_rank} has no GPU: this node has {num_gpus}; start at most {num_gpus} ranks on it, "
             "or use parallel.device=cpu"
         )
     device = torch.device("cuda", local_rank)
+    set_allocator_defaults()
     torch.cuda.set_device(device)
     return device
+
+
+def _each_rank_sees_its_own_gpu() -> bool:
+    """Whether this rank's view of the GPUs is its own; torchrun's ranks all see those of their node."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return "TORCHELASTIC_RUN_ID" not in os.environ or len([name for name in named.split(",") if name]) == 1
 
 
 def choose_backend(choice: str, device: torch.device) -> str:
@@ -255,8 +276,17 @@ def _start_default_group(place: _StartedRank, backend: str, device: torch.device
             f"{place.world_size} ranks were started, but {' and '.join(missing)} is not set; start them with torchrun "
             "or accelerate launch"
         )
+    if place.world_size > place.ranks_per_node:
+        set_gloo_interface(os.environ["MASTER_ADDR"])
     try:
         dist.init_process_group(backend, init_method="env://", timeout=timeout, device_id=on_gpu)
+    except dist.DistBackendError as error:
+        if "duplicate gpu" not in str(error).lower():
+            raise
+        raise LayoutError(
+            f"rank {place.rank} (local rank {place.local_rank}) shares its GPU with another rank, and NCCL needs one "
+            "for each; start at most one rank per GPU, or use parallel.backend=gloo"
+        ) from None
     except dist.DistNetworkError as error:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise LayoutError(

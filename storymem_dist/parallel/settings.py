@@ -9,8 +9,11 @@ from dataclasses import dataclass
 from storymem_dist.errors import ConfigError, require_between, require_one_of
 
 WEIGHTS = ("replicated", "fsdp", "fsdp_offload", "zero3")
+SHARDED = ("fsdp", "fsdp_offload")  # by FSDP2
 DEVICES = ("auto", "cpu", "cuda")
 BACKENDS = ("auto", "gloo", "nccl")
+SHARD_OVER = ("replica", "sequence")
+COMPILE = ("auto", "true", "false")
 ZERO3_OFFLOADS = ("cpu",)
 _MAX_RANKS = 65_536
 _LONGEST_WAIT = 30 * 24 * 3600.0  # a month; timers of the system count further, clusters do not
@@ -25,11 +28,15 @@ class ParallelSettings:
     parallel; ``ulysses`` must divide the number of attention heads). ``across_nodes`` allows one replica to span nodes.
 
     Weights: ``replicated`` (every rank holds them whole), ``fsdp`` (FSDP2 shards over all ranks of the replica),
-    ``fsdp_offload`` (the shards live in host memory), ``zero3`` (DeepSpeed ZeRO-3 with the weights in host memory).
-    ``zero3_offload`` is ``cpu``, and ``zero3_nvme_path`` is not read: both are kept for configurations that set them.
-    ``prefetch_blocks`` is the number of FSDP blocks that are gathered ahead of the one that computes. ``share_reads``
-    lets one rank per node read a part of the weights and broadcast it to the ranks of that node that hold the same
-    part. ``compile`` runs the transformer's blocks under torch.compile.
+    ``fsdp_offload`` (the shards live in host memory; on one rank, as ``model.experts=stream``), ``zero3`` (DeepSpeed
+    ZeRO-3 with the weights in host memory). ``shard_over`` ``sequence`` keeps one copy of sharded weights per guidance
+    pass (over ``ring`` x ``ulysses``), so that no weights travel between the two passes: for ``cfg=2`` over two nodes.
+    It needs twice the memory. ``zero3_offload`` is ``cpu``, and ``zero3_nvme_path`` is not read: both are kept for
+    configurations that set them.
+    ``prefetch_blocks`` is the number of blocks that FSDP gathers, or a stream copies, ahead of the one that computes; 0
+    makes every block wait for its own. ``share_reads`` lets one rank per node read a part of the weights and broadcast
+    it to the ranks of that node that hold the same part. ``compile`` runs the transformer's blocks under torch.compile;
+    ``auto`` does so on GPUs where the work ahead is worth it (a job decides that: ``render.compilation``).
 
     Process groups: ``device`` and ``backend`` ("auto": CUDA with nccl where a GPU is present, else CPU with gloo).
     ``cpu_threads`` is the number of threads of a rank on the CPU: one by default, because the number changes the last
@@ -48,11 +55,12 @@ class ParallelSettings:
     ulysses: int = 1
     across_nodes: bool = False
     weights: str = "replicated"
+    shard_over: str = "replica"
     prefetch_blocks: int = 1
     share_reads: bool = True
     zero3_offload: str = "cpu"
     zero3_nvme_path: str | None = None
-    compile: bool = False
+    compile: bool | str = "auto"
     device: str = "auto"
     backend: str = "auto"
     cpu_threads: int = 1
@@ -68,12 +76,16 @@ class ParallelSettings:
         require_between("parallel.ring", self.ring, 1, _MAX_RANKS)
         require_between("parallel.ulysses", self.ulysses, 1, _MAX_RANKS)
         require_one_of("parallel.weights", self.weights, WEIGHTS)
+        require_one_of("parallel.shard_over", self.shard_over, SHARD_OVER)
         require_between("parallel.prefetch_blocks", self.prefetch_blocks, 0, 1000)
         if self.zero3_offload == "nvme":
             raise ConfigError(
                 "parallel.zero3_offload=nvme (weights on disk) has never been run and is not supported; use cpu"
             )
         require_one_of("parallel.zero3_offload", self.zero3_offload, ZERO3_OFFLOADS)
+        choice = str(self.compile).lower()
+        require_one_of("parallel.compile", choice, COMPILE)
+        self.compile = choice if choice == "auto" else choice == "true"
         require_one_of("parallel.device", self.device, DEVICES)
         require_one_of("parallel.backend", self.backend, BACKENDS)
         require_between("parallel.cpu_threads", self.cpu_threads, 1, 4096)
@@ -94,11 +106,23 @@ class ParallelSettings:
         """Number of ranks that render one shot together."""
         return self.cfg * self.ring * self.ulysses
 
+    @property
+    def weight_shards(self) -> int:
+        """Number of parts that the weights of an expert are cut into; each rank holds one of them."""
+        if self.weights not in SHARDED:
+            return 1
+        return self.ring * self.ulysses if self.shard_over == "sequence" else self.ranks_per_replica
+
+    @property
+    def streams_blocks(self) -> bool:
+        """Whether each rank offloads whole weights: it then streams their blocks by itself, without FSDP2."""
+        return self.weights == "fsdp_offload" and self.weight_shards == 1
+
     def _check_zero3(self) -> None:
         if self.ranks_per_replica > 1:
             raise ConfigError(
                 f"parallel.weights=zero3 needs cfg=1, ring=1 and ulysses=1; got cfg={self.cfg}, ring={self.ring}, "
                 f"ulysses={self.ulysses}. Use parallel.weights=fsdp_offload to split a forward and offload its weights"
             )
-        if self.compile:
+        if self.compile is True:
             raise ConfigError("parallel.weights=zero3 runs in eager mode only; set parallel.compile=false")

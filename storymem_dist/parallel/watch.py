@@ -8,7 +8,8 @@ reported shortly before a collective would time out.
 
 Time is counted in ticks of that thread, so that a paused process does not take the pause for a hang. If the interpreter
 itself is stuck (in C code that keeps its lock), faulthandler's timer ends the rank after twice the time, pauses
-included. Knows ranks and clocks; not what is rendered or where reports go.
+included. After an error on NCCL, the timers of ``ending`` stay armed when the watch and the session have been closed.
+Knows ranks and clocks; not what is rendered or where reports go.
 """
 
 import faulthandler
@@ -28,6 +29,7 @@ from typing import Any, Protocol
 import torch.distributed as dist
 
 from storymem_dist.errors import CollectiveFailed
+from storymem_dist.parallel.ending import end_within
 from storymem_dist.parallel.hangs import Sighting, Verdict, judge
 from storymem_dist.parallel.session import Session
 from storymem_dist.parallel.settings import ParallelSettings
@@ -83,6 +85,7 @@ class Watch:
     ) -> None:
         self._rank = session.rank
         self._replica = session.replica
+        self._end_may_hang = session.end_may_hang
         self._peers = [rank for rank in session.layout.ranks_of_replica(session.replica) if rank != session.rank]
         self._store = _own_connection() if self._peers else None
         self._collective_seconds = settings.collective_timeout_seconds
@@ -130,6 +133,8 @@ class Watch:
         faulthandler.cancel_dump_traceback_later()
         if error is None:
             return
+        if self._end_may_hang:
+            end_within()
         self.note(error)
         self._exchange()
         if not (_is_of_a_collective(error) and self._peers):

@@ -1,7 +1,7 @@
 """Decides whether the experts fit this machine, from their sizes alone, before anything is read or allocated.
 
-Counts weights only (activations, text encoder and caches need more), so what is refused here can never run. Resolves
-``model.experts=auto``. Computes no layout and moves nothing.
+Refusals count weights only (activations, text encoder and caches need more), so what is refused here can never run.
+Resolves ``model.experts=auto`` by what is free on the device. Computes no layout and moves nothing.
 """
 
 from dataclasses import dataclass, replace
@@ -9,62 +9,115 @@ from functools import cache
 
 import torch
 
+from storymem_dist.diffusion.host_swap import page_locked_bytes
 from storymem_dist.errors import ConfigError
-from storymem_dist.hardware import GIB, device_memory_bytes, host_memory_bytes
+from storymem_dist.hardware import GIB, device_memory_bytes, free_device_memory_bytes, host_memory_bytes
+from storymem_dist.models.precision import vae_dtype
 from storymem_dist.models.quantized_linear import quantize_linears
 from storymem_dist.models.wan.dit import DiTConfig, WanDiT
 from storymem_dist.models.wan.presets import EXPERTS
 from storymem_dist.parallel.loading import OFFLOADED
 from storymem_dist.parallel.settings import ParallelSettings
+from storymem_dist.parallel.working_memory import RESERVE_BYTES, VAE_BYTES, decode_bytes, forward_bytes
 from storymem_dist.weights.settings import ModelSettings
 
-_FORWARD_BYTES, _DECODE_BYTES, _MORE_BYTES = 14 * GIB, 18 * GIB, 4 * GIB
-"""Working memory of a rank besides weights: for a forward and for a decode (1280x720, ten keyframes, predicted by
-``benchmarks/memory.py``), and headroom for all-gathers, libraries and fragmentation."""
+_LARGEST_TOKENS, _LARGEST_SIZE = 111_600, (720, 1280)
+"""Work that ``auto`` leaves room for: 81 frames of 1280x720 with ten keyframes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WeightMemory:
-    """Bytes that one rank needs for the weights of both experts, on its device and in host memory."""
+    """Bytes that one rank needs for the weights of both experts, on its device and (page-locked) in host memory."""
 
-    on_device: int
-    on_host: int
+    on_device: int = 0
+    on_host: int = 0
+
+
+_NO_ADAPTERS = WeightMemory()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _ExpertSizes:
+    """Bytes of one expert's tensors in the order of the model, of one of its blocks, and of all outside its blocks."""
+
+    tensors: tuple[int, ...]
+    block: int
+    outside: int
 
 
 @cache
-def expert_bytes(config: DiTConfig, dtype: torch.dtype, linears: str) -> int:
-    """Return the bytes of one expert's weights, held in ``dtype`` and with the layer format ``linears``."""
+def _expert_sizes(config: DiTConfig, dtype: torch.dtype, linears: str) -> _ExpertSizes:
     with torch.device("meta"):
         dit = WanDiT(config, dtype=dtype)
     quantize_linears(dit.blocks, linears)
-    return sum(parameter.nbytes for parameter in dit.parameters())
+    tensors = tuple(parameter.nbytes for parameter in dit.parameters())
+    block = sum(parameter.nbytes for parameter in dit.blocks[0].parameters())
+    return _ExpertSizes(tensors=tensors, block=block, outside=sum(tensors) - config.num_layers * block)
 
 
-def weight_memory(model: ModelSettings, parallel: ParallelSettings, config: DiTConfig) -> WeightMemory:
+def expert_bytes(config: DiTConfig, dtype: torch.dtype, linears: str) -> int:
+    """Return the bytes of one expert's weights, held in ``dtype`` and with the layer format ``linears``."""
+    return sum(_expert_sizes(config, dtype, linears).tensors)
+
+
+def weight_memory(
+    model: ModelSettings, parallel: ParallelSettings, config: DiTConfig, *, page_locked: bool = True
+) -> WeightMemory:
     """Return what a rank needs for ``parallel.loading.place_experts``; ``model.experts`` must not be ``auto``.
 
-    Uneven shards are counted as if they were even.
+    Of streamed experts, this is the least: what is outside the blocks, and the blocks that are on their way. Host
+    memory of DeepSpeed is counted without rounding. Uneven shards are counted as if they were even. ``page_locked``:
+    host memory as a GPU needs it.
     """
-    whole = expert_bytes(config, getattr(torch, model.dtype), model.linears)
-    one = whole if parallel.weights == "replicated" else whole // parallel.ranks_per_replica
+    sizes = _expert_sizes(config, getattr(torch, model.dtype), model.linears)
+    shards = parallel.weight_shards
+    one = sum(sizes.tensors) // shards
+    kept = page_locked_bytes(-(-size // shards) for size in sizes.tensors) if page_locked else one
+    if parallel.streams_blocks or model.experts == "stream":
+        arriving = min(parallel.prefetch_blocks + 1, config.num_layers)
+        return WeightMemory(on_device=sizes.outside + arriving * sizes.block, on_host=len(EXPERTS) * kept)
     if parallel.weights in OFFLOADED:
-        return WeightMemory(on_device=0, on_host=len(EXPERTS) * one)
+        return WeightMemory(on_device=0, on_host=len(EXPERTS) * (one if parallel.weights == "zero3" else kept))
     if model.experts == "swap":
-        return WeightMemory(on_device=one, on_host=len(EXPERTS) * one)
+        return WeightMemory(on_device=one, on_host=len(EXPERTS) * kept)
     return WeightMemory(on_device=len(EXPERTS) * one, on_host=0)
 
 
 def decide_experts(
-    model: ModelSettings, parallel: ParallelSettings, config: DiTConfig, device: torch.device
+    model: ModelSettings,
+    parallel: ParallelSettings,
+    config: DiTConfig,
+    device: torch.device,
+    *,
+    adapters: WeightMemory = _NO_ADAPTERS,
+    num_tokens: int = 0,
 ) -> ModelSettings:
-    """Return the settings with ``experts=auto`` resolved: ``resident`` if that leaves room to work."""
+    """Return the settings with ``experts=auto`` resolved: ``resident`` if that leaves room to work on the device.
+
+    Otherwise ``stream``, or ``swap`` where FSDP2 shards the weights. Weights that are offloaded by a rank alone are
+    streamed in any case. ``adapters``: what the LoRAs of a shot need next to the experts. ``num_tokens``: those of the
+    job's longest shot, where they are known.
+    """
+    if parallel.streams_blocks:
+        return replace(model, experts="stream")
     if model.experts != "auto":
         return model
-    resident, total = replace(model, experts="resident"), device_memory_bytes(device)
-    work = max(_FORWARD_BYTES // (parallel.ring * parallel.ulysses), _DECODE_BYTES // parallel.ranks_per_replica)
-    if total is None or weight_memory(resident, parallel, config).on_device + work + _MORE_BYTES <= total:
+    resident, free = replace(model, experts="resident"), free_device_memory_bytes(device)
+    work = _work(model, parallel, config, max(num_tokens, _LARGEST_TOKENS)) + adapters.on_device
+    if free is None or weight_memory(resident, parallel, config).on_device + work <= free:
         return resident
-    return replace(model, experts="swap")
+    return replace(model, experts="swap" if parallel.weights == "fsdp" else "stream")
+
+
+def _work(model: ModelSettings, parallel: ParallelSettings, config: DiTConfig, num_tokens: int) -> int:
+    """Bytes for a forward over ``num_tokens`` tokens, for the largest usual decode, and what has to stay free."""
+    per_rank = -(-num_tokens // (parallel.ring * parallel.ulysses))
+    forward = forward_bytes(config, per_rank, linears=model.linears, compiled=bool(parallel.compile))
+    if parallel.weight_shards > 1:  # the block that computes is gathered, and those ahead of it
+        block = _expert_sizes(config, getattr(torch, model.dtype), model.linears).block
+        forward += (parallel.prefetch_blocks + 1) * block
+    decode = decode_bytes(*_LARGEST_SIZE, vae_dtype(model.vae_precision)) // parallel.ranks_per_replica
+    return max(forward, decode) + VAE_BYTES + RESERVE_BYTES
 
 
 def host_has_room(model: ModelSettings, parallel: ParallelSettings, config: DiTConfig, *, ranks_per_node: int) -> bool:
@@ -80,22 +133,32 @@ def check_weight_memory(
     *,
     device: torch.device,
     ranks_per_node: int,
+    adapters: WeightMemory = _NO_ADAPTERS,
 ) -> None:
     """Raise ``ConfigError`` if this rank's device, or the memory that its node's ranks share, is too small.
 
-    ``model.experts`` must not be ``auto``.
+    On the device, memory that other processes hold counts as missing. ``model.experts`` must not be ``auto``.
+    ``adapters``: what the LoRAs of a shot need next to the experts. Also raises ``ConfigError`` where
+    ``model.experts=stream`` is asked for weights that ranks share.
     """
-    needed = weight_memory(model, parallel, config)
-    asked = f"model.experts={model.experts} with parallel.weights={parallel.weights}"
-    on_device, total = needed.on_device, device_memory_bytes(device)
-    on_host = needed.on_host * ranks_per_node
-    if total is None:
-        on_host += on_device * ranks_per_node
-    elif on_device > total:
+    if model.experts == "stream" and parallel.weights == "fsdp":
         raise ConfigError(
-            f"{asked} needs {_gib(on_device)} GiB for weights on each device; {device} has {_gib(total)} GiB. Use "
-            "model.experts=swap, a layout whose ranks share the weights (parallel=fsdp_2gpu, fsdp_8gpu, ...), "
-            "or parallel=offload_1gpu"
+            "model.experts=stream needs whole weights on every rank, but parallel.weights=fsdp cuts them; use "
+            "model.experts=swap or auto, or parallel.weights=fsdp_offload"
+        )
+    needed = weight_memory(model, parallel, config, page_locked=device.type != "cpu")
+    asked = f"model.experts={model.experts} with parallel.weights={parallel.weights}"
+    if adapters.on_device:
+        asked += f" and the LoRAs of a shot ({_gib(adapters.on_device)} GiB)"
+    on_device, free = needed.on_device + adapters.on_device, free_device_memory_bytes(device)
+    on_host = (needed.on_host + adapters.on_host) * ranks_per_node
+    if free is None:
+        on_host += on_device * ranks_per_node
+    elif on_device > free:
+        total = device_memory_bytes(device) or free
+        raise ConfigError(
+            f"{asked} needs {_gib(on_device)} GiB for weights on each device; {device} has {_gib(free)} GiB free of "
+            f"{_gib(total)} GiB; {_advice(model, parallel, on_device, total)}"
         )
     if on_host > (host := host_memory_bytes()):
         raise ConfigError(
@@ -105,6 +168,17 @@ def check_weight_memory(
             "(launch.processes_per_node=N), or a layout whose ranks share the weights "
             "(parallel=fsdp_2gpu, fsdp_8gpu, ...)"
         )
+
+
+def _advice(model: ModelSettings, parallel: ParallelSettings, needed: int, total: int) -> str:
+    """What a person can do about a device that is too small for the weights, or too full."""
+    ways = ["a layout whose ranks share the weights (parallel=fsdp_2gpu, fsdp_8gpu, ...)"]
+    if model.linears == "exact":
+        ways.insert(0, "model.linears=float8 or int8 (half the bytes, lossy)")
+    if model.experts in ("resident", "swap") and parallel.weights == "replicated":
+        ways.insert(0, "model.experts=stream")
+    use = f"use {', '.join(ways[:-1])}{', or ' if ways[:-1] else ''}{ways[-1]}"
+    return f"free what other processes hold (nvidia-smi names them), or {use}" if needed <= total else use
 
 
 def _gib(num_bytes: int) -> str:

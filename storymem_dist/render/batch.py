@@ -6,7 +6,7 @@ all ranks get the same value or the same exception. So this module checks no ran
 methods are called on each rank: ``close``, which does nothing where the coordinator is not open, and
 ``note_out_of_memory``.
 
-A *chain* is the shots of a story in order. A *kind* names the pair of experts that a shot needs: t2v or m2v. A *part*
+A *kind* names the pair of experts that a shot needs: t2v or m2v. A *part*
 is the stories with one set of settings: a job has one part, a joined sweep one for each point.
 
 To resume, make the same call again: it skips committed shots and continues a stopped shot at its last saved step.
@@ -22,13 +22,22 @@ import torch
 from storymem_dist.diffusion.denoise import DenoiseState, DenoiseStopped, StepInfo
 from storymem_dist.dispatch.coordinator import Coordinator
 from storymem_dist.dispatch.plan import BatchPart
-from storymem_dist.dispatch.protocol import Assignment, End, LeaderDecides, RenderedShot, ShotRenderer, alone
+from storymem_dist.dispatch.protocol import (
+    Assignment,
+    End,
+    LeaderDecides,
+    RenderedShot,
+    ShotRenderer,
+    ShotStopped,
+    alone,
+)
 from storymem_dist.dispatch.settings import DispatchSettings
 from storymem_dist.dispatch.stop import StopSwitch
 from storymem_dist.dispatch.summary import BatchSummary, Replica
 from storymem_dist.errors import StoryMemError
 from storymem_dist.events import StepFinished, timed_stage
 from storymem_dist.hardware import current_device, device_memory, machine_fault
+from storymem_dist.story.modes import GIVEN
 
 
 def render_batch(
@@ -62,18 +71,20 @@ def render_batch(
     )
     try:
         leader_decides(coordinator.open)
+        lora_key = ""
         while True:
-            assignment = leader_decides(partial(coordinator.next_assignment, loaded))
+            assignment = leader_decides(partial(coordinator.next_assignment, loaded, lora_key))
             if isinstance(assignment, End):
                 return leader_decides(partial(coordinator.finish, assignment))
             kind = assignment.job.kind
-            if kind != loaded:
+            if kind not in (loaded, GIVEN):
                 began = time.monotonic()
                 with timed_stage(parts[assignment.job.part].observers, "load"):
                     renderer.prepare(kind)
                 elapsed = time.monotonic() - began
                 leader_decides(partial(coordinator.note_prepared, elapsed, swapped=loaded is not None))
                 loaded = kind
+            lora_key = lora_key if kind == GIVEN else assignment.job.lora_key
             _render_shot(assignment, parts[assignment.job.part], renderer, coordinator, settings, leader_decides)
     except StoryMemError:  # from the coordinator or from loading experts; an error of a shot stays in _render_shot
         coordinator.close()
@@ -103,6 +114,8 @@ def _render_shot(
         rendered = _attempt(assignment, part, renderer, coordinator, settings, leader_decides)
     except DenoiseStopped as stopped:
         leader_decides(partial(coordinator.shot_stopped, stopped.state))
+    except ShotStopped:
+        leader_decides(partial(coordinator.shot_stopped, None))
     except StoryMemError as error:
         if fault := machine_fault(error):
             raise fault from error

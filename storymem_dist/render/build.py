@@ -13,10 +13,11 @@ from torch import Tensor
 
 from storymem_dist.diffusion.experts import ExpertPair
 from storymem_dist.diffusion.settings import SamplerSettings
+from storymem_dist.dispatch.shot_loras import OpenedLoras
 from storymem_dist.events import ThroughputSampled
 from storymem_dist.hardware import GIB, current_device, device_memory
 from storymem_dist.models.attention import start_backend
-from storymem_dist.models.precision import set_fp32_precision
+from storymem_dist.models.precision import set_fp32_precision, vae_dtype
 from storymem_dist.models.quantized_linear import check_linears
 from storymem_dist.models.wan.dit import WanDiT
 from storymem_dist.models.wan.presets import EXPERTS, HIGH_NOISE, LOW_NOISE
@@ -27,12 +28,13 @@ from storymem_dist.parallel.loading import build_expert, place_experts
 from storymem_dist.parallel.session import Session, start_session
 from storymem_dist.parallel.settings import ParallelSettings
 from storymem_dist.parallel.vae import parallelize_vae
-from storymem_dist.parallel.weight_memory import check_weight_memory, decide_experts, host_has_room
+from storymem_dist.parallel.weight_memory import WeightMemory, check_weight_memory, decide_experts, host_has_room
 from storymem_dist.render.clip import ClipSampler
+from storymem_dist.render.loras import KEPT_AT_LEAST, LoraShelf
 from storymem_dist.weights.bundle import Weights
 from storymem_dist.weights.loading import LoadReport
 from storymem_dist.weights.settings import ModelSettings
-from storymem_dist.weights.text_encoder import load_text_encoder
+from storymem_dist.weights.text_encoder import load_text_encoder, text_encoder_bytes
 from storymem_dist.weights.vae import load_vae
 
 LoadProgress = Callable[[str, int, int], None]
@@ -84,6 +86,8 @@ class ExpertLoader:
             device=self._session.device,
             weights=self._parallel.weights,
             swap=self._model.experts == "swap",
+            stream=self._model.experts == "stream",
+            num_ahead=self._parallel.prefetch_blocks,
             may_swap=host_has_room(
                 self._model,
                 self._parallel,
@@ -114,6 +118,7 @@ class ExpertLoader:
             attention=self._model.attention,
             linears=self._model.linears,
             cache_text_keys=self._model.cache_text_keys,
+            stream=self._model.experts == "stream",
             share_reads=None if self._reads_together else False,
             progress=self._named_progress(f"{kind} {name}"),
         )
@@ -161,25 +166,50 @@ class Engine:
         session: Session | None = None,
         progress: LoadProgress | None = None,
         on_read: BytesRead | None = None,
+        loras: OpenedLoras | None = None,
+        num_tokens: int = 0,
     ) -> "Engine":
         """Start the ranks (unless ``session`` is given) and load the VAE. Collective over all started ranks.
+
+        ``loras`` has opened those of the shots that will be rendered, which the experts must leave room for, and
+        ``num_tokens`` are those of a forward of the longest shot, where it is known.
 
         Raises, before weights are read, ``LayoutError`` when layout, ranks and guidance do not fit together, and
         ``ConfigError`` when the experts do not fit, or the attention kernel or the linear layers cannot be used.
         """
         check_guidance(
-            parallel, guidance_scale_high=sampler.guidance_scale_high, guidance_scale_low=sampler.guidance_scale_low
+            parallel,
+            guidance_scale_high=sampler.guidance_scale_high,
+            guidance_scale_low=sampler.guidance_scale_low,
+            guidance_interval=sampler.guidance_interval,
         )
         session = session or start_session(parallel, num_heads=weights.any_checkpoint.dit_config.num_heads)
-        model = decide_experts(model, parallel, weights.any_checkpoint.dit_config, session.device)
-        session.all_or_none(partial(_check_start, model, weights, parallel, session))
+        loras = loras or OpenedLoras(weights, getattr(torch, model.dtype))
+        of_a_shot = loras.most_bytes(compiled=parallel.compile is not False)
+        adapters = WeightMemory(on_device=of_a_shot.on_device, on_host=KEPT_AT_LEAST * of_a_shot.on_host)
+        model = decide_experts(
+            model,
+            parallel,
+            weights.any_checkpoint.dit_config,
+            session.device,
+            adapters=adapters,
+            num_tokens=num_tokens,
+        )
+        session.all_or_none(partial(_check_start, model, weights, parallel, session, adapters))
         set_fp32_precision(convolutions=model.vae_precision)
-        vae = load_vae(weights.any_checkpoint.vae_path, session.device)
+        vae = load_vae(weights.any_checkpoint.vae_path, session.device, vae_dtype(model.vae_precision))
         if session.mesh.shard.size > 1:
             assert session.mesh.shard.group is not None
             parallelize_vae(vae, session.mesh.shard.group, session.mesh.clock)
         experts = ExpertLoader(model, weights, parallel, sampler, session, progress, on_read)
-        clips = ClipSampler(load_experts=experts, guidance=make_guidance(session.mesh), vae=vae, device=session.device)
+        clips = ClipSampler(
+            load_experts=experts,
+            guidance=make_guidance(session.mesh),
+            vae=vae,
+            device=session.device,
+            is_alone=session.mesh.shard.size == 1,
+            read_loras=LoraShelf(loras, session.all_or_none, ranks_per_node=session.layout.ranks_per_node),
+        )
         return cls(session=session, clips=clips, experts=experts, _model=model, _weights=weights)
 
     def measure(self) -> ThroughputSampled:
@@ -214,9 +244,7 @@ class Engine:
             return True
         torch.cuda.empty_cache()
         free, _ = torch.cuda.mem_get_info(device)
-        path = self._weights.any_checkpoint.text_encoder_path
-        files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
-        return free > 1.1 * sum(file.stat().st_size for file in files) + GIB
+        return free > 1.1 * text_encoder_bytes(self._weights.any_checkpoint, self.text_dtype) + GIB
 
     @property
     def _text_device(self) -> torch.device:
@@ -232,16 +260,20 @@ class Engine:
         self._text_encoder = encoder if keep_encoder else None
         return {text: embed.cpu() for text, embed in zip(texts, encoder.encode(texts), strict=True)}
 
-    def close(self) -> None:
-        """Drop all weights and end the session."""
+    def close(self, error: BaseException | None = None) -> None:
+        """Drop all weights and end the session, after ``error`` of this rank if there was one."""
         self.clips.release()
         self._text_encoder = None
-        self.session.close()
+        self.session.close(error)
 
 
-def _check_start(model: ModelSettings, weights: Weights, parallel: ParallelSettings, session: Session) -> None:
+def _check_start(
+    model: ModelSettings, weights: Weights, parallel: ParallelSettings, session: Session, adapters: WeightMemory
+) -> None:
     """Raise ``ConfigError`` unless the experts fit this rank, and the kernels that the settings name work on it."""
     config, device = weights.any_checkpoint.dit_config, session.device
-    check_weight_memory(model, parallel, config, device=device, ranks_per_node=session.layout.ranks_per_node)
+    check_weight_memory(
+        model, parallel, config, device=device, ranks_per_node=session.layout.ranks_per_node, adapters=adapters
+    )
     start_backend(model.attention, device=device, dtype=getattr(torch, model.dtype), head_dim=config.head_dim)
     check_linears(model.linears, device)

@@ -6,16 +6,20 @@ Knows nothing of ranks or run folders, and of devices only their memory.
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from storymem_dist.config.points import Point
 from storymem_dist.config.schema import RenderConfig
+from storymem_dist.diffusion.settings import SamplerSettings
+from storymem_dist.dispatch.shot_check import check_shots
+from storymem_dist.dispatch.shot_loras import OpenedLoras, check_loras
 from storymem_dist.errors import StoryboardError
 from storymem_dist.observe.wandb.process import check_settings
 from storymem_dist.parallel.clip_memory import check_clip_memory
 from storymem_dist.parallel.layout import check_guidance
-from storymem_dist.render.inputs import choose_stories, kinds_of
+from storymem_dist.render.inputs import choose_stories, kinds_of, most_tokens
 from storymem_dist.story.loading import StoryBatch, load_storyboards
 from storymem_dist.story.modes import KINDS
 from storymem_dist.weights.bundle import Weights, open_weights, with_generated_weights
@@ -26,30 +30,31 @@ from storymem_dist.weights.settings import ModelSettings
 
 @dataclass(frozen=True, kw_only=True)
 class CheckedJob:
-    """A job whose storyboards are read and whose weights are found, not loaded. ``batches`` has one for each point."""
+    """A job whose storyboards are read and whose weights are found, not loaded. ``batches`` has one for each point.
+
+    ``loras`` are those of single shots. ``num_tokens``: of a forward of the longest shot, with a full memory.
+    """
 
     batches: Sequence[StoryBatch]
     model: ModelSettings
     weights: Weights
+    loras: OpenedLoras
+    num_tokens: int
 
 
 def check_job(points: Sequence[Point]) -> CheckedJob:
     """Check settings, storyboards and weights of a job without starting anything. Reads only headers of weights.
 
-    A storyboard that cannot be read, or whose prompts are too long for ``stories.long_prompts=refuse``, is listed in
-    ``rejected`` of its batch. Raises ``StoryMemError`` for the first other error, and when no storyboard is left.
+    A storyboard that cannot be read, with a shot that cannot be rendered with its own settings, or whose prompts are
+    too long for ``stories.long_prompts=refuse``, is listed in ``rejected`` of its batch. Raises ``StoryMemError`` for
+    the first other error, and when no storyboard is left.
     """
     batches = []
     for point in points:
         check_settings(point.settings.tracking.wandb)
         batch = choose_stories(load_storyboards(point.settings.stories.paths()), point.settings.stories)
         _require_stories(batch)
-        sampler = point.settings.sampler
-        check_guidance(
-            point.settings.parallel,
-            guidance_scale_high=sampler.guidance_scale_high,
-            guidance_scale_low=sampler.guidance_scale_low,
-        )
+        _check_guidance(point.settings, point.settings.sampler)
         batches.append(batch)
     settings = points[0].settings
     needed = {
@@ -58,9 +63,21 @@ def check_job(points: Sequence[Point]) -> CheckedJob:
     model = with_generated_weights(settings.model)
     kinds = [kind for kind in KINDS if kind in needed]
     weights = open_weights(model, kinds, settings.sampler.continuation)
-    if settings.launch.mode != "slurm":  # the memory of this machine says nothing about a cluster's
-        for point in points:
-            _check_memory(point.settings, weights)
+    for point in points:
+        _check_memory(point.settings, weights, point.settings.sampler)
+    batches = [
+        check_shots(
+            batch, point.settings.sampler, point.settings.memory, partial(_check_sampler, point.settings, weights)
+        )
+        for point, batch in zip(points, batches, strict=True)
+    ]
+    loras = OpenedLoras(weights, getattr(torch, model.dtype))
+    batches = [
+        check_loras(batch, point.settings.sampler, point.settings.memory, loras)
+        for point, batch in zip(points, batches, strict=True)
+    ]
+    for batch in batches:
+        _require_stories(batch)
     cut_text = cut_text_of(weights.any_checkpoint)
     batches = [
         check_prompt_lengths(
@@ -74,14 +91,33 @@ def check_job(points: Sequence[Point]) -> CheckedJob:
     for batch in batches:
         _require_stories(batch)
     batches = [check_prompt_words(batch, weights.any_checkpoint) for batch in batches]
-    return CheckedJob(batches=batches, model=model, weights=weights)
+    num_tokens = max(
+        most_tokens(point.settings, batch.stories, weights) for point, batch in zip(points, batches, strict=True)
+    )
+    return CheckedJob(batches=batches, model=model, weights=weights, loras=loras, num_tokens=num_tokens)
 
 
-def _check_memory(settings: RenderConfig, weights: Weights) -> None:
+def _check_sampler(settings: RenderConfig, weights: Weights, sampler: SamplerSettings) -> None:
+    _check_guidance(settings, sampler)
+    _check_memory(settings, weights, sampler)
+
+
+def _check_guidance(settings: RenderConfig, sampler: SamplerSettings) -> None:
+    check_guidance(
+        settings.parallel,
+        guidance_scale_high=sampler.guidance_scale_high,
+        guidance_scale_low=sampler.guidance_scale_low,
+        guidance_interval=sampler.guidance_interval,
+    )
+
+
+def _check_memory(settings: RenderConfig, weights: Weights, sampler: SamplerSettings) -> None:
+    if settings.launch.mode == "slurm":  # the memory of this machine says nothing about a cluster's
+        return
     on_gpu = settings.parallel.device != "cpu" and torch.cuda.is_available()
     started = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
     check_clip_memory(
-        settings.sampler,
+        sampler,
         settings.parallel,
         weights.any_checkpoint.dit_config,
         getattr(torch, settings.model.dtype),

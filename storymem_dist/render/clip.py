@@ -6,14 +6,15 @@ and which base model a mode needs; nothing of stories, memory banks or files.
 Legend: B batch, C channels, F frames, H/W pixels, T latent frames, h/w latent sizes, L tokens, E text channels.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from storymem_dist.diffusion.adapter_switch import AdapterUse
 from storymem_dist.diffusion.conditioning import ConditionBuilder, LatentEncoder
 from storymem_dist.diffusion.denoise import DenoiseState, PromptEmbeds, StepInfo, denoise
 from storymem_dist.diffusion.experts import ExpertPair
@@ -22,6 +23,10 @@ from storymem_dist.diffusion.latent_grid import LatentGrid
 from storymem_dist.diffusion.seeds import initial_noise
 from storymem_dist.diffusion.settings import SamplerSettings
 from storymem_dist.diffusion.solver import Solver
+from storymem_dist.events import LorasUsed
+from storymem_dist.hardware import GIB
+from storymem_dist.models.adapters import Adapters
+from storymem_dist.models.compile import compilations_marked
 from storymem_dist.story.modes import KIND_OF_MODE, M2V
 
 Stage = Callable[[str], AbstractContextManager[object]]
@@ -31,6 +36,16 @@ Stage = Callable[[str], AbstractContextManager[object]]
 def no_stage(name: str) -> AbstractContextManager[object]:
     """A ``Stage`` that does nothing."""
     return nullcontext()
+
+
+class ReadLoras(Protocol):
+    """Reads a shot's LoRAs (``render.loras.LoraShelf``)."""
+
+    num_reads: int
+
+    def __call__(self, kind: str, loras: Sequence[Mapping[str, Any]], key: str) -> Mapping[str, Adapters]:
+        """Return the adapters of the experts of ``kind``, by expert, in host memory. Collective over the replica."""
+        ...
 
 
 class ClipVae(LatentEncoder, Protocol):
@@ -47,7 +62,7 @@ class ClipRequest:
 
     ``mode`` is "t2v", "m2v", "mi2v" (with ``first_frame`` uint8 ``[3, H, W]``) or "mm2v" (with ``motion_frames`` uint8
     ``[5, 3, H, W]``). ``memory_images`` are uint8 ``[3, H, W]``, oldest first. ``fingerprint`` ties step checkpoints to
-    this clip.
+    this clip. ``loras`` are for this clip alone, as ``ShotOptions.loras``, and ``lora_key`` is their digest.
     """
 
     mode: str
@@ -58,6 +73,8 @@ class ClipRequest:
     first_frame: Tensor | None = None
     motion_frames: Tensor | None = None
     fingerprint: str = ""
+    loras: Sequence[Mapping[str, Any]] = ()
+    lora_key: str = ""
 
     @property
     def grid(self) -> LatentGrid:
@@ -73,7 +90,8 @@ class ClipRequest:
 class ClipSampler:
     """Turns requests into pixels, with one base model's experts in memory at a time.
 
-    ``load_experts(kind)`` loads the experts of "t2v" or "m2v"; the previous ones are released first.
+    ``load_experts(kind)`` loads the experts of "t2v" or "m2v"; the previous ones are released first. ``read_loras`` is
+    needed for requests with LoRAs. ``is_alone``: no other rank takes part in these clips.
     """
 
     def __init__(
@@ -83,12 +101,16 @@ class ClipSampler:
         guidance: Guidance,
         vae: ClipVae,
         device: torch.device | str,
+        read_loras: ReadLoras | None = None,
+        is_alone: bool = True,
     ) -> None:
         self._load_experts = load_experts
         self._guidance = guidance
         self._vae = vae
         self._device = torch.device(device)
+        self._is_alone = is_alone
         self._conditions = ConditionBuilder(vae, device)
+        self._read_loras, self._had_read = read_loras, False
         self._experts: ExpertPair | None = None
         self.kind: str | None = None
 
@@ -105,6 +127,30 @@ class ClipSampler:
         experts, self._experts, self.kind = self._experts, None, None
         if experts is not None:
             experts.release()
+
+    def loras_used(self, story_id: str, shot_id: str, num_loras: int, seconds: float) -> LorasUsed:
+        """What the LoRAs of the latest request have cost; ``seconds``: of the stage ``loras``."""
+        used = AdapterUse() if self._experts is None else self._experts.adapters_used
+        return LorasUsed(
+            story_id=story_id,
+            shot_id=shot_id,
+            num_loras=num_loras,
+            elapsed_seconds=seconds,
+            device_seconds=used.seconds,
+            device_gib=used.device_bytes / GIB,
+            already_read=self._had_read,
+        )
+
+    def _use_loras(self, experts: ExpertPair, kind: str, request: ClipRequest, stage: Stage) -> None:
+        """Give the experts the LoRAs of this request, and take away those of an earlier one."""
+        if not request.loras:
+            experts.use_adapters({}, self._device)
+            return
+        assert self._read_loras is not None, "this sampler was made for requests without LoRAs"
+        num_reads = self._read_loras.num_reads
+        with stage("loras"):
+            experts.use_adapters(self._read_loras(kind, request.loras, request.lora_key), self._device)
+        self._had_read = self._read_loras.num_reads == num_reads
 
     def sample(
         self,
@@ -128,6 +174,7 @@ class ClipSampler:
         experts = self.prepare(kind)
         if low_memory:
             experts.idle()
+        self._use_loras(experts, kind, request, stage)
         experts = experts.with_sampling(
             boundary_ratio=settings.boundary_ratio(kind),
             guidance_scale_high=settings.guidance_scale_high,
@@ -150,7 +197,7 @@ class ClipSampler:
             flow_shift=settings.flow_shift(kind),
             sigmas=settings.sigmas,
         )
-        with stage("denoise"):
+        with stage("denoise"), compilations_marked(stage):
             latents = denoise(
                 experts,
                 self._guidance,
@@ -166,12 +213,29 @@ class ClipSampler:
                 should_stop=should_stop,
                 checkpoint_every_steps=checkpoint_every_steps,
                 on_checkpoint=on_checkpoint,
+                checkpoint_last=not self._is_alone,
+                guided_steps=settings.guided_steps,
             )
-        experts.end_shot()
         if low_memory:
             experts.idle()
+        experts.end_shot()
         with stage("decode"):
-            return self._vae.decode(grid.clip_latents(latents))
+            return self._decode(grid.clip_latents(latents), experts)
+
+    def _decode(self, latents_CTHW: Tensor, experts: ExpertPair) -> Tensor:
+        """Decode; where memory runs out and no other rank takes part, free the experts and decode again.
+
+        Ranks that decode together wait for each other, so the one that ran out cannot go on alone: their processes
+        start again, and resume from the checkpoint after the last step.
+        """
+        try:
+            return self._vae.decode(latents_CTHW)
+        except torch.OutOfMemoryError:
+            if not self._is_alone:
+                raise
+        # outside the handler, because the exception holds what was decoded so far
+        experts.idle()
+        return self._vae.decode(latents_CTHW)
 
 
 def to_uint8(pixels: Tensor) -> Tensor:

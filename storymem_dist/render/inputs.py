@@ -11,7 +11,9 @@ from typing import Any
 
 from storymem_dist.config.schema import RenderConfig, StoriesSettings
 from storymem_dist.dispatch.cost import CostModel
-from storymem_dist.dispatch.plan import shot_mode
+from storymem_dist.dispatch.needs import story_needs
+from storymem_dist.dispatch.shot_check import longest_sampler
+from storymem_dist.dispatch.shot_settings import sampler_inputs
 from storymem_dist.memory.settings import SELECTION_KEYS
 from storymem_dist.models.wan.presets import WAN22_A14B
 from storymem_dist.story.loading import StoryBatch
@@ -22,25 +24,14 @@ from storymem_dist.weights.bundle import Weights
 PIXEL_VERSION = 1
 """Part of every fingerprint. Increase it when a change of this program changes pixels."""
 
-_PIXEL_SAMPLER_KEYS = (
-    "num_inference_steps",
-    "solver",
-    "sigmas",
-    "num_frames",
-    "height",
-    "width",
-    "fps",
-    "guidance_scale_high",
-    "guidance_scale_low",
-    "noise_device",
-    "step_cache_threshold",
-)
 _RECALL_KEYS = ("max_keyframes", "num_fixed")
 
 
 def choose_stories(batch: StoryBatch, settings: StoriesSettings) -> StoryBatch:
-    """Cut the batch to ``max_stories`` stories of ``max_shots`` shots."""
-    stories = batch.stories[: settings.max_stories]
+    """Cut the batch to ``max_stories`` stories, those of the lowest priority, of ``max_shots`` shots."""
+    first = sorted(batch.stories, key=lambda story: story.priority)[: settings.max_stories]
+    chosen = {story.story_id for story in first}
+    stories = tuple(story for story in batch.stories if story.story_id in chosen)
     if settings.max_shots is not None:
         stories = tuple(first_shots(story, settings.max_shots) for story in stories)
     return replace(batch, stories=stories)
@@ -56,19 +47,18 @@ def first_shots(story: Story, max_shots: int) -> Story:
 
 
 def kinds_of(stories: Sequence[Story], settings: RenderConfig) -> list[str]:
-    """Return the kinds of experts that the stories need, in the order in which a job loads them."""
-    needed = {shot_mode(story, shot, settings.sampler)[0] for story in stories for shot in story.shots}
-    return [kind for kind in KINDS if kind in needed]
+    """Return the kinds of experts that the stories need, in the order in which a job loads them; never none.
+
+    (A job of given clips alone loads none, but encoders and sizes are those of a kind.)
+    """
+    needed = {needs.kind for story in stories for needs in story_needs(story, settings.sampler, settings.memory)}
+    return [kind for kind in KINDS if kind in needed] or [settings.sampler.first_shot]
 
 
 def pixel_inputs(kind: str, settings: RenderConfig, weights: Weights) -> dict[str, Any]:
     """Return everything that changes the pixels or keyframes of a ``kind`` shot, except prompt, seed and mode."""
     sampler, memory = settings.sampler, settings.memory
-    inputs: dict[str, Any] = {f"sampler.{key}": getattr(sampler, key) for key in _PIXEL_SAMPLER_KEYS}
-    inputs["sampler.flow_shift"] = sampler.flow_shift(kind)
-    inputs["sampler.boundary_ratio"] = sampler.boundary_ratio(kind)
-    if sampler.needs_negative_prompt:
-        inputs["sampler.negative_prompt"] = sampler.negative_prompt
+    inputs = sampler_inputs(kind, sampler)
     memory_keys = SELECTION_KEYS + (_RECALL_KEYS if kind == M2V else ())
     inputs |= {f"memory.{key}": getattr(memory, key) for key in memory_keys}
     inputs |= {f"video.{key}": value for key, value in asdict(settings.video).items()}
@@ -89,10 +79,17 @@ def cost_model(settings: RenderConfig, weights: Weights) -> CostModel:
         height=sampler.height,
         width=sampler.width,
         num_inference_steps=sampler.num_inference_steps,
-        passes_per_step=2 if sampler.needs_negative_prompt else 1,
+        passes_per_step=sampler.passes_per_step,
         max_keyframes=settings.memory.max_keyframes,
         is_a14b=sizes in (WAN22_A14B.t2v, WAN22_A14B.i2v),
     )
+
+
+def most_tokens(settings: RenderConfig, stories: Sequence[Story], weights: Weights) -> int:
+    """Return the tokens of a forward of the longest shots of ``stories``, with as many keyframes as a shot may have."""
+    max_keyframes = settings.memory.max_keyframes if M2V in weights.checkpoints else 0
+    longest = replace(settings, sampler=longest_sampler(stories, settings.sampler))
+    return int(cost_model(longest, weights).num_tokens(max_keyframes))
 
 
 def config_hash(plain_config: Mapping[str, Any]) -> str:

@@ -12,11 +12,10 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 
-import torch
-
 from storymem_dist.artifacts.prompt_cache import PromptCache
 from storymem_dist.artifacts.run_folder import RunFolder
 from storymem_dist.config.points import Point
+from storymem_dist.dispatch.graph import ShotGraph
 from storymem_dist.dispatch.plan import BatchPart
 from storymem_dist.dispatch.stop import StopSwitch, own_stop_files
 from storymem_dist.dispatch.summary import BatchSummary, Replica
@@ -24,20 +23,24 @@ from storymem_dist.errors import StoryboardError
 from storymem_dist.events import Observer, ThroughputSampled, WarningIssued, timed_stage
 from storymem_dist.hardware import machine_fault
 from storymem_dist.memory.scorers import ScorerShelf
-from storymem_dist.models.attention import describe_backend
+from storymem_dist.models.attention import cudnn_attention_off
 from storymem_dist.observe.settings import TrackingSettings
 from storymem_dist.observe.start import RankInfo, start_observers
+from storymem_dist.parallel.ending import ending_after_error
 from storymem_dist.parallel.progress import ProgressBoard
 from storymem_dist.parallel.session import Session, start_session
+from storymem_dist.parallel.settings import ParallelSettings
 from storymem_dist.parallel.watch import Watch
+from storymem_dist.render.attention import decide_attention
 from storymem_dist.render.batch import render_batch
 from storymem_dist.render.build import Engine
 from storymem_dist.render.check import CheckedJob, check_job
+from storymem_dist.render.compilation import decide_compile
 from storymem_dist.render.debugging import debugging, logged
 from storymem_dist.render.identity import device_name, group_identity, job_identity, package_versions
 from storymem_dist.render.inputs import config_hash, cost_model, pixel_inputs
 from storymem_dist.render.outcome import announce, print_outcome, report_loading
-from storymem_dist.render.prompts import CachedPrompts, prompts_left, shots_left
+from storymem_dist.render.prompts import CachedPrompts, prompts_left, shots_left, work_left
 from storymem_dist.render.shot import ShotRules, StoryShotRenderer, negative_prompts
 from storymem_dist.story.loading import StoryBatch
 from storymem_dist.story.modes import KINDS
@@ -73,6 +76,7 @@ def _render_job(points: Sequence[Point], sweep: str | None, stop: StopSwitch, bo
     with (
         debugging(settings.debug),
         start_session(settings.parallel, num_heads=weights.any_checkpoint.dit_config.num_heads) as session,
+        ending_after_error(may_hang=session.end_may_hang),
         ExitStack() as closing,
     ):
         runs = [RunFolder(point.settings.output) for point in points]
@@ -93,25 +97,36 @@ def _render_job(points: Sequence[Point], sweep: str | None, stop: StopSwitch, bo
             session.backend,
             session.layout,
         )
-        dtype, head_dim = getattr(torch, checked.model.dtype), weights.any_checkpoint.dit_config.head_dim
-        attention = describe_backend(checked.model.attention, device=session.device, dtype=dtype, head_dim=head_dim)
+        model, attention = decide_attention(
+            checked.model,
+            session,
+            weights.any_checkpoint.dit_config,
+            num_tokens=checked.num_tokens,
+        )
+        checked = replace(checked, model=model)
         parts, all_observers = [], []
-        for point, batch, run, run_id in zip(points, checked.batches, runs, run_ids, strict=True):
+        for point, batch, run in zip(points, checked.batches, runs, strict=True):
             tracking = tracking_of_part(point.settings.tracking, num_parts=len(points))
             observers = closing.enter_context(start_observers(tracking, run.root, rank_info, sweep=sweep))
             all_observers.append(observers)
-            part = _part(point, batch, run, weights, board.watching(logged(observers.observer)), session)
-            announce(part, batch, run_id, session, attention)
+            parts.append(_part(point, batch, run, weights, board.watching(logged(observers.observer)), session))
+        parallel, compiles = decide_compile(
+            settings.parallel, session, weights.any_checkpoint.dit_config, partial(work_left, parts)
+        )
+        parts = [replace(part, host={**part.host, "compile": compiles}) for part in parts]
+        for part, batch, run_id in zip(parts, checked.batches, run_ids, strict=True):
+            announce(part, batch, run_id, session, attention=attention, compiles=compiles)
             for message in weights.lora_warnings() if session.rank == 0 else ():
                 part.observers.notify(WarningIssued(message=message, source="weights"))
-            parts.append(part)
+            if session.rank == 0 and model.attention != "sdpa_cudnn" and (slower := cudnn_attention_off()):
+                part.observers.notify(WarningIssued(message=slower, source="attention"))
 
         def warn(message: str) -> None:
             for observers in all_observers:
                 observers.warn(message, "parallel")
 
         with Watch(session, settings.parallel, look=board.look, tell=warn) as watch:
-            summary = _render_parts(parts, points, checked, session, stop, watch)
+            summary = _render_parts(parts, points, checked, parallel, session, stop, watch)
     print_outcome(points, checked.batches, summary, session)
     rejected = any(batch.rejected for batch in checked.batches)
     return summary.exit_code or (StoryboardError.exit_code if rejected else 0)
@@ -144,6 +159,7 @@ def _part(
         inputs={kind: pixel_inputs(kind, settings, weights) for kind in weights.checkpoints},
         video=settings.video,
         cost=cost_model(settings, weights),
+        memory=settings.memory,
         config_hash=config_hash(point.plain),
         config_text=json.dumps(point.plain, indent=2, ensure_ascii=False, sort_keys=True),
         observers=observer,
@@ -161,6 +177,7 @@ def _render_parts(
     parts: Sequence[BatchPart],
     points: Sequence[Point],
     checked: CheckedJob,
+    parallel: ParallelSettings,
     session: Session,
     stop: StopSwitch,
     watch: Watch,
@@ -169,11 +186,13 @@ def _render_parts(
     engine = Engine.start(
         checked.model,
         weights,
-        settings.parallel,
+        parallel,
         settings.sampler,
         session=session,
         progress=report_loading(parts[0].observers),
         on_read=lambda num_bytes: parts[0].observers.notify(ThroughputSampled(bytes_read=num_bytes)),
+        loras=checked.loras,
+        num_tokens=checked.num_tokens,
     )
     rules = [
         ShotRules(sampler=part.sampler, memory=point.settings.memory, observer=part.observers)
@@ -242,6 +261,7 @@ def _load_together(
 
 
 def first_kind_left(parts: Sequence[BatchPart]) -> str | None:
-    """Return the kind of experts that the first uncommitted shots need; None when all shots are committed."""
-    left = {shots[0].kind for shots in shots_left(parts)}
-    return min(left, key=KINDS.index, default=None)
+    """Return the kind of experts that the first ready shots need; None when none needs any."""
+    rendered = [[shot for shot in shots if shot.kind in KINDS] for shots in shots_left(parts)]
+    graph = ShotGraph([shots for shots in rendered if shots])
+    return next((kind for kind in KINDS if graph.num_ready(kind)), None)

@@ -26,7 +26,9 @@ from storymem_dist.terminal.streams import print_lines
 _PROGRESS_SECONDS = 0.25
 
 
-def announce(part: BatchPart, batch: StoryBatch, run_id: str, session: Session, attention: str) -> None:
+def announce(
+    part: BatchPart, batch: StoryBatch, run_id: str, session: Session, *, attention: str, compiles: str
+) -> None:
     """Report the start of the job to the observers of one part, and the storyboards that it cannot render.
 
     The first rank also reports the warnings of all stories.
@@ -43,6 +45,7 @@ def announce(part: BatchPart, batch: StoryBatch, run_id: str, session: Session, 
             device=device_name(session.device),
             layout=str(session.layout),
             attention=attention,
+            compile=compiles,
             host=socket.gethostname(),
             process_id=os.getpid(),
             peak_tflops=peak_tflops(device_name(session.device)),

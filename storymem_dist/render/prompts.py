@@ -19,13 +19,15 @@ from functools import partial
 from torch import Tensor
 
 from storymem_dist.artifacts.prompt_cache import PromptCache
-from storymem_dist.dispatch.graph import ShotGraph, likely_order
+from storymem_dist.dispatch.choosing import likely_order
+from storymem_dist.dispatch.graph import ShotGraph
 from storymem_dist.dispatch.plan import BatchPart, PlannedShot, plan_part
 from storymem_dist.errors import StoryboardError
 from storymem_dist.parallel.leader import LeaderDecides, decide_alone
 from storymem_dist.parallel.session import Team
 from storymem_dist.parallel.text import MIN_PROMPTS_PER_RANK, PATIENCE, Encoder, WorldRank, all_ranks, encode_prompts
 from storymem_dist.render.clip import Stage, no_stage
+from storymem_dist.story.modes import GIVEN
 
 FIRST_PER_RANK = MIN_PROMPTS_PER_RANK
 GROWTH = 4
@@ -108,23 +110,42 @@ class CachedPrompts:
 
 
 def prompts_left(parts: Sequence[BatchPart], num_replicas: int) -> list[str]:
-    """Return the prompts of all shots that are not committed, each once, in about the order of their claims."""
+    """Return the prompts of all shots that are not committed, each once, in about the order of their claims.
+
+    A shot's own negative prompt follows its prompt. Given clips need neither.
+    """
     graph = ShotGraph(shots_left(parts))
-    return list(dict.fromkeys(shot.shot.prompt for shot in likely_order(graph, num_replicas)))
+    of_job = {part.sampler.needed_negative_prompt for part in parts}
+    prompts: dict[str, None] = {}
+    for shot in likely_order(graph, num_replicas):
+        if shot.kind != GIVEN:
+            prompts[shot.shot.prompt] = None
+            own = shot.sampler.needed_negative_prompt
+            if own is not None and own not in of_job:
+                prompts[own] = None
+    return list(prompts)
 
 
 def shots_left(parts: Sequence[BatchPart]) -> list[list[PlannedShot]]:
-    """Return, for each story that is not complete, its shots from the first uncommitted one on."""
+    """Return, for each story that is not complete, its shots that are not committed."""
     left: list[list[PlannedShot]] = []
     for part_index, part in enumerate(parts):
         for _, planned in plan_part(part_index, part):
             if isinstance(planned, StoryboardError):
                 continue
-            for index, shot in enumerate(planned):
-                if not part.run.shot(shot.story_id, shot.shot_id).is_committed(shot.fingerprint):
-                    left.append(list(planned[index:]))
-                    break
+            of_story = [
+                shot
+                for shot in planned
+                if not part.run.shot(shot.story_id, shot.shot_id).is_committed(shot.fingerprint)
+            ]
+            if of_story:
+                left.append(of_story)
     return left
+
+
+def work_left(parts: Sequence[BatchPart]) -> float:
+    """Return the work of all shots that are not committed, in TFLOP of A14B."""
+    return sum(shot.cost for shots in shots_left(parts) for shot in shots)
 
 
 @dataclass(frozen=True, kw_only=True)

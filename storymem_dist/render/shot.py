@@ -1,32 +1,38 @@
 """One shot of a story on one replica: recall, condition, denoise, decode, choose keyframes.
 
-Every rank of the replica runs this in lock step; what only the leader computes (keyframe scores) comes through
-``leader_decides``. Knows modes, memory and events; nothing of run folders, queues or how weights are read.
+A clip that the storyboard gives is read instead of rendered. Every rank of the replica runs this in lock step; what
+only the leader computes (keyframe scores) comes through ``leader_decides``. Knows modes, memory and events; nothing of
+run folders, queues or how weights are read.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
 
-import numpy as np
-import torch
 from torch import Tensor
 
-from storymem_dist.diffusion.conditioning import cover_crop
 from storymem_dist.diffusion.denoise import DenoiseState, PromptEmbeds, StepInfo
 from storymem_dist.diffusion.settings import SamplerSettings
-from storymem_dist.dispatch.protocol import LeaderDecides, RenderedShot, ShotHistory, ShotJob
+from storymem_dist.dispatch.protocol import LeaderDecides, RenderedShot, ShotHistory, ShotJob, ShotStopped
 from storymem_dist.errors import ShotError
-from storymem_dist.events import NullObserver, Observer, ThroughputSampled, memory_events, timed_stage
-from storymem_dist.memory.bank import Keyframe, MemoryBank, Recall, reference_keyframes
+from storymem_dist.events import (
+    NullObserver,
+    Observer,
+    ThroughputSampled,
+    WarningIssued,
+    memory_events,
+    timed_stage,
+)
+from storymem_dist.memory.bank import MemoryBank, Recall
 from storymem_dist.memory.keyframes import Chosen, choose_keyframes
 from storymem_dist.memory.scorers import Quality, Similarity
 from storymem_dist.memory.settings import MemorySettings
 from storymem_dist.render.clip import ClipRequest, ClipSampler, Stage, no_stage, to_uint8
-from storymem_dist.story.images import open_reference_image
-from storymem_dist.story.modes import M2V, MI2V, MM2V, NUM_GIVEN_FRAMES
-from storymem_dist.story.schema import Story
+from storymem_dist.render.given import ClipReader, given_image
+from storymem_dist.render.recall import memory_bank, recall
+from storymem_dist.story.modes import GIVEN, MI2V, MM2V, NUM_GIVEN_FRAMES
+from storymem_dist.story.videos import video_facts
 
 NUM_TAIL_FRAMES = max(NUM_GIVEN_FRAMES.values())
 """Last frames of a clip that are kept: the most that any continuation needs."""
@@ -45,7 +51,7 @@ class PromptSource(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShotRules:
-    """The settings of one part of a batch, and the observer of its events."""
+    """The settings of one part of a batch, and the observer of its events. A shot has its own ``ShotJob.sampler``."""
 
     sampler: SamplerSettings
     memory: MemorySettings
@@ -97,13 +103,15 @@ class StoryShotRenderer:
         """See ``ShotRenderer.render``."""
         rules, seconds = self._rules[job.part], dict[str, float]()
         stage = partial(timed_stage, rules.observer, story_id=job.story_id, shot_id=job.shot_id, totals=seconds)
+        if job.kind == GIVEN:
+            return self._read_given(job, history, stage, seconds, should_stop)
         prompt = self._embeds(job, stage)
         with stage("recall"):
-            bank = MemoryBank((*references(job.story, rules.sampler), *history.keyframes))
-            recall = bank.recall(rules.memory) if job.kind == M2V else Recall(keyframes=(), decisions=())
-            recalled = {"recalled": [asdict(decision) for decision in recall.decisions]}
+            bank = memory_bank(job, history)
+            shown = recall(bank, job, rules.memory)
+            recalled = {"recalled": [asdict(decision) for decision in shown.decisions]}
             _report(rules.observer, job, recalled)
-            request = self._request(job, history, recall, prompt)
+            request = self._request(job, history, shown, prompt)
         try:
             pixels = self._clips.sample(
                 request,
@@ -117,31 +125,57 @@ class StoryShotRenderer:
             )
         finally:
             rules.observer.notify(self._measure())
+        loras: dict[str, Any] = {}
+        if request.loras:
+            used = self._clips.loras_used(job.story_id, job.shot_id, len(request.loras), seconds["loras"])
+            rules.observer.notify(used)
+            loras = {key: value for key, value in asdict(used).items() if key not in ("story_id", "shot_id")}
         with stage("keyframes"):
-            clip = to_uint8(pixels).permute(1, 0, 2, 3)[NUM_GIVEN_FRAMES[job.mode] :].cpu()
-            chosen = self._leader_decides(lambda: self._choose(clip, bank, rules.memory, job.index))
-            decisions = {"decisions": [asdict(decision) for decision in chosen.decisions]}
-            _report(rules.observer, job, decisions)
-        return RenderedShot(
-            clip=clip,
-            keyframes=chosen.kept,
-            tail=clip[-NUM_TAIL_FRAMES:].clone(),
-            memory={**recalled, **decisions, "threshold": chosen.threshold},
-            stage_seconds=seconds,
-        )
+            repeated = 0 if job.shot.start_image is not None else NUM_GIVEN_FRAMES[job.mode]
+            clip = to_uint8(pixels).permute(1, 0, 2, 3)[repeated:].cpu()
+            chosen = self._leader_decides(lambda: self._choose(clip, bank, job))
+        return replace(_finished(clip, chosen, recalled, job, rules.observer, seconds), loras=loras)
+
+    def _read_given(
+        self,
+        job: ShotJob,
+        history: ShotHistory,
+        stage: Stage,
+        seconds: Mapping[str, float],
+        should_stop: Callable[[], bool],
+    ) -> RenderedShot:
+        """Read the clip that the storyboard gives. Only the leader, which saves it, has its frames."""
+        path, observer = job.shot.video, self._rules[job.part].observer
+        assert path is not None, "a given shot has a clip"
+        reader = ClipReader(path, job.sampler)
+        with stage("decode"):
+            while not self._leader_decides(reader.read_part):
+                if should_stop():
+                    raise ShotStopped
+        with stage("keyframes"):
+            clip, bank = reader.clip, memory_bank(job, history)
+            chosen = self._leader_decides(lambda: self._choose(clip, bank, job))
+        facts = video_facts(path)
+        for what in reader.notes:
+            if what not in facts.notes:  # those were said when the storyboard was read
+                message = f"{job.story_id}, {job.shot_id}: the clip {path}: {what}"
+                observer.notify(WarningIssued(message=message, source="storyboard"))
+        finished = _finished(clip, chosen, {"recalled": []}, job, observer, seconds)
+        return replace(finished, given=asdict(facts) | {"notes": list(dict.fromkeys([*facts.notes, *reader.notes]))})
 
     def _embeds(self, job: ShotJob, stage: Stage) -> PromptEmbeds:
-        sampler = self._rules[job.part].sampler
+        sampler = job.sampler
         return PromptEmbeds(
             prompt_LE=self._prompts.embeds(job.shot.prompt, stage),
             negative_LE=self._prompts.embeds(sampler.negative_prompt, stage) if sampler.needs_negative_prompt else None,
         )
 
     def _request(self, job: ShotJob, history: ShotHistory, recall: Recall, prompt: PromptEmbeds) -> ClipRequest:
-        sampler = self._rules[job.part].sampler
         num_given = NUM_GIVEN_FRAMES[job.mode]
         given = None
-        if num_given:
+        if job.shot.start_image is not None:
+            given = given_image(job.shot.start_image, job.sampler)[None]
+        elif num_given:
             if history.tail is None or len(history.tail) < num_given:
                 found = 0 if history.tail is None else len(history.tail)
                 raise ShotError(
@@ -153,34 +187,50 @@ class StoryShotRenderer:
             mode=job.mode,
             prompt=prompt,
             seed=job.seed,
-            sampler=sampler,
+            sampler=job.sampler,
             memory_images=[keyframe.image for keyframe in recall.keyframes],
             first_frame=given[0] if given is not None and job.mode == MI2V else None,
             motion_frames=given if job.mode == MM2V else None,
             fingerprint=job.fingerprint,
+            loras=job.shot.options.loras or (),
+            lora_key=job.lora_key,
         )
 
-    def _choose(self, clip_FCHW: Tensor, bank: MemoryBank, memory: MemorySettings, shot_index: int) -> Chosen:
+    def _choose(self, clip_FCHW: Tensor, bank: MemoryBank, job: ShotJob) -> Chosen:
+        memory = self._rules[job.part].memory
+        if not job.shot.remember:
+            return Chosen(kept=(), decisions=(), threshold=memory.similarity_threshold)
         similarity, quality = self._scorers(memory)
-        return choose_keyframes(clip_FCHW, bank, similarity, quality, memory, shot_index=shot_index)
+        return choose_keyframes(
+            clip_FCHW, bank, similarity, quality, memory, shot_index=job.index, keeps_first=job.needs.keeps_first
+        )
+
+
+def _finished(
+    clip_FCHW: Tensor,
+    chosen: Chosen,
+    recalled: Mapping[str, Any],
+    job: ShotJob,
+    observer: Observer,
+    seconds: Mapping[str, float],
+) -> RenderedShot:
+    decisions = {"decisions": [asdict(decision) for decision in chosen.decisions]}
+    _report(observer, job, decisions)
+    memory = {**recalled, **decisions, "threshold": chosen.threshold}
+    if not job.shot.remember:
+        memory["remember"] = False
+    return RenderedShot(
+        clip=clip_FCHW,
+        keyframes=chosen.kept,
+        tail=clip_FCHW[-NUM_TAIL_FRAMES:].clone(),
+        memory=memory,
+        stage_seconds=seconds,
+    )
 
 
 def negative_prompts(rules: Sequence[ShotRules]) -> list[str]:
     """Return the negative prompts that guidance needs, each once."""
     return list(dict.fromkeys(one.sampler.negative_prompt for one in rules if one.sampler.needs_negative_prompt))
-
-
-def references(story: Story, sampler: SamplerSettings) -> tuple[Keyframe, ...]:
-    """Return the story's reference images, uint8 ``[3, H, W]`` at the clip's size.
-
-    Raises ``StoryboardError`` when one cannot be read.
-    """
-    images = []
-    for path in story.reference_images:
-        pixels = np.array(open_reference_image(path))
-        image_CHW = torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
-        images.append(cover_crop(image_CHW, sampler.height, sampler.width))
-    return reference_keyframes(images)
 
 
 def _report(observer: Observer, job: ShotJob, memory: Mapping[str, Any]) -> None:

@@ -9,6 +9,7 @@ import torch
 
 from storymem_dist.errors import StoryMemError
 from storymem_dist.models.wan.presets import WAN22_A14B
+from storymem_dist.parallel.ending import end_within
 from storymem_dist.parallel.session import start_session
 from storymem_dist.parallel.settings import BACKENDS, DEVICES, ParallelSettings
 from storymem_dist.selftest.layouts import SelfTest
@@ -39,6 +40,8 @@ def _run(arguments: Sequence[str] | None) -> int:
                 f"torch {torch.__version__}"
             )
             findings = SelfTest(session, settings, say, options.timeout_seconds).run(options.block_dim)
+            if findings and session.end_may_hang:
+                end_within()
     except StoryMemError as error:
         print_error(error)
         return error.exit_code

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
-from torch import Tensor
+from torch import Tensor, nn
 
 from storymem_dist.diffusion.experts import Expert
 from storymem_dist.diffusion.guidance import LocalGuidance
@@ -13,7 +13,7 @@ from storymem_dist.models.wan.dit import DiTConfig, WanDiT
 from storymem_dist.models.wan.presets import WAN22_A14B
 from storymem_dist.models.wan.vae import WanVae
 from storymem_dist.parallel.guidance import make_guidance
-from storymem_dist.parallel.loading import OFFLOADED, local_part
+from storymem_dist.parallel.loading import OFFLOADED, local_part, place_experts
 from storymem_dist.parallel.parallelize import parallelize
 from storymem_dist.parallel.session import Session
 from storymem_dist.parallel.settings import ParallelSettings
@@ -71,11 +71,16 @@ class Reference:
         for name, parameter in many.named_parameters():
             part = local_part(name, parameter)
             part.tensor.copy_(weights[name][part.row_offset : part.row_offset + part.num_rows])
-        found = make_guidance(session.mesh).velocity(self._expert(many), *self._inputs)
+        placed, residency = place_experts(
+            [("selftest", many)], device=session.device, weights=settings.weights, swap=False, may_swap=False
+        )
+        residency.activate("selftest")
+        found = make_guidance(session.mesh).velocity(self._expert(placed["selftest"]), *self._inputs)
+        residency.release()
         return distance(found, self._expected) / self._expected.abs().max().item()
 
     @staticmethod
-    def _expert(module: WanDiT) -> Expert:
+    def _expert(module: nn.Module) -> Expert:
         return Expert(name="selftest", module=module, guidance_scale=3.5)
 
 

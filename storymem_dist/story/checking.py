@@ -1,34 +1,44 @@
 """Checks plain data against the storyboard format and builds a ``Story`` from it.
 
-The format is ST-Bench's: ``{story_name, story_overview, scenes: [{scene_num, video_prompts, cut}]}``, and optionally
-``reference_images``, ``seed`` and ``style``. The first problem is raised as one message that names the file, the scene,
-the shot and what is allowed. What differs from the format but has one meaning is read, with a warning of the story.
-Reads no file but the reference images; knows nothing about file formats.
+The format is ST-Bench's, ``{story_name, story_overview, scenes: [{scene_num, video_prompts, cut}]}``, optionally with
+``reference_images``, ``seed`` and ``style``; or, in place of a scene's two lists, ``shots`` with keys of their own over
+the story's ``defaults``. The first problem is raised as one message that names the file, the scene, the shot and what
+is allowed. What differs from the format but has one meaning is read, with a warning of the story. Reads no file but
+pictures; knows nothing about file formats.
 """
 
 import math
 import re
-import unicodedata
 from collections.abc import Mapping
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 
 from storymem_dist.errors import StoryboardError
-from storymem_dist.story.images import open_reference_image
-from storymem_dist.story.keys import SCENE, STORY, read_keys
-from storymem_dist.story.problems import bad_character, describe, named, one_line
-from storymem_dist.story.schema import PROMPT_TEXT_KEYS, Scene, Shot, Story
+from storymem_dist.story.entities import entities_of, read_descriptions, read_schedule, read_table
+from storymem_dist.story.given_files import GivenFiles
+from storymem_dist.story.keys import SCENE, SHOT, STORY, missing_key, read_keys
+from storymem_dist.story.problems import Lined, at_line, describe, named, one_line, plain_key
+from storymem_dist.story.recall import name_shots, recalled
+from storymem_dist.story.schema import PROMPT_TEXT_KEYS, Entity, Scene, Shot, Story
+from storymem_dist.story.shots import Draft, ShotReader
+from storymem_dist.story.values import (
+    LIST_OF_PATHS,
+    MAX_SEED,
+    read_line,
+    read_list,
+    read_text,
+    read_truth,
+    read_whole_number,
+)
 from storymem_dist.story.warnings import Warnings
-
-MAX_PROMPT_CHARACTERS = 10_000
-"""The text encoder reads 512 tokens, about 2,500 characters; far more than that is not a prompt."""
 
 MAX_SHOTS = 10_000
 MAX_REFERENCE_IMAGES = 64
 MAX_SCENE_NUM = 10**6
-MAX_SEED = 2**63 - 1
 
-_TRUTHS = {"true": True, "false": False, "yes": True, "no": False, "y": True, "n": False, "1": True, "0": False}
+_KEYS_OF_A_SHOT = {plain_key(key) for key in (*SHOT.also, "prompt", "video")}
+"""Those of which a shot has at least one."""
+
 _SCENE_NUM = re.compile(r"(?:scene)?[ _#-]*+(\d{1,7})", re.IGNORECASE)
 
 
@@ -41,60 +51,79 @@ def build_story(document: object, *, story_id: str, name: str, source: Path, whe
     Raises ``StoryboardError``.
     """
     story = read_keys(document, STORY, where, warnings)
-    style = _text(story.get("style") or "", where, "style", warnings, may_be_empty=True)
+    style = read_text(_or_empty(story.get("style")), where, "style", warnings, may_be_empty=True)
     written = story.get("story_name")
     if written is None:
         warnings.add("story_name is missing; the name of the file is used")
+    name = one_line(name) if written is None else read_line(written, where, "story_name", warnings)
+    overview = read_text(_or_empty(story.get("story_overview")), where, "story_overview", warnings, may_be_empty=True)
+    files = GivenFiles(source.parent, warnings)
+    reader = ShotReader(story.get("defaults"), style, files, where, warnings)
+    drafts = _drafts(story["scenes"], where, reader, warnings)
+    reference_images = _reference_images(story.get("reference_images"), where, files, warnings)
+    entities = _entities(story, drafts, files, where, warnings)
     return Story(
         story_id=story_id,
-        name=one_line(name) if written is None else _name(written, where, warnings),
-        overview=_text(_or_empty(story.get("story_overview")), where, "story_overview", warnings, may_be_empty=True),
-        scenes=_scenes(story["scenes"], where, style, warnings),
-        reference_images=_reference_images(story.get("reference_images"), where, source.parent, warnings),
-        seed=_seed(story.get("seed"), where),
+        name=name,
+        overview=overview,
+        scenes=_scenes(drafts, warnings, has_references=bool(reference_images)),
+        reference_images=reference_images,
+        seed=None if story.get("seed") is None else read_whole_number(story["seed"], where, "seed", 0, MAX_SEED),
         style=style,
         source=source,
         warnings=warnings.sentences(where),
+        entities=entities,
     )
 
 
-def _name(value: object, where: str, warnings: Warnings) -> str:
-    name = _text(value, where, "story_name", warnings)
-    if (character := bad_character(name, also_lines=True)) is not None:
-        raise StoryboardError(
-            f"{where}: story_name holds the character U+{ord(character):04X}; allowed: one line of text without"
-            " control characters and characters that change its direction"
-        )
-    return name
+def _entities(
+    story: Lined, drafts: list[Draft], files: GivenFiles, where: str, warnings: Warnings
+) -> tuple[Entity, ...]:
+    table: dict[str, Entity] = {}
+    if (written := story.get("entities")) is not None:
+        table = read_table(written, files, at_line(where, story, "entities"), warnings)
+    if (schedule := story.get("entity_schedule")) is not None:
+        read_schedule(schedule, drafts, where, warnings)
+    return entities_of(drafts, table, read_descriptions(story.get("entity_descriptions")), warnings)
 
 
-def _scenes(value: object, where: str, style: str, warnings: Warnings) -> tuple[Scene, ...]:
-    entries = _list(_in_order(value, where, warnings), where, "scenes", "scenes")
+def _scenes(drafts: list[Draft], warnings: Warnings, *, has_references: bool) -> tuple[Scene, ...]:
+    """The scenes of all shots, whose recalls and entities are resolved."""
+    indices = name_shots(drafts, warnings)
+    scenes: dict[int, list[Shot]] = {}
+    for draft in drafts:
+        recall = recalled(draft, indices, drafts, has_references=has_references)
+        shot = replace(draft.shot, recall=recall, entities=draft.entities or ())
+        scenes.setdefault(shot.scene_num, []).append(shot)
+    return tuple(Scene(scene_num=number, shots=tuple(shots)) for number, shots in scenes.items())
+
+
+def _drafts(value: object, where: str, reader: ShotReader, warnings: Warnings) -> list[Draft]:
+    """The shots of all scenes, in order."""
+    entries = read_list(_in_order(value, where, warnings), where, "scenes", "scenes")
     positions: dict[int, int] = {}
-    scenes: list[Scene] = []
-    num_shots = 0
+    drafts: list[Draft] = []
     for position, entry in enumerate(entries, start=1):
-        scene = _scene(entry, where, position, first_index=num_shots, style=style, warnings=warnings)
-        if scene.scene_num in positions:
+        scene_num, found = _scene(entry, where, position, reader, warnings)
+        if scene_num in positions:
             raise StoryboardError(
-                f"{where}, scene {position}: scene_num {scene.scene_num} is taken by scene"
-                f" {positions[scene.scene_num]}; allowed: a different number for each scene"
+                f"{where}, scene {position}: scene_num {scene_num} is taken by scene"
+                f" {positions[scene_num]}; allowed: a different number for each scene"
             )
-        positions[scene.scene_num] = position
-        num_shots += len(scene.shots)
-        if num_shots > MAX_SHOTS:
+        positions[scene_num] = position
+        drafts += found
+        if len(drafts) > MAX_SHOTS:
             raise StoryboardError(
                 f"{where}, scene {position}: more than {MAX_SHOTS} shots; allowed: at most {MAX_SHOTS}"
             )
-        scenes.append(scene)
-    return tuple(scenes)
+    return drafts
 
 
 def _in_order(value: object, where: str, warnings: Warnings) -> object:
     """``scenes`` that is written as an object as the list of its scenes: one scene, or one for each key."""
     if not isinstance(value, Mapping) or not value:
         return value
-    if any("prompt" in str(key).lower() for key in value):
+    if any("prompt" in str(key).lower() or key == "shots" for key in value):
         warnings.add("scenes is one scene; read as a list of one")
         return [value]
     if not all(isinstance(entry, Mapping) for entry in value.values()):
@@ -106,32 +135,78 @@ def _in_order(value: object, where: str, warnings: Warnings) -> object:
             " scenes, or an object whose keys are their numbers in rising order (scene_1, scene_2, ...)"
         )
     warnings.add("scenes is an object; read as the list of its scenes")
-    return [{"scene_num": number, **entry} for number, entry in zip(numbers, value.values(), strict=True)]
+    return [
+        Lined({"scene_num": number, **entry}, entry.lines if isinstance(entry, Lined) else None)
+        for number, entry in zip(numbers, value.values(), strict=True)
+    ]
 
 
-def _scene(value: object, where: str, position: int, *, first_index: int, style: str, warnings: Warnings) -> Scene:
+def _scene(value: object, where: str, position: int, reader: ShotReader, warnings: Warnings) -> tuple[int, list[Draft]]:
     where, place = f"{where}, scene {position}", f"scene {position}"
     scene = read_keys(value, SCENE, where, warnings, place)
     scene_num = _scene_num(scene.get("scene_num"), where, position, warnings)
     if scene_num != position:
         where = f"{where} (scene_num {scene_num})"
-    texts, own_cuts = _prompts(scene["video_prompts"], where, place, warnings)
-    cuts = _cuts(scene.get("cut"), own_cuts, len(texts), where, place, warnings)
-    shots = []
-    for index, (prompt, cut) in enumerate(zip(texts, cuts, strict=True)):
-        shot_where, shot_place = f"{where}, shot {index + 1}", f"{place}, shot {index + 1}"
-        text = _text(prompt, shot_where, "the prompt", warnings)
-        is_cut = _truth(cut, shot_where, shot_place, "cut", warnings)
-        shots.append(
-            Shot(
-                index=first_index + index,
-                index_in_scene=index,
-                scene_num=scene_num,
-                prompt=f"{style} {text}" if style else text,
-                cut=is_cut or first_index + index == 0,
+    has_lists, shots = scene.get("video_prompts") is not None, scene.get("shots")
+    if isinstance(shots, list) or (shots is not None and not has_lists):
+        for key in ("video_prompts", "cut"):
+            if scene.get(key) is not None:
+                raise StoryboardError(
+                    f"{at_line(where, scene, key)}: {key} and shots are two ways to write a scene; keep one of them"
+                )
+        written = [
+            _shot_keys(entry, f"{where}, shot {number}", f"{place}, shot {number}", warnings)
+            for number, entry in enumerate(
+                read_list(shots, at_line(where, scene, "shots"), "shots", "shots, each an object with prompt"), start=1
             )
+        ]
+    elif not has_lists:
+        raise missing_key("video_prompts", SCENE, where, map(str, value if isinstance(value, Mapping) else ()))
+    else:
+        if shots is not None:  # a count of them, perhaps
+            warnings.add_unused(["shots"])
+        written = _listed_shots(scene, where, place, reader, warnings)
+    return scene_num, [
+        reader.read(
+            keys,
+            where=f"{where}, shot {index + 1}",
+            place=f"{place}, shot {index + 1}",
+            scene_num=scene_num,
+            index_in_scene=index,
         )
-    return Scene(scene_num=scene_num, shots=tuple(shots))
+        for index, keys in enumerate(written)
+    ]
+
+
+def _shot_keys(entry: object, where: str, place: str, warnings: Warnings) -> Lined:
+    """The keys of an entry of ``shots``."""
+    if isinstance(entry, str):
+        warnings.add("the shot is a text; read as its prompt", place)
+        return Lined({"prompt": entry})
+    keys = list(map(str, entry)) if isinstance(entry, Mapping) else []
+    if not _KEYS_OF_A_SHOT & set(map(plain_key, keys)) and any(" " in key for key in keys):  # "A keeper: he climbs"
+        raise StoryboardError(
+            f"{at_line(where, entry)}: the shot is {describe(entry)}; allowed: an object with prompt{warnings.quotes}"
+        )
+    return read_keys(entry, SHOT, at_line(where, entry), warnings, place)
+
+
+def _listed_shots(scene: Lined, where: str, place: str, reader: ShotReader, warnings: Warnings) -> list[Lined]:
+    """The shots of a scene that has lists of prompts and cuts."""
+    texts, own_cuts = _prompts(scene["video_prompts"], where, place, warnings)
+    cuts = own_cuts
+    if own_cuts is None and scene.get("cut") is None and reader.defaults.get("cut") is not None:
+        cuts = [reader.defaults["cut"]] * len(texts)
+    else:
+        cuts = _cuts(scene.get("cut"), own_cuts, len(texts), where, place, warnings)
+    shots = []
+    for number, (prompt, cut) in enumerate(zip(texts, cuts, strict=True), start=1):
+        shot_where = f"{where}, shot {number}"
+        text = read_text(prompt, shot_where, "the prompt", warnings)
+        shots.append(
+            Lined({"prompt": text, "cut": read_truth(cut, shot_where, f"{place}, shot {number}", "cut", warnings)})
+        )
+    return shots
 
 
 def _scene_num(value: object, where: str, position: int, warnings: Warnings) -> int:
@@ -146,7 +221,7 @@ def _scene_num(value: object, where: str, position: int, warnings: Warnings) -> 
         number = int(match[1])
     if number is not value and value is not None:
         warnings.add("scene_num is not written as a whole number; read as one", place)
-    return _whole_number(number, where, "scene_num", 0, MAX_SCENE_NUM)
+    return read_whole_number(number, where, "scene_num", 0, MAX_SCENE_NUM)
 
 
 def _prompts(value: object, where: str, place: str, warnings: Warnings) -> tuple[list[object], list[object] | None]:
@@ -154,7 +229,7 @@ def _prompts(value: object, where: str, place: str, warnings: Warnings) -> tuple
     if isinstance(value, str):
         warnings.add("video_prompts is one text; read as a list of one", place)
         value = [value]
-    entries = _list(value, where, "video_prompts", "texts, one prompt a shot")
+    entries = read_list(value, where, "video_prompts", "texts, one prompt a shot")
     texts: list[object] = []
     cuts: list[object] = []
     for index, entry in enumerate(entries, start=1):
@@ -199,7 +274,7 @@ def _cuts(
     if num_prompts == 1 and not isinstance(value, (list, Mapping)):
         warnings.add("cut is one value; read as a list of one", place)
         return [value]
-    cuts = _list(value, where, "cut", "true or false, one a shot")
+    cuts = read_list(value, where, "cut", "true or false, one a shot")
     if num_prompts != len(cuts):
         raise StoryboardError(
             f"{where}: video_prompts has {num_prompts} entries and cut has {len(cuts)};"
@@ -208,72 +283,19 @@ def _cuts(
     return cuts
 
 
-def _reference_images(value: object, where: str, folder: Path, warnings: Warnings) -> tuple[Path, ...]:
+def _reference_images(value: object, where: str, files: GivenFiles, warnings: Warnings) -> tuple[Path, ...]:
     if value is None or value == []:
         return ()
-    entries = _list(value, where, "reference_images", "paths, relative to the storyboard")
+    entries = read_list(value, where, "reference_images", LIST_OF_PATHS)
     if len(entries) > MAX_REFERENCE_IMAGES:
         raise StoryboardError(
             f"{where}: reference_images has {len(entries)} entries; allowed: at most {MAX_REFERENCE_IMAGES}"
         )
-    paths = []
-    for position, entry in enumerate(entries, start=1):
-        path = (folder / _text(entry, where, f"reference_images, entry {position},", warnings)).absolute()
-        try:
-            open_reference_image(path, partial(warnings.add, place=f"reference image {position}"))
-        except StoryboardError as error:
-            raise StoryboardError(f"{where}: reference_images, entry {position}: {error}") from None
-        paths.append(path)
-    return tuple(paths)
-
-
-def _seed(value: object, where: str) -> int | None:
-    return None if value is None else _whole_number(value, where, "seed", 0, MAX_SEED)
+    return tuple(
+        files.image(entry, where, f"reference_images, entry {position},", f"reference image {position}")
+        for position, entry in enumerate(entries, start=1)
+    )
 
 
 def _or_empty(value: object) -> object:
     return "" if value is None else value
-
-
-def _list(value: object, where: str, key: str, of_what: str) -> list[object]:
-    if not isinstance(value, list):
-        raise StoryboardError(f"{where}: {key} is {describe(value)}; allowed: a list of {of_what}")
-    if not value:
-        raise StoryboardError(f"{where}: {key} is empty; allowed: a list of {of_what}, at least one")
-    return value
-
-
-def _text(value: object, where: str, key: str, warnings: Warnings, *, may_be_empty: bool = False) -> str:
-    """``value`` as text without surrounding white space; rejects control characters."""
-    if not isinstance(value, str):
-        raise StoryboardError(f"{where}: {key} is {describe(value)}; allowed: text{warnings.quotes}")
-    if len(value) > MAX_PROMPT_CHARACTERS:
-        raise StoryboardError(f"{where}: {key} has {len(value)} characters; allowed: at most {MAX_PROMPT_CHARACTERS}")
-    if (character := bad_character(value)) is not None:
-        raise StoryboardError(
-            f"{where}: {key} holds the control character U+{ord(character):04X}; allowed: printable text"
-        )
-    if not may_be_empty and all(unicodedata.category(character)[0] in "ZC" for character in value):
-        raise StoryboardError(f"{where}: {key} is empty; allowed: text with at least one visible character")
-    return value.strip()
-
-
-def _truth(value: object, where: str, place: str, key: str, warnings: Warnings) -> bool:
-    if isinstance(value, bool):
-        return value
-    word = str(int(value)) if isinstance(value, (int, float)) and value in (0, 1) else value
-    if not isinstance(word, str) or word.strip().lower() not in _TRUTHS:
-        raise StoryboardError(
-            f"{where}: {key} is {describe(value)}; allowed: true (a cut) or false (continues the shot before it)"
-        )
-    if word.strip().lower() not in ("true", "false"):
-        warnings.add(f"{key} is not written as true or false; 1 and yes are read as true, 0 and no as false", place)
-    return _TRUTHS[word.strip().lower()]
-
-
-def _whole_number(value: object, where: str, key: str, minimum: int, maximum: int) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not minimum <= value <= maximum:
-        raise StoryboardError(
-            f"{where}: {key} is {describe(value)}; allowed: a whole number from {minimum} to {maximum}"
-        )
-    return value

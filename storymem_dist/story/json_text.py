@@ -76,21 +76,22 @@ def parse_json(text: str) -> object:
     raise Unreadable(f"not valid JSON or JSON5, line {line}, column {column}: {found}; correct what stands there")
 
 
-def parse_values(text: str) -> list[object] | None:
-    """Return the values of several JSON texts one after the other; None when ``text`` is anything else."""
-    values: list[object] = []
-    decoder, position = json.JSONDecoder(**_HOOKS), 0
+def parse_values(text: str) -> list[tuple[int, object]] | None:
+    """Return lines and values of several JSON texts one after the other; None when ``text`` is anything else."""
+    values: list[tuple[int, object]] = []
+    decoder, position, line, counted = json.JSONDecoder(**_HOOKS), 0, 1, 0
     while True:
         position += _spaces(text, position)
         if position >= len(text):
             return values or None
         if text[position] not in "{[":
             return None
+        line, counted = line + text.count("\n", counted, position), position
         try:
             value, position = decoder.raw_decode(text, position)
-        except json.JSONDecodeError:
+        except (json.JSONDecodeError, Unreadable):
             return None
-        values.append(value)
+        values.append((line, value))
 
 
 def parse_lines(text: str) -> Iterator[tuple[int, object]]:

@@ -1,7 +1,8 @@
 """Finds storyboards (a file, a folder, a glob, a list of these) and loads each on its own.
 
-One bad file never stops the others: it is rejected with its message. Knows nothing about rendering or run folders,
-except that a ``story_id`` is used as a folder name.
+A file in JSON Lines may list storyboards by path, and a ``.txt`` file holds a prompt a line (``story.listing``). One
+bad file never stops the others: it is rejected with its message. Knows nothing about rendering or run folders, except
+that a ``story_id`` is used as a folder name.
 """
 
 import glob
@@ -10,15 +11,16 @@ import os
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from storymem_dist.errors import StoryboardError
 from storymem_dist.story.checking import build_story
-from storymem_dist.story.parsing import STORYBOARD_SUFFIXES, parse_document
+from storymem_dist.story.listing import Row, read_prompts, read_row
+from storymem_dist.story.parsing import LINES_SUFFIXES, PROMPTS_SUFFIX, STORYBOARD_SUFFIXES, Parsed, parse_document
 from storymem_dist.story.problems import Unreadable, one_line
 from storymem_dist.story.schema import Story
-from storymem_dist.story.shapes import MAX_STORIES_PER_FILE, find_stories
+from storymem_dist.story.shapes import MAX_STORIES_PER_FILE, Found, find_stories
 from storymem_dist.story.warnings import Warnings
 
 MAX_STORY_ID_BYTES = 96
@@ -69,7 +71,8 @@ def load_storyboards(spec: str | os.PathLike[str] | Iterable[str | os.PathLike[s
     """Load every storyboard that ``spec`` names: a file, a folder (not its subfolders), a glob, or a list of these.
 
     Files of a folder or glob are sorted by name, entries of a list keep their order, and a file named twice is loaded
-    once. A file of several stories gives them the ids ``file-1``, ``file-2`` and so on. Stories with the same
+    once. A file of several stories gives them the ids ``file-1``, ``file-2`` and so on; a list gives those of its rows,
+    and a ``.txt`` file (only where it is named itself) those of its prompts' first words. Stories with the same
     ``story_id`` are all rejected. Raises ``StoryboardError`` when nothing is found.
     """
     rejected: list[RejectedStoryboard] = []
@@ -98,13 +101,13 @@ def load_storyboards(spec: str | os.PathLike[str] | Iterable[str | os.PathLike[s
     stories: list[Story] = []
     for one in unloaded:
         try:
-            others = [other.where for other in namesakes[_folded(one.story_id)] if other is not one]
+            others = [other.listed or other.where for other in namesakes[_folded(one.story_id)] if other is not one]
             if others:
                 more = f" and {len(others) - _MAX_NAMED} more" if len(others) > _MAX_NAMED else ""
                 raise StoryboardError(
-                    f"{one.where}: the story id {one.story_id!r} is also that of"
-                    f" {', '.join(others[:_MAX_NAMED])}{more};"
-                    " allowed: file names that differ before the suffix"
+                    f"{one.listed or one.where}: the story id {one.story_id!r} is also that of"
+                    f" {', '.join(others[:_MAX_NAMED])}{more}; allowed: file names that differ before the suffix"
+                    + (", or an id in each row of a list" if one.listed else "")
                 )
             stories.append(one.load())
         except StoryboardError as error:
@@ -114,7 +117,10 @@ def load_storyboards(spec: str | os.PathLike[str] | Iterable[str | os.PathLike[s
 
 @dataclass(frozen=True, slots=True)
 class _Unloaded:
-    """One story of a file before it is checked. ``document`` is ``Unreadable`` (a whole message) if it has none."""
+    """One story of a file before it is checked. ``document`` is ``Unreadable`` (a whole message) if it has none.
+
+    ``listed`` is the row of a list that named it, ``seed`` the seed that the row gives it.
+    """
 
     file: Path
     story_id: str
@@ -122,12 +128,15 @@ class _Unloaded:
     document: object
     name: str = ""
     warnings: Warnings = field(default_factory=Warnings)
+    priority: int = 0
+    seed: int | None = None
+    listed: str = ""
 
     def load(self) -> Story:
         """Check the document and return its story. Raises ``StoryboardError``."""
         if isinstance(self.document, Unreadable):
             raise StoryboardError(str(self.document))
-        return build_story(
+        story = build_story(
             self.document,
             story_id=self.story_id,
             name=self.name,
@@ -135,19 +144,41 @@ class _Unloaded:
             where=self.where,
             warnings=self.warnings,
         )
+        return replace(story, priority=self.priority, seed=story.seed if self.seed is None else self.seed)
 
 
-def _stories_in(file: Path) -> list[_Unloaded]:
-    """The stories of a file, at least one. Raises ``StoryboardError`` when the file cannot be read."""
+def _stories_in(file: Path, *, is_listed: bool = False) -> list[_Unloaded]:
+    """The stories of a file, at least one. Raises ``StoryboardError`` when the file cannot be read.
+
+    A file that ``is_listed`` in a list is no list itself.
+    """
+    if file.suffix.lower() == PROMPTS_SUFFIX:
+        if is_listed:
+            raise StoryboardError(f"{file}: a list of prompts cannot be a row of a list; give it next to the list")
+        return [
+            _Unloaded(file, one.story_id, f"{file}, line {one.line}", one.document(), one.name)
+            for one in read_prompts(file)
+        ]
     parsed = parse_document(file)
+    is_lines = file.suffix.lower() in LINES_SUFFIXES and len(parsed.lines) == len(parsed.documents)
+    stories: list[_Unloaded] = []
     try:
-        found = [one for document in parsed.documents for one in find_stories(document)]
+        found = [
+            (line, row, one)
+            for line, row in _rows(file, parsed, is_lines=is_lines)
+            for one in ([Found(row.document)] if row.path is not None else find_stories(row.document))
+        ]
         if len(found) > MAX_STORIES_PER_FILE:
             raise Unreadable(f"{len(found)} storyboards in one file; allowed: at most {MAX_STORIES_PER_FILE}")
     except Unreadable as error:
         raise StoryboardError(f"{file}: {error}") from None
-    stories = []
-    for number, one in enumerate(found, start=1):
+    for number, (line, row, one) in enumerate(found, start=1):
+        listed = f"{file}, line {line}" if is_lines else ""
+        if row.path is not None:
+            if is_listed:
+                raise StoryboardError(f"{file}: a list cannot be a row of a list; write its rows there")
+            stories += _listed_stories(file, row, listed)
+            continue
         stem, name, where = file.stem, file.stem, str(file)
         if len(found) > 1:
             stem, name, where = f"{stem}-{number}", f"{name} {number}", f"{where}, story {number}"
@@ -158,8 +189,50 @@ def _stories_in(file: Path) -> list[_Unloaded]:
         for note in [*(parsed.notes if number == 1 else []), *one.notes]:
             warnings.add(note)
         warnings.add_unused(one.unused)
-        stories.append(_Unloaded(file, story_id_from(stem), where, document, name, warnings))
+        story_id = story_id_from(stem if row.story_id is None else row.story_id)
+        stories.append(_Unloaded(file, story_id, where, document, name, warnings, row.priority, row.seed))
     return stories
+
+
+def _rows(file: Path, parsed: Parsed, *, is_lines: bool) -> Iterator[tuple[int, Row]]:
+    """The documents of a file with their lines: as rows of a list if they are lines, else each as a storyboard."""
+    for index, document in enumerate(parsed.documents):
+        line = parsed.lines[index] if is_lines else 0
+        if not is_lines or isinstance(document, Unreadable):
+            yield line, Row(document=document)
+            continue
+        try:
+            yield line, read_row(document, f"line {line}")
+        except StoryboardError as error:
+            yield line, Row(document=Unreadable(str(error)))
+
+
+def _listed_stories(file: Path, row: Row, listed: str) -> list[_Unloaded]:
+    """The stories of the files that a row of a list names, with what the row sets over them."""
+    assert row.path is not None, "the caller asks"
+    path = Path(row.path)
+    unloaded: list[_Unloaded] = []
+    try:
+        files = list(_find(path if row.path.startswith("~") else file.parent / path))
+    except StoryboardError as error:
+        files = []
+        unloaded.append(_Unloaded(file, story_id_from(path.stem), listed, Unreadable(f"{listed}: {error}")))
+    for found in files:
+        try:
+            unloaded += _stories_in(found, is_listed=True)
+        except StoryboardError as error:
+            unloaded.append(_Unloaded(found, story_id_from(found.stem), listed, Unreadable(f"{listed}: {error}")))
+    for number, one in enumerate(unloaded, start=1):
+        for note in row.notes:
+            one.warnings.add(note)
+        if row.story_id is not None:
+            story_id = story_id_from(row.story_id if len(unloaded) == 1 else f"{row.story_id}-{number}")
+        else:
+            story_id = one.story_id
+        unloaded[number - 1] = replace(
+            one, story_id=story_id, priority=row.priority or one.priority, seed=row.seed, listed=listed
+        )
+    return unloaded
 
 
 def _folded(story_id: str) -> str:

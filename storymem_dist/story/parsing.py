@@ -18,10 +18,14 @@ from storymem_dist.story.yaml_text import parse_yaml
 
 YAML_SUFFIXES = (".yaml", ".yml")
 LINES_SUFFIXES = (".jsonl", ".ndjson")
+PROMPTS_SUFFIX = ".txt"
 STORYBOARD_SUFFIXES = (".json", ".json5", *LINES_SUFFIXES, *YAML_SUFFIXES)
 
 MAX_FILE_BYTES = 2**20
 """A storyboard is a few kilobytes; all thirty of ST-Bench together are 150 KB."""
+
+MAX_LIST_BYTES = 16 * 2**20
+"""A file of many storyboards or prompts, one a line."""
 
 MAX_LINES = 10_000
 """Lines of a file in JSON Lines, blank ones included. A line that is no JSON takes some time to be refused."""
@@ -34,9 +38,11 @@ class Parsed:
     """The documents of a file as plain data; ``Unreadable`` for a bad line among several.
 
     ``notes`` say what was read although it is not the file's format. ``is_yaml``: a cure may be to use quotes.
+    ``lines`` are those at which the documents of JSON Lines begin.
     """
 
     documents: list[object]
+    lines: list[int] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     is_yaml: bool = False
 
@@ -51,10 +57,10 @@ def parse_document(path: Path) -> Parsed:
     if suffix not in STORYBOARD_SUFFIXES:
         raise StoryboardError(
             f"{path}: the suffix {path.suffix or '(none)'} is not a storyboard's;"
-            f" allowed: {', '.join(STORYBOARD_SUFFIXES)}"
+            f" allowed: {', '.join(STORYBOARD_SUFFIXES)}, or {PROMPTS_SUFFIX} with a prompt a line"
         )
     try:
-        text = _decode(_read_bytes(path))
+        text = read_document_text(path, MAX_LIST_BYTES if suffix in LINES_SUFFIXES else MAX_FILE_BYTES)
         if not text.strip():
             raise Unreadable("the file is empty; a storyboard holds story_name, story_overview and scenes")
         return _parse(text, suffix)
@@ -64,7 +70,12 @@ def parse_document(path: Path) -> Parsed:
         raise StoryboardError(f"{path}: nested too deeply; a storyboard nests 4 levels") from None
 
 
-def _read_bytes(path: Path) -> bytes:
+def read_document_text(path: Path, most_bytes: int) -> str:
+    """The text of a regular UTF-8 file, without a byte order mark. Raises ``Unreadable``."""
+    return _decode(_read_bytes(path, most_bytes))
+
+
+def _read_bytes(path: Path, most_bytes: int) -> bytes:
     try:
         mode = path.stat().st_mode
         if stat.S_ISDIR(mode):
@@ -72,13 +83,14 @@ def _read_bytes(path: Path) -> bytes:
         if not stat.S_ISREG(mode):
             raise Unreadable("this is not a regular file")
         with path.open("rb") as file:
-            raw = file.read(MAX_FILE_BYTES + 1)
+            raw = file.read(most_bytes + 1)
     except FileNotFoundError:
         raise Unreadable("no such file") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise Unreadable(f"cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    if len(raw) > MAX_FILE_BYTES:
-        raise Unreadable(f"larger than {MAX_FILE_BYTES // 2**20} MiB, the most a storyboard may have")
+    if len(raw) > most_bytes:
+        what = "a storyboard" if most_bytes == MAX_FILE_BYTES else "such a file"
+        raise Unreadable(f"larger than {most_bytes // 2**20} MiB, the most {what} may have")
     return raw
 
 
@@ -126,13 +138,19 @@ def _parse_json(text: str) -> Parsed:
 
 def _parse_lines(text: str) -> Parsed:
     try:
-        return Parsed([load(text)])
+        return Parsed([load(text)], [1])
+    except Unreadable:  # a key that is written twice, perhaps in one line of many
+        if (several := _several(text, may_begin_badly=True)) is None:
+            raise
+        return several
     except json.JSONDecodeError as error:
         several = _several(text, may_begin_badly=True)
         if several is None:
             _, first = next(parse_lines(text))
             problem = first if isinstance(first, Unreadable) else f"line {error.lineno}: {error.msg}"
-            raise Unreadable(f"not valid JSON Lines, {problem}; write each storyboard on one line") from error
+            raise Unreadable(
+                f"not valid JSON Lines, {problem}; write each storyboard, or each path in quotes, on one line"
+            ) from error
         return several
 
 
@@ -142,15 +160,17 @@ def _several(text: str, *, may_begin_badly: bool) -> Parsed | None:
     A bad line stops no other. Only a file whose name says so ``may_begin_badly``.
     """
     if (values := parse_values(text)) is not None:
-        return Parsed(values)
+        return Parsed([value for _, value in values], [line for line, _ in values])
     if text.count("\n") > MAX_LINES:
         return None
-    lines = [value for _, value in parse_lines(text)]
+    numbered = list(parse_lines(text))
+    lines = [value for _, value in numbered]
     if may_begin_badly:
-        looks_right = 2 * sum(isinstance(value, dict) for value in lines) >= len(lines)
+        num_read = sum(not isinstance(value, Unreadable) for value in lines)
+        looks_right = 2 * num_read >= len(lines) and any(isinstance(value, (dict, str)) for value in lines)
     else:
         looks_right = isinstance(lines[0], dict) and all(line.lstrip()[:1] in ("", "{") for line in text.split("\n"))
-    return Parsed(lines) if looks_right and len(lines) > 1 else None
+    return Parsed(lines, [line for line, _ in numbered]) if looks_right and len(lines) > 1 else None
 
 
 def _parse_yaml(text: str) -> Parsed:
@@ -163,7 +183,7 @@ def _parse_yaml(text: str) -> Parsed:
             pass
         raise
     documents = [document for document in found.documents if document is not None] or [None]
-    return Parsed(documents, found.notes, is_yaml=True)
+    return Parsed(documents, notes=found.notes, is_yaml=True)
 
 
 def _inside_fence(text: str) -> tuple[str, str] | None:

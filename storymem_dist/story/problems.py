@@ -1,10 +1,12 @@
 """What is wrong with a storyboard, in words for its author: one line, printable, short. Knows nothing about files."""
 
+import re
 import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 _MAX_TEXT = 60
+_LINE_AT_END = re.compile(r", line \d+\Z")
 _DIRECTIONS = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 """Characters that change in which direction the text around them is shown."""
 
@@ -18,6 +20,23 @@ class OddValue:
     """A value of a file that no storyboard uses: a date, a number of many digits. ``what`` describes it."""
 
     what: str
+
+
+class Lined(dict[str, object]):
+    """An object of a file, with the line of each of its keys where the parser knows it."""
+
+    __slots__ = ("lines",)
+
+    def __init__(self, items: Mapping[str, object] | None = None, lines: Mapping[str, int] | None = None) -> None:
+        super().__init__(items or {})
+        self.lines = dict(lines or {})
+
+
+def at_line(where: str, value: object, key: str | None = None) -> str:
+    """``where`` with the line of ``key`` of an object (else of its first key), if it is known, as its only line."""
+    lines = value.lines if isinstance(value, Lined) else {}
+    line = lines.get(key) if key is not None else next(iter(lines.values()), None)
+    return where if line is None else f"{_LINE_AT_END.sub('', where)}, line {line}"
 
 
 def describe(value: object) -> str:

@@ -60,11 +60,11 @@ class Shot:
     ``scene_num`` is the number written in the storyboard. ``prompt`` is the full text given to the text encoder (the
     story's style prefix included). ``cut`` is False when the shot continues the one before it.
 
-    ``name`` is unique in the story, empty where none is written. ``start_image`` is the picture that the clip begins
-    with, and ``video`` the given clip that is used instead of rendering one; both are absolute paths. ``references``
-    join the memory before this shot. With ``remember=False`` its keyframes do not enter the memory. ``entities`` are
-    names in ``Story.entities``. ``recall``: the indices of the earlier shots (and ``REFERENCES``) that its memory comes
-    from alone, in ascending order; None is the job's rule.
+    ``name`` is empty where none is written, and unique in the story unless it is another program's ``shot_id``.
+    ``start_image`` is the picture that the clip begins with, and ``video`` the given clip that is used instead of
+    rendering one; both are absolute paths. ``references`` join the memory before this shot. With ``remember=False`` its
+    keyframes do not enter the memory. ``entities`` are names in ``Story.entities``. ``recall``: the indices of the
+    earlier shots (and ``REFERENCES``) that its memory comes from alone, in ascending order; None is the job's rule.
     """
 
     index: int

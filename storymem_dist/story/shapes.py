@@ -11,7 +11,7 @@ from storymem_dist.story.problems import Unreadable, named, plain_key, short
 
 MAX_STORIES_PER_FILE = 1000
 _MAX_WRAPPERS = 4
-_OPTIONAL = tuple(map(plain_key, STORY.optional))
+_OPTIONAL = {plain_key(key) for key in STORY.optional if key != "entities"}  # planners list them anywhere
 
 
 @dataclass(slots=True)
@@ -35,6 +35,14 @@ def find_stories(document: object) -> list[Found]:
     if len(found) > MAX_STORIES_PER_FILE:
         raise Unreadable(f"{len(found)} storyboards in one file; allowed: at most {MAX_STORIES_PER_FILE}")
     return found
+
+
+def holds_story(document: object) -> bool:
+    """Whether something in ``document`` looks like a storyboard."""
+    try:
+        return bool(_unwrap(document, _MAX_WRAPPERS))
+    except Unreadable:  # several, or keys next to one
+        return True
 
 
 def _unwrap(value: object, depth: int) -> list[Found]:
@@ -93,4 +101,4 @@ def _looks_like_scenes(value: object) -> bool:
 
 def _looks_like_scene(entry: Mapping[object, object]) -> bool:
     keys = {plain_key(str(key)) for key in entry}
-    return "videoprompts" in keys and "scenes" not in keys
+    return ("videoprompts" in keys or isinstance(entry.get("shots"), list)) and "scenes" not in keys

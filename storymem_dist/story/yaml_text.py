@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from storymem_dist.story.json_text import MAX_DIGITS
-from storymem_dist.story.problems import OddValue, Unreadable, describe, plain_key, short
+from storymem_dist.story.problems import Lined, OddValue, Unreadable, describe, plain_key, short
 from storymem_dist.story.schema import PROMPT_TEXT_KEYS
 
 MAX_DEPTH = 32
@@ -26,7 +26,8 @@ _QUOTES = "put the prompt in quotes"
 _IF_PROMPT = f"if this is a prompt, {_QUOTES}"
 _COMMENT = re.compile(r"[ \t]+#[^\r\n]*+")
 _TEXTS = ("style", "story_name", "story_overview")
-_NUMBERS = ("scene_num", "seed")
+_NUMBERS = ("scene_num", "seed", "duration", "num_frames", "num_inference_steps")
+_SHOT_TEXT_KEYS = (*PROMPT_TEXT_KEYS, "negative_prompt")
 
 
 @dataclass(slots=True)
@@ -39,13 +40,18 @@ class YamlDocuments:
 
 @dataclass(slots=True)
 class _Open:
-    """A mapping or list that is not complete. ``key`` is the mapping's key whose value comes next."""
+    """A mapping or list that is not complete. ``key`` is the mapping's key whose value comes next.
 
-    value: dict[str, object] | list[object]
+    ``holds_shots`` is a list of ``shots``, ``is_shot`` an object in one, or the story's ``defaults``.
+    """
+
+    value: Lined | list[object]
     line: int
     name: str = ""
     holds_prompts: bool = False
     is_prompt: bool = False
+    holds_shots: bool = False
+    is_shot: bool = False
     key: str | None = None
 
     @property
@@ -98,15 +104,17 @@ class _Builder:
         _check_tag(event, ("map",) if is_mapping else ("seq",))
         name = self._next_name()
         in_prompt = self._in_prompt()
-        if not is_mapping and in_prompt and self.open[-1].holds_prompts:
-            raise Unreadable(f"{_line(event)}the prompt is a list; {_QUOTES}")
+        if in_prompt and (self.open[-1].is_shot or (not is_mapping and self.open[-1].holds_prompts)):
+            raise Unreadable(f"{_line(event)}the prompt is {'an object' if is_mapping else 'a list'}; {_QUOTES}")
         self.open.append(
             _Open(
-                value={} if is_mapping else [],
+                value=Lined() if is_mapping else [],
                 line=_line_number(event),
                 name=name,
                 holds_prompts=not is_mapping and not in_prompt and _is_prompts(name),
                 is_prompt=is_mapping and in_prompt,
+                holds_shots=not is_mapping and name == "shots",
+                is_shot=is_mapping and self._begins_shot(name),
             )
         )
 
@@ -124,6 +132,7 @@ class _Builder:
                     f"{_line(event)}the key {short(event.value)!r} is written twice in one mapping; keep one of them"
                 )
             within.key = event.value
+            within.value.lines[event.value] = _line_number(event)
             return
         is_prompt = self._in_prompt() or (isinstance(within, _Open) and _is_prompts(within.key or ""))
         if is_prompt and event.anchor is not None:
@@ -131,24 +140,26 @@ class _Builder:
         if is_prompt and event.tag is not None and event.tag != _TAG + "str":
             raise Unreadable(f"{_line(event)}YAML takes {short(event.tag)} out of the prompt; {_QUOTES}")
         value = _value(event)
-        if is_prompt and not isinstance(value, str):
+        if is_prompt and not isinstance(value, str) and not (self._next_name() == "negative_prompt" and value is None):
             raise Unreadable(f"{_line(event)}the prompt is {describe(value)}; {_QUOTES}")
-        is_rest = within is not None and within.is_prompt and value is None and " " in (within.key or "")
+        is_prompt = is_prompt or (within is not None and within.holds_shots and isinstance(value, str))
+        is_object = within is not None and (within.is_prompt or within.is_shot)
+        is_rest = is_object and value is None and within is not None and " " in (within.key or "")
         if is_rest and within and any(key in within.value for key in PROMPT_TEXT_KEYS):  # "{prompt: A man, in fog}"
             raise Unreadable(f"{_line(event)}YAML takes {short(within.key)!r} out of the prompt; {_QUOTES}")
         if event.style in (None, "") and (comment := _COMMENT.match(self.text, _end(event).index)):
-            self._comment(event, short(comment[0].strip()), is_prompt)
+            self._comment(event, short(comment[0].strip()), is_prompt, is_text=isinstance(value, str))
         if self._next_name() in _NUMBERS and isinstance(value, int) and event.value.lstrip("+-0") != str(abs(value)):
             self._number(event, value)
         self._add(value)
 
-    def _comment(self, event: yaml.ScalarEvent, comment: str, is_prompt: bool) -> None:
+    def _comment(self, event: yaml.ScalarEvent, comment: str, is_prompt: bool, *, is_text: bool) -> None:
         line = _end(event).line + 1
         if is_prompt:
             raise Unreadable(
                 f"line {line}: YAML takes {comment!r} for a comment, not for a part of the prompt; {_QUOTES}"
             )
-        if self._next_name() in _TEXTS and comment[1:2] not in ("", " ", "\t", "#"):
+        if (is_text or self._next_name() in _TEXTS) and comment[1:2] not in ("", " ", "\t", "#"):
             self.found.notes.append(
                 f"line {line}: YAML takes {comment!r} for a comment; put the text of {self._next_name()} in quotes"
             )
@@ -166,7 +177,14 @@ class _Builder:
         if not self.open:
             return False
         within = self.open[-1]
-        return within.holds_prompts or (within.is_prompt and within.key in PROMPT_TEXT_KEYS)
+        is_text = within.is_shot and within.key in _SHOT_TEXT_KEYS
+        return within.holds_prompts or is_text or (within.is_prompt and within.key in PROMPT_TEXT_KEYS)
+
+    def _begins_shot(self, name: str) -> bool:
+        """Whether a mapping that begins under the key ``name`` is a shot, or what a story says for all of them."""
+        return bool(self.open) and (
+            self.open[-1].holds_shots or (name == "defaults" and not self.open[-1].holds_prompts)
+        )
 
     def _next_name(self) -> str:
         return self.open[-1].next_name if self.open else ""

@@ -24,13 +24,15 @@ from storymem_dist.weights.checkpoints import (
 from storymem_dist.weights.lora import (
     STORYMEM_REPO,
     ScaledLora,
-    expert_in_name,
     lora_facts,
+    lora_warnings,
     open_loras,
     storymem_lora,
 )
 from storymem_dist.weights.packed import unpack_once
+from storymem_dist.weights.parts import PARTS
 from storymem_dist.weights.settings import ModelSettings
+from storymem_dist.weights.single_files import CheckpointFiles
 from storymem_dist.weights.tiny_checkpoint import generate_tiny_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -132,15 +134,7 @@ class Weights:
         for by_expert in self.loras.values():
             for expert, loras in by_expert.items():
                 for lora in loras:
-                    if keys := lora.file.unmatched:
-                        left_out = f"{len(keys)} keys have no place and are left out: {', '.join(keys)}"
-                        messages[f"{lora.name}: {left_out}"] = None
-                    named = expert_in_name(lora.file.path) if lora.file.expert is None else None
-                    if named not in (None, expert):
-                        messages[
-                            f"{lora.name}: its name says {named}, but it is merged into {expert}; for one expert alone "
-                            f"give it as {{path: ..., expert: {named}}} in model.loras"
-                        ] = None
+                    messages |= dict.fromkeys(lora_warnings(lora, expert))
         return list(messages)
 
     def identity(self, kind: str) -> str:
@@ -163,11 +157,11 @@ def open_weights(settings: ModelSettings, kinds: Sequence[str], continuation: st
     loras: dict[str, dict[str, Sequence[ScaledLora]]] = {}
     for kind in kinds:
         base = BASE_OF_KIND[kind]
-        path = getattr(settings, f"{base}_checkpoint")
-        if not path:
+        path, files = getattr(settings, f"{base}_checkpoint"), _given_files(settings, base)
+        if not path and files.experts(base) is None:
             suggestion = download_command(Path(f"weights/Wan2.2-{base.upper()}-A14B"), base)
             raise WeightsNotFound(f"model.{base}_checkpoint is not set; point it at a folder made by: {suggestion}")
-        checkpoint = open_checkpoint(path, base)
+        checkpoint = open_checkpoint(path, base, files)
         checkpoints[kind] = checkpoint
         shapes = None if checkpoint.prepared else dit_shapes(checkpoint.dit_config)
         further = {name: open_loras(settings.loras, name, shapes) for name in EXPERTS}
@@ -184,6 +178,13 @@ def open_weights(settings: ModelSettings, kinds: Sequence[str], continuation: st
             for lora in loras[kind][name]:
                 logger.info("%s %s: %s", kind, name, lora.summary())
     return Weights(checkpoints=checkpoints, loras=loras)
+
+
+def _given_files(settings: ModelSettings, base: str) -> CheckpointFiles:
+    """The paths of single files that the settings name."""
+    names = {expert: f"{base}_{expert}" for expert in EXPERTS} | {part: part for part in PARTS}
+    given = {name: getattr(settings, setting) for name, setting in names.items()}
+    return CheckpointFiles(**{name: Path(path) for name, path in given.items() if path})
 
 
 def _given_storymem_lora(settings: ModelSettings, continuation: str | None) -> dict[str, ScaledLora] | None:

@@ -1,18 +1,16 @@
-"""Wan2.2-A14B weights in a folder: finds layout and parts, and checks that they are complete and the right ones.
+"""Wan2.2-A14B weights: finds layout and parts, and checks that they are complete and the right ones.
 
-Three layouts: the native one (``high_noise_model/``, ``low_noise_model/``, ``*.pth``), diffusers' (``transformer/`` =
-high noise, ``transformer_2/`` = low noise), and folders written by ``storymem-weights prepare``. All cheap checks run
-here, before weights are read: files, index, headers against file sizes, model sizes, keys and shapes. Knows nothing
-about how tensors get into a model.
+Four layouts: the native one (``high_noise_model/``, ``low_noise_model/``, ``*.pth``), diffusers' (``transformer/`` =
+high noise, ``transformer_2/`` = low noise), single files (a file for each part, as ComfyUI's users have them), and
+folders written by ``storymem-weights prepare``. All cheap checks run here, before weights are read: files, index,
+headers against file sizes, model sizes, keys and shapes. Knows nothing about how tensors get into a model.
 """
 
-import json
-import zipfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -21,11 +19,17 @@ from storymem_dist.files import file_identity, folder_identity
 from storymem_dist.models.wan.dit import DiTConfig, WanDiT
 from storymem_dist.models.wan.presets import EXPERTS, HIGH_NOISE, I2V_IN_DIM, LOW_NOISE, T2V_IN_DIM
 from storymem_dist.story.modes import M2V, T2V
-from storymem_dist.weights.key_maps import native_dit_key
 from storymem_dist.weights.loading import SafetensorsSource, TensorSource, WeightDelta, check_deltas, check_keys
-from storymem_dist.weights.packagings import refuse_file, refuse_folder, refuse_part, refuse_tensors
+from storymem_dist.weights.lora.layouts import looks_like_lora
+from storymem_dist.weights.parts import PARTS, files_of, find_parts
 from storymem_dist.weights.prepared import Float8Source, PreparedManifest, check_files, is_prepared, read_manifest
-from storymem_dist.weights.safetensors_file import SafetensorsFile, refuse_other_formats
+from storymem_dist.weights.single_files import (
+    CheckpointFiles,
+    config_from_shapes,
+    find_files,
+    require_different,
+)
+from storymem_dist.weights.tensor_files import OpenedTensors, open_dit, read_json, sharded_files
 
 IN_DIMS = {"t2v": T2V_IN_DIM, "i2v": I2V_IN_DIM}
 """Input channels of the experts, by kind of base model."""
@@ -37,8 +41,11 @@ REPOS = {"t2v": "Wan-AI/Wan2.2-T2V-A14B", "i2v": "Wan-AI/Wan2.2-I2V-A14B"}
 """Where the published weights of each kind are."""
 
 _STORED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_ZIP_MAGIC = b"PK"
 _TI2V_5B_IN_DIM = 48
+_5B = "this is Wan2.2-TI2V-5B (in_dim 48, one expert, another VAE)"
+
+SINGLE_FILES = "single files"
+"""The ``WanCheckpoint.layout`` of a file for each part."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,14 +64,13 @@ class ModelFolders:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointLayout:
-    """Where a layout keeps its parts, relative to the folder, and how its DiT keys become native ones."""
+    """Where a layout keeps its parts, relative to the folder."""
 
     name: str
     expert_folders: Mapping[str, str]
     vae: str
     text_encoder: str
     tokenizer: str
-    rename: Callable[[str], str]
 
 
 NATIVE = CheckpointLayout(
@@ -73,7 +79,6 @@ NATIVE = CheckpointLayout(
     vae="Wan2.1_VAE.pth",
     text_encoder="models_t5_umt5-xxl-enc-bf16.pth",
     tokenizer="google/umt5-xxl",
-    rename=str,
 )
 DIFFUSERS = CheckpointLayout(
     name="diffusers",
@@ -81,13 +86,16 @@ DIFFUSERS = CheckpointLayout(
     vae="vae",
     text_encoder="text_encoder",
     tokenizer="tokenizer",
-    rename=native_dit_key,
 )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WanCheckpoint:
-    """A checked folder of weights. ``identity`` changes when any of its files changes (see ``file_identity``)."""
+    """Checked weights of a base model. ``identity`` changes when any of its files changes (see ``file_identity``).
+
+    ``expert_files`` hold the experts. ``given`` are the paths that were named one by one, ``root`` the folder of all
+    others.
+    """
 
     root: Path
     kind: str
@@ -98,6 +106,8 @@ class WanCheckpoint:
     tokenizer_path: Path
     identity: str
     sources: Mapping[str, TensorSource]
+    expert_files: Sequence[Path]
+    given: CheckpointFiles = field(default_factory=CheckpointFiles)
     prepared: PreparedManifest | None = None
 
     def expert(self, name: str) -> TensorSource:
@@ -109,57 +119,64 @@ class WanCheckpoint:
         check_deltas(dit_shapes(self.dit_config), loras)
 
 
-def open_checkpoint(path: str | Path, kind: str) -> WanCheckpoint:
+def open_checkpoint(path: str | Path | None, kind: str, files: CheckpointFiles | None = None) -> WanCheckpoint:
     """Find and check the weights of a base model; reads headers and samples only.
 
     Args:
-        path: the folder of a download of ``Wan-AI/Wan2.2-{T2V,I2V}-A14B`` or its ``-Diffusers`` variant, or one
-            prepared from either.
+        path: the folder of a download of ``Wan-AI/Wan2.2-{T2V,I2V}-A14B`` or its ``-Diffusers`` variant, one prepared
+            from either, or one with a single file for each part. May be None where ``files`` name the experts.
         kind: the base model that is needed, ``t2v`` or ``i2v``.
+        files: paths that replace what the folder holds.
 
     Raises:
         WeightsNotFound: the folder or a file in it is missing; the message names the command that fetches it.
         CheckpointError: a file is damaged, or the weights are of another model than ``kind``.
+        ConfigError: ``files`` names one expert without the other.
     """
     require_one_of("kind", kind, IN_DIMS)
-    root = require_folder(path, kind)
-    manifest = _check_prepared(root, kind) if is_prepared(root) else None
-    layout = _prepared_layout(manifest) if manifest else _detect_layout(root, kind)
-    folders = {expert: root / folder for expert, folder in layout.expert_folders.items()}
-    config = _common_config(root, folders, kind)
-    files = {expert: sharded_files(folder, download_command(root, kind)) for expert, folder in folders.items()}
-    sources: dict[str, TensorSource] = {}
-    for expert in EXPERTS:
-        stored = SafetensorsSource(str(folders[expert]), files[expert], layout.rename)
-        sources[expert] = Float8Source(stored) if manifest and manifest.dtype == "float8" else stored
-        refuse_tensors(sources[expert], download_command(root, kind))
-        _check_dtypes(sources[expert])
-        check_keys(dit_shapes(config), sources[expert])
-    parts = _check_other_parts(root, layout, kind)
-    all_files = [file.path for expert in EXPERTS for file in files[expert]]
-    all_files += [folder / "config.json" for folder in folders.values()]
-    all_files += [file for part in parts.values() for file in _files_of(part)]
+    place = _locate(path, kind, files or CheckpointFiles())
+    root, layout, fetch = place.root, place.layout, download_command(place.root, kind)
+    opened = {expert: _open_expert(found, place.manifest, fetch) for expert, found in place.experts.items()}
+    sources = {expert: tensors.source for expert, tensors in opened.items()}
+    for source in sources.values():
+        _refuse_loras(source)
+    config = _common_config(place, sources, kind)
+    for source in sources.values():
+        _check_dtypes(source)
+        check_keys(dit_shapes(config), source)
+    usual = {part: getattr(layout, part) for part in PARTS} if layout else {}
+    parts = find_parts(root, usual, place.given, fetch)
     return WanCheckpoint(
         root=root,
         kind=kind,
-        layout=layout.name,
+        layout=layout.name if layout else SINGLE_FILES,
         dit_config=config,
         vae_path=parts["vae"],
         text_encoder_path=parts["text_encoder"],
         tokenizer_path=parts["tokenizer"],
-        identity=folder_identity(root, all_files),
+        identity=_identity(place, opened, parts),
         sources=sources,
-        prepared=manifest,
+        expert_files=[path for tensors in opened.values() for path in tensors.paths],
+        given=place.given,
+        prepared=place.manifest,
     )
 
 
 def require_folder(path: str | Path, kind: str) -> Path:
     """The folder of a base model. Raises ``WeightsNotFound``, with the command that fetches it, if it is none."""
     root = Path(path)
-    refuse_file(root, download_command(root, kind))
+    if root.is_file():
+        raise CheckpointError(
+            f"{root}: a single file, and a base model has two experts; give the folder that holds both files, or "
+            f"model.{kind}_high_noise=FILE and model.{kind}_low_noise=FILE"
+        )
     if not root.is_dir():
         raise WeightsNotFound(
             f"{kind.upper()} weights: {root} is not a folder; get them with: {download_command(root, kind)}"
+        )
+    if (root / "blobs").is_dir() and (snapshots := sorted((root / "snapshots").glob("*/"))):
+        raise WeightsNotFound(
+            f"{root}: a folder of Hugging Face's cache; give the folder of a commit in it, such as {snapshots[-1]}"
         )
     return root
 
@@ -176,49 +193,90 @@ def download_command(root: Path, kind: str) -> str:
     return f"hf download {REPOS[kind]} --local-dir {root}"
 
 
-def sharded_files(folder: Path, fetch_command: str) -> list[SafetensorsFile]:
-    """The safetensors files of one model: those its index names, or the single file where there is no index.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Place:
+    """Where a base model is. ``experts``: a folder or file each. ``layout`` is None for single files."""
 
-    Raises:
-        WeightsNotFound: a shard is missing (the message has its number), or there are none.
-        CheckpointError: a file is damaged, or index and files contradict each other.
-    """
-    indexes = sorted(folder.glob("*.safetensors.index.json"))
-    if not indexes:
-        files = sorted(folder.glob("*.safetensors"))
-        if len(files) == 1:
-            return [SafetensorsFile(files[0])]
-        problem = "there are no .safetensors files" if not files else "there are several shards but no index"
-        if not files and any(folder.glob("*.gguf")):
-            problem = "there are GGUF files, whose quantized tensors cannot be read here, and no .safetensors files"
-        raise WeightsNotFound(f"{folder}: {problem}; complete it with: {fetch_command}")
-    weight_map = read_json(indexes[0]).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{indexes[0]}: not an index of safetensors files: it has no weight_map")
-    names = sorted(set(weight_map.values()))
-    for number, name in enumerate(names, start=1):
-        if not (folder / name).is_file():
-            raise WeightsNotFound(
-                f"shard {number} of {len(names)} is missing: {folder / name}; complete it with: {fetch_command}"
-            )
-    opened = {name: SafetensorsFile(folder / name) for name in names}
-    for key, name in weight_map.items():
-        if key not in opened[name]:
-            raise CheckpointError(f"{indexes[0]}: lists {key} in {name}, which does not hold it")
-    return list(opened.values())
+    root: Path
+    layout: CheckpointLayout | None
+    experts: Mapping[str, Path]
+    given: CheckpointFiles
+    manifest: PreparedManifest | None = None
+
+    def config_file(self, expert: str) -> Path | None:
+        """The ``config.json`` of an expert; None for files that have none next to them, and tell the sizes as well."""
+        path = self.experts[expert]
+        if self.layout is not None:
+            return path / "config.json" if self.layout.name != NATIVE.name or _has_config(path) else None
+        near = (path if path.is_dir() else path.parent, self.root, self.root / NATIVE.expert_folders[expert])
+        return next((folder / "config.json" for folder in near if (folder / "config.json").is_file()), None)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object. Raises ``WeightsNotFound`` without a file, ``CheckpointError`` for any other content."""
-    if not path.is_file():
-        raise WeightsNotFound(f"{path}: no such file; the download is incomplete")
+def _has_config(folder: Path) -> bool:
+    """False where single files of other programs lie in the folder of an expert, without the ``config.json``."""
+    return (folder / "config.json").is_file() or any(folder.glob("*.index.json"))
+
+
+def _locate(path: str | Path | None, kind: str, given: CheckpointFiles) -> _Place:
+    experts = given.experts(kind)
+    if experts is not None:
+        require_different(experts)
+        root = Path(path) if path and Path(path).is_dir() else experts[HIGH_NOISE].parent
+        return _Place(root=root, layout=None, experts=experts, given=given)
+    if not path:
+        raise WeightsNotFound(f"{kind.upper()} weights: neither a folder nor the files of both experts are given")
+    root = require_folder(path, kind)
+    manifest = _check_prepared(root, kind) if is_prepared(root) else None
+    layout = _prepared_layout(manifest) if manifest else _detect_layout(root, kind)
+    if layout is None:
+        return _Place(root=root, layout=None, experts=_single_experts(root, kind), given=given)
+    experts = {expert: root / folder for expert, folder in layout.expert_folders.items()}
+    return _Place(root=root, layout=layout, experts=experts, given=given, manifest=manifest)
+
+
+def _single_experts(root: Path, kind: str) -> dict[str, Path]:
+    """The files of both experts in a folder without a layout."""
+    fetch = download_command(root, kind)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: not a JSON object")
-    return value
+        experts = find_files(root).experts(kind, IN_DIMS, fetch)
+    except StoryMemError:
+        _refuse_other_models(root / "config.json", kind)
+        raise
+    if experts is not None:
+        return experts
+    _refuse_other_models(root / "config.json", kind)
+    found = ", ".join(sorted(path.name for path in root.iterdir())[:5]) or "nothing"
+    raise WeightsNotFound(
+        f"{kind.upper()} weights: {root} is not a Wan2.2-A14B folder (it holds: {found}; expected high_noise_model/ "
+        "and low_noise_model/, or transformer/ and transformer_2/, or a file for each expert with high_noise and "
+        f"low_noise in its name); get them with: {fetch}"
+    )
+
+
+def _open_expert(path: Path, manifest: PreparedManifest | None, fetch_command: str) -> OpenedTensors:
+    if manifest is None or manifest.dtype != "float8":
+        return open_dit(path, fetch_command)
+    files = sharded_files(path, fetch_command)
+    source = Float8Source(SafetensorsSource(str(path), files))
+    return OpenedTensors(source=source, paths=[file.path for file in files])
+
+
+def _identity(place: _Place, opened: Mapping[str, OpenedTensors], parts: Mapping[str, Path]) -> str:
+    """Over the content of all files; in a folder with a layout also over their names in it."""
+    by_role = {expert: list(tensors.paths) for expert, tensors in opened.items()}
+    by_role |= {part: files_of(path) for part, path in parts.items()}
+    for expert in EXPERTS:
+        if (config := place.config_file(expert)) is not None:
+            by_role[expert].append(config)
+    if place.layout is not None and not place.given.given():
+        return folder_identity(place.root, [path for paths in by_role.values() for path in paths])
+    digest = hashlib.sha256()
+    for role, paths in sorted(by_role.items()):
+        base = parts.get(role)
+        for path in sorted(set(paths)):
+            name = path.relative_to(base).as_posix() if base is not None and base.is_dir() else ""
+            digest.update(f"{role} {name} {file_identity(path)}\n".encode())
+    return digest.hexdigest()
 
 
 def _check_prepared(root: Path, kind: str) -> PreparedManifest:
@@ -231,7 +289,8 @@ def _check_prepared(root: Path, kind: str) -> PreparedManifest:
     check_files(root, manifest)
     source = Path(manifest.source["path"])
     try:
-        changed = open_checkpoint(source, kind).identity != manifest.source["identity"]
+        given = {name: Path(found) for name in CheckpointFiles.names() if (found := manifest.source.get(name))}
+        changed = open_checkpoint(source, kind, CheckpointFiles(**given)).identity != manifest.source["identity"]
     except StoryMemError:
         changed = False  # the source was moved or removed: nothing to compare with
     if changed:
@@ -253,7 +312,8 @@ def _prepared_layout(manifest: PreparedManifest) -> CheckpointLayout:
     )
 
 
-def _detect_layout(root: Path, kind: str) -> CheckpointLayout:
+def _detect_layout(root: Path, kind: str) -> CheckpointLayout | None:
+    """The layout of a folder that has both experts; None if it has no folders of experts."""
     for layout, marker in ((NATIVE, None), (DIFFUSERS, "model_index.json")):
         there = [folder for folder in layout.expert_folders.values() if (root / folder).is_dir()]
         if len(there) == len(layout.expert_folders):
@@ -266,13 +326,7 @@ def _detect_layout(root: Path, kind: str) -> CheckpointLayout:
                 f"{root}: an expert is missing: {' and '.join(f'{folder}/' for folder in absent)}; Wan2.2-A14B has two "
                 f"(high and low noise); complete it with: {download_command(root, kind)}"
             )
-    _refuse_other_models(root / "config.json", kind)
-    refuse_folder(root, download_command(root, kind))
-    found = ", ".join(sorted(path.name for path in root.iterdir())[:5]) or "nothing"
-    raise WeightsNotFound(
-        f"{kind.upper()} weights: {root} is not a Wan2.2-A14B folder (it holds: {found}; expected high_noise_model/ "
-        f"and low_noise_model/, or transformer/ and transformer_2/); get them with: {download_command(root, kind)}"
-    )
+    return None
 
 
 def _refuse_other_models(config_path: Path, kind: str) -> None:
@@ -285,8 +339,7 @@ def _refuse_other_models(config_path: Path, kind: str) -> None:
         return
     if in_dim == _TI2V_5B_IN_DIM:
         raise CheckpointError(
-            f"{config_path}: this is Wan2.2-TI2V-5B (in_dim 48, one expert, another VAE); StoryMem needs "
-            f"{REPOS[kind]} (in_dim {IN_DIMS[kind]}, two experts)"
+            f"{config_path}: {_5B}; StoryMem needs {REPOS[kind]} (in_dim {IN_DIMS[kind]}, two experts)"
         )
     if config_path.parent.name not in {*NATIVE.expert_folders.values(), *DIFFUSERS.expert_folders.values()}:
         raise CheckpointError(
@@ -295,23 +348,43 @@ def _refuse_other_models(config_path: Path, kind: str) -> None:
         )
 
 
-def _common_config(root: Path, folders: Mapping[str, Path], kind: str) -> DiTConfig:
-    configs = {}
-    for expert, folder in folders.items():
-        path = folder / "config.json"
-        _refuse_other_models(path, kind)
-        configs[expert] = DiTConfig.from_json(read_json(path), where=str(path))
+def _common_config(place: _Place, sources: Mapping[str, TensorSource], kind: str) -> DiTConfig:
+    configs = {expert: _config_of(place, expert, source, kind) for expert, source in sources.items()}
     config, wanted = configs[HIGH_NOISE], IN_DIMS[kind]
     for expert, found in configs.items():
+        if found.in_dim == _TI2V_5B_IN_DIM:
+            raise CheckpointError(f"{place.experts[expert]}: {_5B}; StoryMem needs {REPOS[kind]} (two experts)")
         if found.in_dim != wanted:
             described = next((name.upper() for name, in_dim in IN_DIMS.items() if in_dim == found.in_dim), "other")
             raise CheckpointError(
-                f"{folders[expert]}: these are {described} weights (in_dim {found.in_dim}); here {kind.upper()} "
+                f"{place.experts[expert]}: these are {described} weights (in_dim {found.in_dim}); here {kind.upper()} "
                 f"weights are needed (in_dim {wanted}): {REPOS[kind]}"
             )
     if configs[LOW_NOISE] != config:
-        raise CheckpointError(f"{root}: the two experts have different sizes: {configs[LOW_NOISE]} and {config}")
+        raise CheckpointError(f"{place.root}: the two experts have different sizes: {configs[LOW_NOISE]} and {config}")
     return config
+
+
+def _config_of(place: _Place, expert: str, source: TensorSource, kind: str) -> DiTConfig:
+    """Sizes of one expert: of its ``config.json``; a single file also tells them itself."""
+    path = place.config_file(expert)
+    if path is not None and place.layout is not None:
+        _refuse_other_models(path, kind)
+        return DiTConfig.from_json(read_json(path), where=str(path))
+    keys = source.keys()
+    shapes = {key: source.shape(key) for key in keys}
+    if path is None:
+        return config_from_shapes(shapes, source.name)
+    config, patch = DiTConfig.from_json(read_json(path), where=str(path)), shapes.get("patch_embedding.weight")
+    return replace(config, in_dim=patch[1]) if patch else config  # one file may lie next to those of two kinds
+
+
+def _refuse_loras(source: TensorSource) -> None:
+    keys = source.keys()
+    if "patch_embedding.weight" not in keys and any(map(looks_like_lora, keys)):
+        raise CheckpointError(
+            f"{source.name}: not a transformer, but a LoRA; LoRAs are named in model.loras or in the loras of a shot"
+        )
 
 
 def _check_dtypes(source: TensorSource) -> None:
@@ -322,39 +395,3 @@ def _check_dtypes(source: TensorSource) -> None:
                 f"{source.name}: {key} is stored as {source.dtype(key)}; allowed: "
                 f"{', '.join(str(dtype) for dtype in _STORED_DTYPES)}"
             )
-
-
-def _check_other_parts(root: Path, layout: CheckpointLayout, kind: str) -> dict[str, Path]:
-    parts = {"vae": root / layout.vae, "text_encoder": root / layout.text_encoder, "tokenizer": root / layout.tokenizer}
-    for name, path in parts.items():
-        if not path.exists():
-            refuse_part(path, download_command(root, kind))
-            raise WeightsNotFound(
-                f"{root}: the {name.replace('_', ' ')} is missing: {path}; complete it with: "
-                f"{download_command(root, kind)}"
-            )
-        if path.suffix == ".pth":
-            _check_pth(path)
-        elif name != "tokenizer":
-            sharded_files(path, download_command(root, kind))
-    if not any((parts["tokenizer"] / name).is_file() for name in ("tokenizer.json", "spiece.model")):
-        raise WeightsNotFound(
-            f"{parts['tokenizer']}: neither tokenizer.json nor spiece.model is there; complete it with: "
-            f"{download_command(root, kind)}"
-        )
-    return parts
-
-
-def _check_pth(path: Path) -> None:
-    """Reject a truncated zip archive (its directory is at its end); older pickles are checked when they are read."""
-    refuse_other_formats(path)
-    with path.open("rb") as file:
-        start = file.read(len(_ZIP_MAGIC))
-    if start == _ZIP_MAGIC and not zipfile.is_zipfile(path):
-        raise CheckpointError(f"{path}: truncated ({path.stat().st_size} bytes); download it again")
-    if start != _ZIP_MAGIC and not start.startswith(b"\x80"):
-        raise CheckpointError(f"{path}: not a file that torch.save wrote (it starts with {start!r})")
-
-
-def _files_of(part: Path) -> list[Path]:
-    return [part] if part.is_file() else [path for path in part.rglob("*") if path.is_file()]

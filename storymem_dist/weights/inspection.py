@@ -18,27 +18,30 @@ from storymem_dist.weights.checkpoints import (
     IN_DIMS,
     NATIVE,
     REPOS,
+    SINGLE_FILES,
     WanCheckpoint,
     open_checkpoint,
-    read_json,
 )
-from storymem_dist.weights.key_maps import native_dit_key
-from storymem_dist.weights.loading import TensorSource, is_safetensors, read_state_dict, read_torch
+from storymem_dist.weights.eight_bit_source import EightBitSource
+from storymem_dist.weights.gguf_file import GgufSource, is_gguf
+from storymem_dist.weights.loading import TensorSource
 from storymem_dist.weights.lora import STORYMEM_FOLDERS, ScaledLora, open_lora_by_expert
-from storymem_dist.weights.lora.container import CONFIG_NAME, find_file
+from storymem_dist.weights.lora.container import CONFIG_NAME, backbone_file, find_file
 from storymem_dist.weights.lora.file import BOTH, SKIP
 from storymem_dist.weights.lora.layouts import looks_like_lora
 from storymem_dist.weights.lora.scale import ALPHA_RULE, NONE, RSLORA, scale_of
-from storymem_dist.weights.lora.storymem import backbone_file
 from storymem_dist.weights.prepared import is_prepared, read_manifest
 from storymem_dist.weights.safetensors_file import SafetensorsFile
+from storymem_dist.weights.single_files import find_files, look_into
 from storymem_dist.weights.state_dict import first_keys
+from storymem_dist.weights.tensor_files import dit_names, read_json, vae_names
+from storymem_dist.weights.torch_file import is_safetensors, read_state_dict, read_torch
 
 Facts = dict[str, Any]
 
 _DIT_MARK = "patch_embedding.weight"
 _VAE_MARK = "encoder.conv1.weight"
-_T5_MARK = "token_embedding.weight"
+_T5_MARKS = ("token_embedding.weight", "shared.weight")
 
 
 def inspect_weights(path: Path) -> Facts:
@@ -58,16 +61,26 @@ def inspect_weights(path: Path) -> Facts:
         return _inspect_storymem(path, [path / folder for folder in STORYMEM_FOLDERS.values()])
     if _is_lora_folder(path):
         return _inspect_file(find_file(path))
+    kinds = _kinds_of_single_files(path)
+    if len(kinds) > 1:
+        facts = {kind.upper(): _inspect_checkpoint(open_checkpoint(path, kind)) for kind in kinds}
+        return {"what": f"Wan2.2 base models: {' and '.join(facts)}", "path": str(path), **facts}
     return _inspect_checkpoint(open_checkpoint(path, kind_of(path)))
 
 
 def kind_of(root: Path) -> str:
-    """``t2v`` or ``i2v``, by the configuration of a checkpoint folder.
+    """``t2v`` or ``i2v``, by the configuration of a checkpoint folder or the tensors of its files (or of one file).
 
     Raises:
-        WeightsNotFound: no expert's ``config.json`` is there.
-        CheckpointError: it is of neither kind.
+        WeightsNotFound: no expert is there.
+        CheckpointError: it is of neither kind, or there are experts of both.
     """
+    if root.is_file():
+        found = look_into(root)
+        kinds = [kind for kind, in_dim in IN_DIMS.items() if found is not None and found.in_dim == in_dim]
+        if not kinds:
+            raise CheckpointError(f"{root}: not a transformer of Wan2.2-T2V-A14B or Wan2.2-I2V-A14B")
+        return kinds[0]
     if is_prepared(root):
         return read_manifest(root).kind
     for layout in (NATIVE, DIFFUSERS):
@@ -81,8 +94,21 @@ def kind_of(root: Path) -> str:
             raise CheckpointError(
                 f"{config}: in_dim {in_dim} is neither T2V ({IN_DIMS['t2v']}) nor I2V ({IN_DIMS['i2v']})"
             )
+    kinds = _kinds_of_single_files(root)
+    if len(kinds) > 1:
+        raise CheckpointError(f"{root}: holds transformers of {' and '.join(map(str.upper, kinds))}; say which: --kind")
+    if kinds:
+        return kinds[0]
     open_checkpoint(root, "i2v")  # its error names what is there instead, or what is missing
     raise WeightsNotFound(f"{root}: no configuration of a high-noise expert")
+
+
+def _kinds_of_single_files(root: Path) -> list[str]:
+    """The kinds of transformers among the files of a folder that has no layout."""
+    folders = (root / name for layout in (NATIVE, DIFFUSERS) for name in layout.expert_folders.values())
+    if is_prepared(root) or any(folder.is_dir() for folder in folders):
+        return []
+    return find_files(root).kinds(IN_DIMS)
 
 
 def _inspect_checkpoint(checkpoint: WanCheckpoint) -> Facts:
@@ -97,6 +123,10 @@ def _inspect_checkpoint(checkpoint: WanCheckpoint) -> Facts:
     }
     for name, source in checkpoint.sources.items():
         facts[name] = _describe_tensors(source)
+    if checkpoint.layout == SINGLE_FILES:
+        facts |= {f"{name} file": source.name for name, source in checkpoint.sources.items()}
+        facts |= {"VAE": str(checkpoint.vae_path), "text encoder": str(checkpoint.text_encoder_path)}
+        facts |= {"tokenizer": str(checkpoint.tokenizer_path)}
     if checkpoint.prepared is not None:
         manifest = checkpoint.prepared
         facts["stored as"] = manifest.dtype
@@ -143,6 +173,10 @@ def _has_halves(keys: Iterable[str]) -> bool:
 
 def _tensors_of(path: Path) -> dict[str, tuple[torch.dtype, torch.Size]]:
     """Type and shape of every tensor of a file, also of those one level deeper in a ``.pth`` file."""
+    if is_gguf(path):
+        gguf = GgufSource(path)
+        names = gguf.keys()
+        return {key: (gguf.dtype(key), gguf.shape(key)) for key in names}
     if is_safetensors(path):
         file = SafetensorsFile(path)
         return {key: (file[key].dtype, file[key].shape) for key in file}
@@ -164,17 +198,19 @@ def _inspect_file(path: Path) -> Facts:
 
 def _describe_file(path: Path, keys: Mapping[str, tuple[torch.dtype, torch.Size]]) -> Facts:
     stored = _describe_types([dtype for dtype, _ in keys.values()], [shape for _, shape in keys.values()])
-    native = {native_dit_key(key.removeprefix("model.diffusion_model.")): key for key in keys}
-    if _has_halves(keys):
+    rename, strip = dit_names(keys), vae_names(keys)
+    native, vae_keys = {rename(key): key for key in keys}, {strip(key): key for key in keys}
+    is_whole = {_DIT_MARK, "blocks.0.self_attn.q.weight"} <= native.keys() or any(mark in keys for mark in _T5_MARKS)
+    if _has_halves(keys) and not is_whole:  # names of scales of 8-bit weights end like those of adapters
         return {"what": "a LoRA", **_describe_lora(path), "weights": stored}
     if _DIT_MARK in native:
         in_dim = keys[native[_DIT_MARK]][1][1]
         kind = next((kind.upper() for kind, expected in IN_DIMS.items() if expected == in_dim), "neither T2V nor I2V")
         return {"what": "a transformer, or its first shard", "in_dim": f"{in_dim} ({kind})", "weights": stored}
-    if _VAE_MARK in keys:
-        return {"what": "the Wan2.1 VAE", "base dim": keys[_VAE_MARK][1][0], "weights": stored}
-    if _T5_MARK in keys:
-        return {"what": "a umT5 text encoder", "vocabulary": keys[_T5_MARK][1][0], "weights": stored}
+    if _VAE_MARK in vae_keys:
+        return {"what": "the Wan2.1 VAE", "base dim": keys[vae_keys[_VAE_MARK]][1][0], "weights": stored}
+    if mark := next((mark for mark in _T5_MARKS if mark in keys), None):
+        return {"what": "a umT5 text encoder", "vocabulary": keys[mark][1][0], "weights": stored}
     if any(key.startswith("blocks.") for key in native):
         return {"what": "a shard of a transformer", "weights": stored}
     raise CheckpointError(
@@ -228,7 +264,9 @@ def _describe_part(lora: ScaledLora, rule: str | None) -> Facts:
 
 def _describe_tensors(source: TensorSource) -> str:
     keys = source.keys()
-    return _describe_types([source.dtype(key) for key in keys], [source.shape(key) for key in keys])
+    dtype_of = source.stored_dtype if isinstance(source, EightBitSource) else source.dtype
+    text = _describe_types([dtype_of(key) for key in keys], [source.shape(key) for key in keys])
+    return f"{text}, GGUF ({', '.join(source.quantizations)})" if isinstance(source, GgufSource) else text
 
 
 def _describe_types(dtypes: list[torch.dtype], shapes: list[torch.Size]) -> str:

@@ -5,23 +5,20 @@ for tensors of any size. Weights of 8-bit layers are quantized row by row, after
 process holds which rows (``local_part``). Knows nothing about Wan, LoRA files or process groups.
 """
 
-import re
 import time
-import zipfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from storymem_dist.errors import CheckpointError
 from storymem_dist.models.quantized_linear import QuantizedLinear
-from storymem_dist.weights.safetensors_file import SafetensorsFile, refuse_other_formats
+from storymem_dist.weights.safetensors_file import SafetensorsFile
 from storymem_dist.weights.state_dict import check_no_keys
 
 CHUNK_BYTES = 16 * 2**20
@@ -57,6 +54,14 @@ class TensorSource(Protocol):
 
     def read(self, key: str, rows: slice | None = None, *, pin_memory: bool = False) -> Tensor:
         """Rows along the first dimension (None: all) in fresh memory, which the caller may overwrite."""
+
+
+@runtime_checkable
+class KeepsScales(Protocol):
+    """A ``TensorSource`` of stored 8-bit values, which 8-bit layers can keep without rounding them again."""
+
+    def kept_scales(self, key: str, rows: slice, dtype: torch.dtype) -> Tensor | None:
+        """fp32 scales ``[n]`` by which the stored values of ``dtype`` make these rows; None if it is not so stored."""
 
 
 class SafetensorsSource:
@@ -158,11 +163,13 @@ class LocalPart:
     """The part of a parameter that this process holds: ``num_rows`` rows from ``row_offset`` along the first dimension.
 
     ``tensor`` is the plain local tensor to fill; its first dimension is ``num_rows`` (0 rows: nothing is held here).
+    ``device`` merges, quantizes and casts its rows; None: that of ``tensor``.
     """
 
     tensor: Tensor
     row_offset: int
     num_rows: int
+    device: torch.device | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -199,10 +206,11 @@ def load_dit_weights(
 ) -> LoadReport:
     """Fill every parameter of ``model`` from ``source``, with ``deltas`` added in order in fp32 before the one cast.
 
-    The weights of a ``QuantizedLinear`` are quantized (from fp32) instead of cast; the source has no scales for them.
+    The weights of a ``QuantizedLinear`` are quantized (from fp32) instead of cast. Where the source stores them in the
+    layer's own 8-bit type (``KeepsScales``) and no delta changes them, its values and scales are kept as they are.
 
     The model's memory exists already (``to_empty``); each parameter keeps its dtype and device. Merging happens on the
-    parameter's device. A weight's bits do not depend on how it is cut into local parts.
+    device of its ``LocalPart``. A weight's bits do not depend on how it is cut into local parts.
 
     Args:
         local_part: returns the rows of a parameter that this process holds, and the tensor for them.
@@ -233,7 +241,7 @@ def load_dit_weights(
     ranges = [
         found
         for key, part in parts.items()
-        for found in row_ranges(source, key, part.row_offset, part.num_rows, part.tensor.device)
+        for found in row_ranges(source, key, part.row_offset, part.num_rows, part.device or part.tensor.device)
     ]
     num_bytes_total = sum(found.num_bytes for found in ranges)
     num_bytes_done = 0
@@ -242,7 +250,8 @@ def load_dit_weights(
             part = parts[found.key]
             held = slice(found.rows.start - part.row_offset, found.rows.stop - part.row_offset)
             if found.key in layers:
-                rows, row_scales = layers[found.key].quantize(rows.float())
+                layer, changed = layers[found.key], any(found.key in delta.shapes() for delta in deltas)
+                rows, row_scales = _quantized(layer, rows, None if changed else source, found)
                 scale_parts[found.key].tensor[held].copy_(row_scales)
             part.tensor[held].copy_(rows)
             num_bytes_done += found.num_bytes
@@ -253,6 +262,20 @@ def load_dit_weights(
         bytes_read=source.bytes_read - start_bytes,
         elapsed_seconds=time.perf_counter() - start_seconds,
     )
+
+
+def _quantized(
+    layer: QuantizedLinear, rows: Tensor, source: TensorSource | None, found: RowRange
+) -> tuple[Tensor, Tensor]:
+    """Values and scales of ``rows`` for an 8-bit layer: those that ``source`` stores, if it has them."""
+    dtype = layer.weight_dtype
+    scales = source.kept_scales(found.key, found.rows, dtype) if isinstance(source, KeepsScales) else None
+    if scales is None:
+        return layer.quantize(rows.float())
+    # a stored value times its scale is rounded to fp32 once, so dividing gives the stored value to within 2^-23
+    scales = scales.to(rows.device)
+    values = rows.float() / torch.where(scales == 0, 1.0, scales)[:, None]
+    return (values.to(dtype) if dtype.is_floating_point else values.round().to(dtype)), scales
 
 
 def check_keys(expected: Mapping[str, torch.Size], source: TensorSource) -> None:
@@ -278,61 +301,6 @@ def check_deltas(expected: Mapping[str, torch.Size], deltas: Sequence[WeightDelt
                     f"{delta.name}: made for another width: its {key} is {list(shape)}, this model's is "
                     f"{list(expected[key])}"
                 )
-
-
-def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """Read a ``.pth`` file that holds a plain dictionary of tensors. Code in the file is never run (``weights_only``).
-
-    Tensors stay in the file until they are touched, where the file's format allows it.
-
-    Raises:
-        CheckpointError: the file is damaged, or holds anything but named tensors.
-    """
-    path = Path(path)
-    loaded = read_torch(path)
-    if isinstance(loaded, dict) and set(loaded) == {"state_dict"}:
-        loaded = loaded["state_dict"]
-    if not isinstance(loaded, dict) or not loaded or not all(isinstance(value, Tensor) for value in loaded.values()):
-        raise CheckpointError(f"{path}: not a state dict (a {type(loaded).__name__} without named tensors)")
-    return loaded
-
-
-def read_torch(path: Path) -> Any:
-    """What ``torch.save`` wrote: tensors (as of ``read_state_dict``) in plain containers, with plain values.
-
-    Raises:
-        CheckpointError: the file is damaged, of another format, or holds objects whose unpickling could run code.
-    """
-    refuse_other_formats(path)
-    try:
-        if path.suffix == ".safetensors":  # torch would choose another reader by the name
-            with path.open("rb") as file:
-                return torch.load(file, map_location="cpu", weights_only=True)
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # torch raises many kinds for damaged files; none of its advice fits here
-        global_name = re.search(r"GLOBAL (\S+)", str(error))
-        if global_name or "weights_only" in str(error):
-            what = f", such as {global_name[1]}" if global_name else ""
-            problem = f"holds Python objects{what}, which could run code while they are read, so it is not read"
-        else:
-            problem = f"damaged, or not a file that torch.save wrote ({type(error).__name__})"
-        raise CheckpointError(
-            f"{path}: cannot be read as a state dict: {problem}; allowed: a .safetensors file, or a .pth file with "
-            "nothing but named tensors, as torch.save writes it"
-        ) from None
-
-
-def is_safetensors(path: Path) -> bool:
-    """Whether a file's content is safetensors, whatever its suffix; what is neither that nor torch's goes by suffix.
-
-    Raises:
-        CheckpointError: it is a file of another known format.
-    """
-    refuse_other_formats(path)
-    with path.open("rb") as file:
-        start = file.read(9)
-    is_torch = start.startswith((b"PK\x03\x04", b"\x80\x02\x8a"))
-    return start[8:] == b"{" or (path.suffix == ".safetensors" and not is_torch)
 
 
 def row_ranges(
@@ -361,6 +329,17 @@ def stream_rows(
                 for delta in changing:
                     delta.add_to(rows, found.key, found.rows.start)
         yield found, rows
+
+
+def read_whole(source: TensorSource, key: str, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """A whole tensor on ``device`` in ``dtype``; only a few rows at a time are held as stored."""
+    shape = source.shape(key)
+    if not shape:
+        return source.read(key).to(device, dtype)
+    whole = torch.empty(shape, dtype=dtype, device=device)
+    for found, rows in stream_rows(source, list(row_ranges(source, key, 0, shape[0], device))):
+        whole[found.rows] = rows
+    return whole
 
 
 def _read_ahead(source: TensorSource, ranges: Sequence[RowRange]) -> Iterator[tuple[RowRange, Tensor]]:

@@ -74,8 +74,8 @@ def prepare_checkpoint(
             folder = fresh / NATIVE.expert_folders[expert]
             written = _write_expert(folder, source, expert, loras[expert], dtype, progress)
             files |= {f"{folder.name}/{name}": facts for name, facts in written.items()}
-        for relative in manifest.parts.values():
-            files |= _link_part(source.root, fresh, relative)
+        for part, origin in _parts(source).items():
+            files |= _link_part(origin, fresh, manifest.parts[part])
         manifest = replace(manifest, complete=True, files=files)
         manifest.write(fresh)
         replace_folder(output, fresh)
@@ -90,7 +90,8 @@ def _empty_manifest(
         kind=source.kind,
         dtype=dtype,
         storymem_lora=storymem_folder,
-        source={"path": str(source.root.resolve()), "identity": source.identity, "layout": source.layout},
+        source={"path": str(source.root.resolve()), "identity": source.identity, "layout": source.layout}
+        | {name: str(path.resolve()) for name, path in source.given.given().items()},
         loras={
             expert: [
                 lora.describe() | {"is_storymem": storymem_folder is not None and index == 0}
@@ -98,11 +99,7 @@ def _empty_manifest(
             ]
             for expert in EXPERTS
         },
-        parts={
-            "vae": source.vae_path.relative_to(source.root).as_posix(),
-            "text_encoder": source.text_encoder_path.relative_to(source.root).as_posix(),
-            "tokenizer": source.tokenizer_path.relative_to(source.root).as_posix(),
-        },
+        parts={part: _place_of(part, path, source.root) for part, path in _parts(source).items()},
         files={},
         versions={package: importlib.metadata.version(package) for package in _PACKAGES},
     )
@@ -200,13 +197,21 @@ def _write_weight(
     return num_bytes
 
 
-def _link_part(source: Path, target: Path, relative: str) -> dict[str, Mapping[str, Any]]:
-    """Link (or copy) a file or folder to the same place under ``target``; returns the facts of its files."""
-    origin = source / relative
+def _parts(source: WanCheckpoint) -> dict[str, Path]:
+    return {"vae": source.vae_path, "text_encoder": source.text_encoder_path, "tokenizer": source.tokenizer_path}
+
+
+def _place_of(part: str, path: Path, root: Path) -> str:
+    """Where a part goes in the prepared folder: to the same place, or to a folder of its own if it lies elsewhere."""
+    return path.relative_to(root).as_posix() if path.is_relative_to(root) else f"{part}/{path.name}"
+
+
+def _link_part(origin: Path, target: Path, relative: str) -> dict[str, Mapping[str, Any]]:
+    """Link (or copy) a file or folder to ``relative`` under ``target``; returns the facts of its files."""
     paths = [origin] if origin.is_file() else sorted(path for path in origin.rglob("*") if path.is_file())
     facts = {}
     for path in paths:
-        name = path.relative_to(source).as_posix()
+        name = (Path(relative) / path.relative_to(origin)).as_posix()
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         try:
             os.link(path.resolve(), target / name)

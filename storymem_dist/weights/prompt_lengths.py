@@ -4,7 +4,7 @@ Loads the tokenizer, not the encoder, and only when a text may be too long. Know
 """
 
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -66,9 +66,7 @@ def check_prompt_lengths(
             raise ConfigError(f"{message}; shorten it, or set stories.long_prompts=warn")
         warnings.append(message)
     for story in batch.stories:
-        cut = [
-            _sentence(story, shot, problem) for shot in story.shots if (problem := cut_text(shot.prompt)) is not None
-        ]
+        cut = [sentence for shot in story.shots for sentence in _cut_texts(story, shot, cut_text)]
         if cut and refuse:
             rejected.append(_rejected(story, cut))
         else:
@@ -76,9 +74,15 @@ def check_prompt_lengths(
     return StoryBatch(stories=tuple(stories), rejected=tuple(rejected), warnings=tuple(warnings))
 
 
-def _sentence(story: Story, shot: Shot, problem: str) -> str:
+def _cut_texts(story: Story, shot: Shot, cut_text: CutText) -> Iterator[str]:
+    """A sentence for each text of a rendered shot that is cut."""
+    if shot.video is not None:
+        return
+    where = f"{story.source or story.story_id}, scene {shot.scene_num}, {shot.shot_id}"
     what = "style and prompt together have" if story.style else "the prompt has"
-    return f"{story.source or story.story_id}, scene {shot.scene_num}, {shot.shot_id}: {what} {problem}"
+    for text, has in ((shot.prompt, what), (shot.options.negative_prompt, "the negative prompt has")):
+        if text is not None and (problem := cut_text(text)) is not None:
+            yield f"{where}: {has} {problem}"
 
 
 def _rejected(story: Story, cut: Sequence[str]) -> RejectedStoryboard:

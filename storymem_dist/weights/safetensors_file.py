@@ -62,10 +62,48 @@ class TensorEntry:
     num_bytes: int
 
 
+class PositionalReader:
+    """Fills buffers from places in a file, from any thread.
+
+    The descriptor is opened on the first read and lives as long as the object.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.bytes_read = 0
+        self._lock = threading.Lock()
+        self._descriptor: int | None = None
+
+    def fill(self, buffer: memoryview, offset: int) -> None:
+        """Fill ``buffer`` with the bytes from ``offset`` on. Raises ``CheckpointError`` if the file ends before."""
+        with self._lock:
+            if self._descriptor is None:
+                self._descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        done = 0
+        while done < len(buffer):
+            count = os.preadv(self._descriptor, [buffer[done : done + _MAX_READ_BYTES]], offset + done)
+            if count == 0:
+                raise CheckpointError(f"{self.path}: the file became shorter while it was being read")
+            done += count
+        with self._lock:
+            self.bytes_read += done
+
+    def close(self) -> None:
+        """Close the descriptor; a later read opens it again."""
+        with self._lock:
+            if self._descriptor is not None:
+                os.close(self._descriptor)
+                self._descriptor = None
+
+    def __del__(self) -> None:
+        if getattr(self, "_descriptor", None) is not None:
+            self.close()
+
+
 class SafetensorsFile:
     """A safetensors file whose header was read and found to fit the file's size.
 
-    Opening reads the header alone. The descriptor is opened on the first read and lives as long as the object.
+    Opening reads the header alone.
 
     Raises:
         CheckpointError: the file is not safetensors, is truncated, or its header contradicts itself.
@@ -77,9 +115,7 @@ class SafetensorsFile:
         self.header, data_start = _read_header(path, self.num_bytes)
         self.metadata: dict[str, str] = self.header.get("__metadata__", {})
         self._entries = _parse_entries(path, self.header, data_start, self.num_bytes)
-        self._lock = threading.Lock()
-        self._descriptor: int | None = None
-        self._bytes_read = 0
+        self._reader = PositionalReader(path)
 
     def __contains__(self, key: str) -> bool:
         return key in self._entries
@@ -97,7 +133,7 @@ class SafetensorsFile:
     @property
     def bytes_read(self) -> int:
         """Bytes of tensor data read so far."""
-        return self._bytes_read
+        return self._reader.bytes_read
 
     def read(self, key: str, rows: slice | None = None, *, pin_memory: bool = False) -> Tensor:
         """Rows of one tensor along its first dimension, in memory of their own, as stored (no cast).
@@ -113,36 +149,16 @@ class SafetensorsFile:
             offset += start * row_bytes
             shape = torch.Size((stop - start, *shape[1:]))
         raw = torch.empty(prod(shape) * entry.dtype.itemsize, dtype=torch.uint8, pin_memory=pin_memory)
-        self._fill(raw.numpy().data, offset)
+        self._reader.fill(raw.numpy().data, offset)
         return raw.view(entry.dtype).reshape(shape)
-
-    def _fill(self, buffer: memoryview, offset: int) -> None:
-        with self._lock:
-            if self._descriptor is None:
-                self._descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-        done = 0
-        while done < len(buffer):
-            count = os.preadv(self._descriptor, [buffer[done : done + _MAX_READ_BYTES]], offset + done)
-            if count == 0:
-                raise CheckpointError(f"{self.path}: the file became shorter while it was being read")
-            done += count
-        with self._lock:
-            self._bytes_read += done
 
     def close(self) -> None:
         """Close the descriptor; a later read opens it again."""
-        with self._lock:
-            if self._descriptor is not None:
-                os.close(self._descriptor)
-                self._descriptor = None
-
-    def __del__(self) -> None:
-        if getattr(self, "_descriptor", None) is not None:
-            self.close()
+        self._reader.close()
 
 
 _OTHER_FORMATS: Mapping[bytes, str] = {
-    b"GGUF": "a GGUF file: its quantized tensors cannot be read here; use the .safetensors file of the same weights",
+    b"GGUF": "a GGUF file, which is read for transformers only; use the .safetensors file of the same weights",
     b"version https://git-lfs": "a Git LFS pointer instead of the file; fetch it with: git lfs pull",
     b"<!DOCTYPE": "a web page instead of the file; download it again",
     b"<!doctype": "a web page instead of the file; download it again",

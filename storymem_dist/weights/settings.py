@@ -10,28 +10,42 @@ from storymem_dist.models.quantized_linear import LINEARS
 from storymem_dist.weights.lora import SCALE_RULES, lora_list
 
 COMPUTE_DTYPES = ("bfloat16", "float32")
-EXPERT_RESIDENCIES = ("auto", "resident", "swap")
+EXPERT_RESIDENCIES = ("auto", "resident", "stream", "swap")
 
 
 @dataclass(kw_only=True, slots=True)
 class ModelSettings:
     """The ``model`` group.
 
+    ``t2v_checkpoint`` and ``i2v_checkpoint`` are folders of any layout of ``weights.checkpoints``. ``t2v_high_noise``
+    and the three like it name the file (or folder) of one expert, in pairs; ``vae``, ``text_encoder`` and ``tokenizer``
+    those parts. They come before what the folder holds.
+
     ``packed`` is a file with a whole small model (``weights.packed``), and ``packed_sha256`` what it must be (None: not
     checked). ``generate`` names a preset with seeded random weights. In both cases a checkpoint is written to the
     user's cache on first use, and the three paths are filled from it. ``storymem_scale_rule`` is the rule of that LoRA
     (StoryMem's own are rsLoRA). ``loras`` are merged after it, in order; each is a path or a mapping with the fields of
-    ``LoraSettings``, and becomes one. ``experts``: ``resident`` keeps both on the device, ``swap`` both in host memory
-    and one on the device; ``auto`` decides by the device's memory. ``attention`` is one of
-    ``models.attention.BACKENDS``. ``linears`` is the number format of the blocks' matrix products, one of
-    ``models.quantized_linear.LINEARS``: ``float8`` and ``int8`` are lossy. ``cache_text_keys`` keeps the keys and
-    values of a shot's texts on the device (A14B: 0.84 GB) instead of computing them at every step; pixels are the same.
-    ``vae_precision`` is the precision of the VAE's convolutions on CUDA: ``tf32`` (torch's default, and so the original
-    code's) or ``float32``; all other fp32 arithmetic is exact in both cases.
+    ``LoraSettings``, and becomes one. ``experts``: ``resident`` keeps both on the device. ``stream`` keeps both in
+    host memory, and on the device as many blocks of the one that computes as there is room for; the others arrive ahead
+    of their use. ``swap`` is the same with all blocks. ``auto`` decides by what is free on the device.
+
+    ``attention`` is one of ``models.attention.BACKENDS``; ``auto`` is the fastest one of the device. ``linears`` is the
+    number format of the blocks' matrix products, one of ``models.quantized_linear.LINEARS``; all but ``exact`` are
+    lossy. ``cache_text_keys`` keeps the keys and values of a shot's texts on the device (A14B: 0.84 GB) instead of
+    computing them at every step; pixels are the same. ``vae_precision`` is the precision of the VAE's convolutions on
+    CUDA: ``tf32`` (torch's default, and so the original code's) or ``float32``; all other fp32 arithmetic is exact in
+    both cases. ``bfloat16`` is the whole VAE in bf16, with half the memory, and lossy.
     """
 
     t2v_checkpoint: str | None = None
     i2v_checkpoint: str | None = None
+    t2v_high_noise: str | None = None
+    t2v_low_noise: str | None = None
+    i2v_high_noise: str | None = None
+    i2v_low_noise: str | None = None
+    vae: str | None = None
+    text_encoder: str | None = None
+    tokenizer: str | None = None
     storymem_lora: str | None = None
     storymem_scale_rule: str = "rslora"
     loras: Any = field(default_factory=list)

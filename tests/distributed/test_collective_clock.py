@@ -31,7 +31,7 @@ def seams(ulysses: ReplicaMesh, ring: ReplicaMesh, cfg: ReplicaMesh) -> dict[str
 
     def attend(mesh: ReplicaMesh) -> Callable:
         attention = SequenceParallelAttend(Attend("auto"), split(mesh))
-        return lambda: attention(x_BlNH, x_BlNH, x_BlNH)
+        return lambda: attention(x_BlNH, x_BlNH, attention.begin(x_BlNH))
 
     expert = SimpleNamespace(name="high_noise", guidance_scale=3.5, run=lambda *args: torch.ones(4))
     vae = golden_vae()

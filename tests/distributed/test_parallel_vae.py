@@ -183,3 +183,24 @@ def test_the_residual_vae_of_other_wan_models_is_refused() -> None:
     residual = AutoencoderKLWan(base_dim=4, z_dim=4, is_residual=True, latents_mean=[0.0] * 4, latents_std=[1.0] * 4)
     with pytest.raises(LayoutError, match="WanResidualDownBlock"):
         parallelize_vae(WanVae(residual), dist.group.WORLD)
+
+
+def decode_in_bf16(case: Case) -> Tensor:
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+    vae = bf16_vae()
+    parallelize_vae(vae, dist.group.WORLD)
+    return vae.decode(inputs(case)[1])
+
+
+def bf16_vae() -> WanVae:
+    return WanVae(golden_vae().autoencoder.to(torch.bfloat16))
+
+
+def test_in_bf16_and_channels_last_ranks_decode_what_one_device_does_but_for_rounding() -> None:
+    case = (2, 5, 2)
+    results = run_ranks(decode_in_bf16, 2, args=(case,))
+    expected, exact = bf16_vae().decode(inputs(case)[1]), golden_vae().decode(inputs(case)[1])
+    rounding = (expected - exact).norm()
+    assert torch.equal(*results)
+    assert (results[0] - expected).norm() <= rounding, "not more than bf16 itself costs"

@@ -9,6 +9,7 @@ from unittest.mock import patch
 import pytest
 import torch.distributed as dist
 
+from storymem_dist.parallel import sequence
 from storymem_dist.selftest import __main__ as selftest
 from tests.helpers.ranks import run_ranks
 
@@ -43,7 +44,18 @@ def _corrupt_rank_1() -> tuple[int, str]:
         if os.environ["RANK"] == "1" and received.numel():
             received.view(-1)[0] += 1
 
-    with patch.object(dist, "all_to_all_single", wrong_on_one_rank):
+    finish = sequence._finish_exchange
+
+    def wrong_in_the_model(arriving, ulysses):  # type: ignore[no-untyped-def]
+        received = finish(arriving, ulysses)
+        if os.environ["RANK"] == "1":
+            received.view(-1)[0] += 1
+        return received
+
+    with (
+        patch.object(dist, "all_to_all_single", wrong_on_one_rank),
+        patch.object(sequence, "_finish_exchange", wrong_in_the_model),
+    ):
         return _run_selftest()
 
 

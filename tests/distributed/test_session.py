@@ -125,6 +125,49 @@ def test_sharded_weights_do_not_queue_with_activations() -> None:
     assert [len(names) for names in run_ranks(_groups_of_equal_ranks, world_size=2, args=("fsdp",))] == [2, 2]
 
 
+def _groups_after_sessions(layouts: list[ParallelSettings]) -> list[int]:
+    """Process groups of this rank after each session; the first one is the default group."""
+    dist.init_process_group("gloo")
+    counts = []
+    for settings in layouts:
+        with start_session(settings) as session:
+            assert session.leader_decides(lambda: 7) == 7
+            assert len(dist.distributed_c10d._world.pg_map) > 1
+        counts.append(len(dist.distributed_c10d._world.pg_map))
+    return counts
+
+
+def test_every_session_destroys_all_groups_that_it_opened() -> None:
+    layouts = [
+        ParallelSettings(cfg=2, ulysses=2),
+        ParallelSettings(ring=2, ulysses=2, weights="fsdp"),
+        ParallelSettings(cfg=2, ring=2, weights="fsdp", shard_over="sequence"),
+        ParallelSettings(ulysses=2),
+        ParallelSettings(weights="fsdp"),
+    ]
+    assert run_ranks(_groups_after_sessions, 4, (layouts,)) == [[1] * len(layouts)] * 4
+
+
+def _shards_of_one_pass() -> dict[str, object]:
+    settings = ParallelSettings(cfg=2, ulysses=2, weights="fsdp", shard_over="sequence", across_nodes=True)
+    with start_session(settings) as session:
+        mesh = session.mesh
+        assert mesh.shard_mesh is not None and mesh.sequence.group is not None
+        return {
+            "holders": dist.get_process_group_ranks(mesh.shard_mesh.get_group()),
+            "apart": mesh.shard_mesh.get_group().group_name != mesh.sequence.group.group_name,
+            "replica": mesh.shard.size,
+            "readers": session.readers.size,
+        }
+
+
+def test_weights_sharded_over_one_pass_stay_on_its_node() -> None:
+    """Two nodes of two ranks, a guidance pass on each: no block crosses the network."""
+    results = run_ranks(_shards_of_one_pass, 4, ranks_per_node=2)
+    assert [r["holders"] for r in results] == [[0, 1], [0, 1], [2, 3], [2, 3]]
+    assert all(r["apart"] and r["replica"] == 4 and r["readers"] == 1 for r in results)
+
+
 def _peers_never_come() -> dict[str, str]:
     errors: dict[str, str] = {}
     with start_session(ParallelSettings(cfg=2, collective_timeout_seconds=1.0)) as session:

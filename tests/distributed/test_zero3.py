@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from storymem_dist.diffusion.text_cache import text_cache_of
+from storymem_dist.models.adapters import Adapter, set_adapters
 from storymem_dist.models.quantized_linear import quantize_linears
 from storymem_dist.models.wan.dit import WanDiT
 from storymem_dist.parallel.loading import build_expert, place_experts
@@ -15,7 +16,7 @@ from storymem_dist.parallel.settings import ParallelSettings
 from storymem_dist.parallel.zero3 import hand_to_zero3
 from storymem_dist.weights.loading import StateDictSource, load_dit_weights
 from tests.helpers.ranks import run_ranks
-from tests.helpers.tiny_dit import CONFIG, make_dit, make_inputs
+from tests.helpers.tiny_dit import CONFIG, largest_error, make_dit, make_inputs
 
 pytest.importorskip("deepspeed")
 
@@ -107,3 +108,38 @@ def _use_no_compiled_extension() -> None:
     from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 
     deepspeed.ops.__compatible_ops__[ShareMemCommBuilder.NAME] = False
+
+
+def _run_with_adapters() -> tuple[list[float], list[bool], str]:
+    """Errors against merged weights of forwards with other adapters each; whether those without stay the same."""
+    _use_no_compiled_extension()
+    settings = ParallelSettings(weights="zero3")
+    plain, inputs = make_dit(WIDE), make_inputs(WIDE)
+    source, generator = StateDictSource("here", plain.state_dict()), torch.Generator().manual_seed(1)
+    errors, equal = [], []
+    with start_session(settings) as session, torch.no_grad():
+        dit, _ = build_expert(WIDE, source, session=session, settings=settings, dtype=torch.float32)
+        for names in (["blocks.0.ffn.0", "blocks.1.cross_attn.v", "head.head"], ["blocks.0.self_attn.norm_q"]):
+            merged, adapters = make_dit(WIDE), {}
+            for name in names:
+                weight = merged.get_submodule(name).weight
+                if weight.ndim == 1:
+                    adapters[name] = Adapter(weight=torch.randn(weight.shape, generator=generator))
+                    weight.add_(adapters[name].weight)
+                    continue
+                sizes = (4, weight.shape[1]), (weight.shape[0], 4)
+                down, up = (0.1 * torch.randn(size, generator=generator) for size in sizes)
+                adapters[name] = Adapter(down=down, up=up)
+                weight.add_(up @ down)
+            set_adapters(dit, adapters, session.device)
+            errors.append(largest_error(dit(*inputs), merged(*inputs)))
+            set_adapters(dit, {}, session.device)
+            equal.append(torch.equal(dit(*inputs), plain(*inputs)))
+        return errors, equal, dit.blocks[0].ffn[0].weight.ds_status.name
+
+
+def test_adapters_are_added_to_layers_that_deepspeed_fetches() -> None:
+    ((errors, equal, status),) = run_ranks(_run_with_adapters, 1, timeout_seconds=200)
+    assert max(errors) <= 1e-5
+    assert equal == [True, True]
+    assert status == "NOT_AVAILABLE"

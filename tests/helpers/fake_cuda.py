@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
@@ -48,6 +49,9 @@ class Crossings(TorchDispatchMode):
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_cuda:
             self._noted.append(HOST_READS)
             return args[0].dtype is torch.bool or 1
+        if func is torch.ops.aten._fused_sdp_choice.default and args[0].is_cuda:  # needs a CUDA build; as on Ampere
+            is_half = args[0].dtype in (torch.bfloat16, torch.float16)
+            return int((SDPBackend.FLASH_ATTENTION if is_half else SDPBackend.EFFICIENT_ATTENTION).value)
         if func is torch.ops.aten._pin_memory.default:
             return args[0].clone()  # fake tensors do not know it
         result = func(*args, **(kwargs or {}))

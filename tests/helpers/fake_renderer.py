@@ -23,6 +23,7 @@ from storymem_dist.dispatch.plan import BatchPart
 from storymem_dist.dispatch.protocol import RenderedShot, ShotHistory, ShotJob
 from storymem_dist.events import Event
 from storymem_dist.memory.bank import Keyframe
+from storymem_dist.memory.settings import MemorySettings
 from storymem_dist.story.schema import Scene, Shot, Story
 
 SAMPLER = {"num_frames": 9, "height": 32, "width": 48, "num_inference_steps": 4, "continuation": "mi2v"}
@@ -45,8 +46,9 @@ def make_story(story_id: str, num_shots: int, *, changed: Mapping[int, str] | No
 
 
 def make_part(root: Path, stories: Sequence[Story], **changes: object) -> BatchPart:
-    """A batch part of small clips. ``changes`` go to the sampler, ``observers`` to the part."""
+    """A batch part of small clips. ``changes`` go to the sampler, ``observers`` and ``recall`` (a rule) to the part."""
     observers = changes.pop("observers", None)
+    memory = MemorySettings(recall=str(changes.pop("recall", "window")))
     num_refused = int(str(changes.pop("num_refused", 0)))
     sampler = SamplerSettings(**{**SAMPLER, **changes})  # type: ignore[arg-type]
     shared = {"height": sampler.height, "width": sampler.width, "steps": sampler.num_inference_steps}
@@ -66,6 +68,7 @@ def make_part(root: Path, stories: Sequence[Story], **changes: object) -> BatchP
             num_inference_steps=sampler.num_inference_steps,
             is_a14b=False,
         ),
+        memory=memory,
         config_hash="c0ffee",
         config_text="fake: true\n",
         num_refused=num_refused,

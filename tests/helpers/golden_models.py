@@ -53,8 +53,8 @@ class TokensByName:
 
 def golden_text_encoder(weights: dict[str, Tensor], ids: dict[str, list[int]]) -> TextEncoder:
     """The fixtures' T5 in float32, for "texts" that are names in ``ids``."""
-    model = empty_text_encoder(text_encoder_config(weights))
     state = {transformers_t5_key(key): value for key, value in weights.items()}
+    model = empty_text_encoder(text_encoder_config({key: value.shape for key, value in state.items()}))
     state["encoder.embed_tokens.weight"] = state["shared.weight"]
     assign_state_dict(model, state, where="fixture")
     return TextEncoder(model, TokensByName(ids))

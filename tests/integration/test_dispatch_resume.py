@@ -133,7 +133,7 @@ def test_an_edited_prompt_renders_that_shot_and_all_after_it_again_and_says_why(
     assert renderer.rendered == ["ocean:shot_03", "ocean:shot_04"]
     assert [event.why for event in events.of(ShotStarted)] == [
         "prompt changed from 'ocean, shot 2' to 'a storm'",
-        "a shot before it is rendered again",
+        "a shot that it needs is rendered again",
     ]
     after = inodes(root)
     kept = [path for path in before if "city" in path or "shot_01" in path or "shot_02" in path]
@@ -157,7 +157,7 @@ def test_strict_resume_refuses_any_difference_and_names_it(root: Path) -> None:
     edited = [make_story("ocean", 4, changed={2: "a storm"}), STORIES[1]]
     with pytest.raises(RunFolderError, match=r"resume=strict.*ocean:shot_03: prompt changed from") as caught:
         render(root, edited, resume="strict")
-    assert "ocean:shot_04: a shot before it" in str(caught.value) and "city" not in str(caught.value)
+    assert "ocean:shot_04: a shot that it needs" in str(caught.value) and "city" not in str(caught.value)
     longer = [make_story("ocean", 5), *STORIES[1:]]
     assert render(root, longer, resume="strict").num_rendered == 1, "a shot that was never rendered is no difference"
 

@@ -167,7 +167,7 @@ def test_a_reference_image_that_breaks_later_fails_its_story_alone(
 ) -> None:
     from PIL import Image
 
-    import storymem_dist.render.shot as render_shot
+    from storymem_dist.render import given
 
     (tmp_path / "in").mkdir()
     Image.new("RGB", (64, 64)).save(tmp_path / "in" / "ref.png")
@@ -177,15 +177,16 @@ def test_a_reference_image_that_breaks_later_fails_its_story_alone(
     def unreadable(path: Path) -> None:
         raise StoryboardError(f"the image {path} cannot be read (truncated)")
 
-    monkeypatch.setattr(render_shot, "open_reference_image", unreadable)
+    monkeypatch.setattr(given, "open_reference_image", unreadable)
     assert render_small(tmp_path / "in", tmp_path / "run") == ShotError.exit_code
     assert (tmp_path / "run" / "stories" / "b" / "story.mp4").exists()
     assert "cannot be read (truncated)" in capsys.readouterr().out
 
 
-def test_swapped_experts_and_a_resumed_run_in_strict_mode_change_nothing(rendered: Path) -> None:
-    assert render_small(rendered / "in" / "fox.json", rendered / "swapped", "model.experts=swap") == 0
-    assert media_bytes(rendered / "swapped") == media_bytes(rendered / "run")
+def test_waiting_experts_and_a_resumed_run_in_strict_mode_change_nothing(rendered: Path) -> None:
+    for setting in ("model.experts=swap", "model.experts=stream", "parallel.weights=fsdp_offload"):
+        assert render_small(rendered / "in" / "fox.json", rendered / setting, setting) == 0
+        assert media_bytes(rendered / setting) == media_bytes(rendered / "run")
     assert render_small(rendered / "in" / "fox.json", rendered / "run", "dispatch.resume=strict") == 0
     with pytest.raises(StoryMemError, match=r"num_inference_steps"):
         render_small(

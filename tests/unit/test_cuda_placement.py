@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from concurrent.futures import Executor, Future
 from dataclasses import replace
+from functools import partial
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +15,7 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel
 
+from storymem_dist.diffusion import conditioning
 from storymem_dist.diffusion.denoise import DenoiseState, DenoiseStopped, PromptEmbeds
 from storymem_dist.diffusion.experts import ExpertPair
 from storymem_dist.diffusion.guidance import LocalGuidance
@@ -27,7 +30,8 @@ from storymem_dist.models.wan.dit import WanDiT
 from storymem_dist.models.wan.presets import EXPERTS, TINY
 from storymem_dist.models.wan.text_encoder import TextEncoder, empty_text_encoder
 from storymem_dist.models.wan.vae import WanVae
-from storymem_dist.parallel.loading import place_experts
+from storymem_dist.parallel import working_memory
+from storymem_dist.parallel.loading import local_part, place_experts
 from storymem_dist.pipeline import StoryMemPipeline, to_image_tensor
 from storymem_dist.render import clip as render_clip
 from storymem_dist.render.build import Engine
@@ -58,15 +62,22 @@ def crossings() -> Iterator[Crossings]:
         yield crossings
 
 
-def tiny_expert(kind: str, dtype: torch.dtype = torch.bfloat16, linears: str = "exact") -> WanDiT:
+def tiny_expert(
+    kind: str,
+    dtype: torch.dtype = torch.bfloat16,
+    linears: str = "exact",
+    num_layers: int = TINY.t2v.num_layers,
+    device: torch.device | str = CUDA,
+) -> WanDiT:
     """As ``parallel.loading`` builds one."""
+    config = replace(TINY.t2v if kind == "t2v" else TINY.i2v, num_layers=num_layers)
     with torch.device("meta"):
-        dit = WanDiT(TINY.t2v if kind == "t2v" else TINY.i2v, dtype=dtype)
+        dit = WanDiT(config, dtype=dtype)
     quantize_linears(dit.blocks, linears)
     attach_step_cache(dit)
     attach_text_cache(dit)
     dit.eval().requires_grad_(False)
-    return dit.to_empty(device=CUDA)
+    return dit.to_empty(device=device)
 
 
 def tiny_experts(kind: str, **formats: Any) -> ExpertPair:
@@ -108,6 +119,8 @@ class Rendering:
         self.of_steps: list[list[str]] = []
         # Solvers compute their weights once, on the CPU, with real numbers; the same goes for noise.
         monkeypatch.setattr(render_clip, "Solver", really(Solver))
+        contents = count()  # fake pictures have none
+        monkeypatch.setattr(conditioning, "content_key", lambda images: next(contents))
         self.sampler = ClipSampler(
             load_experts=lambda kind: tiny_experts(kind, **formats),
             guidance=LocalGuidance(),
@@ -178,6 +191,43 @@ def test_an_expert_that_waits_on_the_host_comes_once_and_is_never_copied_back(
     rendering.run(request(num_inference_steps=4, boundary_ratio_t2v=0.9))
     copied = [TO_DEVICE] * num_tensors
     assert [step for step in rendering.of_steps if step] == [copied, copied]
+
+
+def test_streamed_blocks_come_in_every_pass_and_nothing_else_does(
+    crossings: Crossings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The experts were read into host memory; on the device, no more than two blocks of one of them have memory."""
+    without_cuda(monkeypatch)
+    monkeypatch.setattr(working_memory, "free_device_memory_bytes", lambda device: 0)
+    experts = {name: tiny_expert("t2v", num_layers=5, device="cpu") for name in EXPERTS}
+    _, residency = place_experts(experts.items(), device=CUDA, weights="replicated", swap=False, stream=True)
+    parameters = [parameter for expert in experts.values() for parameter in expert.parameters()]
+    assert {parameter.device for parameter in parameters} == {CUDA}
+    one = experts["high_noise"]
+    per_block = len(list(one.blocks[0].parameters()))
+    held: list[int] = []
+
+    def note(*_: object) -> None:
+        held.append(sum(1 for parameter in parameters if parameter.untyped_storage().nbytes()))
+
+    for expert in experts.values():
+        for block in expert.blocks:
+            block.register_forward_hook(note)
+    rendering = Rendering(crossings, monkeypatch)
+    rendering.sampler = ClipSampler(
+        load_experts=lambda kind: ExpertPair(**experts, **GUIDANCE, residency=residency),
+        guidance=LocalGuidance(),
+        vae=tiny_vae(),
+        device=CUDA,
+    )
+    crossings.take()
+    rendering.run(request(num_inference_steps=4, boundary_ratio_t2v=0.9))
+    outside = len(list(one.parameters())) - 5 * per_block
+    assert set(held) == {outside + 2 * per_block}
+    first, later = outside + 11 * per_block, 10 * per_block  # two passes; one block is there before the next begins
+    counts = [len(step) for step in rendering.of_steps]
+    assert sorted(counts) == sorted([first, first, later, later])
+    assert {noted for step in rendering.of_steps for noted in step} == {TO_DEVICE}
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -299,14 +349,18 @@ class AtOnce(Executor):
         return future
 
 
+@pytest.mark.parametrize("streamed", [False, True])
 @pytest.mark.parametrize("linears", LINEARS)
 def test_weights_are_merged_and_quantized_on_the_device(
-    crossings: Crossings, monkeypatch: pytest.MonkeyPatch, linears: str
+    crossings: Crossings, monkeypatch: pytest.MonkeyPatch, linears: str, streamed: bool
 ) -> None:
-    """All that crosses devices is what was read: each weight once, and the two halves of the LoRA."""
+    """All that crosses devices is what was read: each weight once, and the two halves of the LoRA.
+
+    Streamed weights then go back to the host, so that they have the bits of those that stay.
+    """
     monkeypatch.setattr(loading, "ThreadPoolExecutor", AtOnce)
     monkeypatch.setattr(merge, "require_finite", lambda *_: 1.0)  # it looks at values, which fake tensors lack
-    expert = tiny_expert("t2v", linears=linears)
+    expert = tiny_expert("t2v", linears=linears, device="cpu" if streamed else CUDA)
     shapes = {name: value.shape for name, value in expert.named_parameters() if not name.endswith("row_scale")}
     key = "blocks.0.ffn.0.weight"
     halves = {"down": torch.Size((2, shapes[key][1])), "up": torch.Size((shapes[key][0], 2))}
@@ -315,6 +369,10 @@ def test_weights_are_merged_and_quantized_on_the_device(
         down_key="down", up_key="up", rank=2, in_features=shapes[key][1], out_features=shapes[key][0], alpha=None
     )
     lora = LoraFile(path=Path("lora"), source=source, modules={key.removesuffix(".weight"): module}, identity="")
-    load_dit_weights(expert, Weights(shapes, torch.float32), [ScaledLora(lora)])
-    assert crossings.take() == [TO_DEVICE] * (len(shapes) + 2)
-    assert {parameter.device for parameter in expert.parameters()} == {CUDA}
+    part_of = partial(local_part, merge_on=CUDA if streamed else None)
+    load_dit_weights(expert, Weights(shapes, torch.float32), [ScaledLora(lora)], local_part=part_of)
+    crossed = crossings.take()
+    assert crossed.count(TO_DEVICE) == len(shapes) + 2
+    assert crossed.count(TO_HOST) == (len(list(expert.parameters())) if streamed else 0)
+    assert len(crossed) == crossed.count(TO_DEVICE) + crossed.count(TO_HOST)
+    assert {parameter.device.type for parameter in expert.parameters()} == {"cpu" if streamed else "cuda"}

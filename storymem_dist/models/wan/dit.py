@@ -160,11 +160,14 @@ class PatchEmbedding(nn.Conv3d):
 
     def forward(self, x_BCTHW: Tensor) -> Tensor:
         """Return tokens in the weight's dtype; sizes must be divisible by the patch."""
+        return F.linear(self.patches(x_BCTHW), self.weight.flatten(1), self.bias)
+
+    def patches(self, x_BCTHW: Tensor) -> Tensor:
+        """The values of each patch ``[B, L, C * patch_t * patch_h * patch_w]`` in the weight's dtype."""
         batch, channels, *sizes = x_BCTHW.shape
         (t, pt), (h, ph), (w, pw) = ((size // p, p) for size, p in zip(sizes, self.kernel_size, strict=True))
         patches = x_BCTHW.to(self.weight.dtype).view(batch, channels, t, pt, h, ph, w, pw)
-        patches_BLX = patches.permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(batch, t * h * w, channels * pt * ph * pw)
-        return F.linear(patches_BLX, self.weight.flatten(1), self.bias)
+        return patches.permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(batch, t * h * w, channels * pt * ph * pw)
 
 
 class SelfAttention(nn.Module):
@@ -180,9 +183,9 @@ class SelfAttention(nn.Module):
 
     def forward(self, x_BLD: Tensor, rope_cos_LP: Tensor, rope_sin_LP: Tensor) -> Tensor:
         """``x_BLD`` in the matmul dtype, rotary tables fp32; returns the output projection in the matmul dtype."""
+        v_BLNH = self.attend.begin(self.v(x_BLD).unflatten(-1, (self.num_heads, -1)))
         q_BLNH = self._rotate(self.norm_q(self.q(x_BLD).float()), rope_cos_LP, rope_sin_LP).to(x_BLD.dtype)
         k_BLNH = self._rotate(self.norm_k(self.k(x_BLD).float()), rope_cos_LP, rope_sin_LP).to(x_BLD.dtype)
-        v_BLNH = self.v(x_BLD).unflatten(-1, (self.num_heads, -1))
         return self.o(self.attend(q_BLNH, k_BLNH, v_BLNH).flatten(2))
 
     def _rotate(self, x_BLD: Tensor, rope_cos_LP: Tensor, rope_sin_LP: Tensor) -> Tensor:
@@ -256,7 +259,7 @@ class WanBlock(nn.Module):
         ``context`` is the embedded text ``[B, S, D]``, or its keys and values in this block. An earlier call with
         ``keep_text`` returned these next to the tokens.
         """
-        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + modulation_B6D).unbind(1)
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulated(modulation_B6D).unbind(1)
         # Intermediates get no names here: they would stay in memory while the next layers run.
         tokens_BLD = gated_residual(
             tokens_BLD, self.self_attn(self._normed(tokens_BLD, shift1, scale1), rope_cos_LP, rope_sin_LP), gate1
@@ -265,6 +268,10 @@ class WanBlock(nn.Module):
         tokens_BLD = tokens_BLD + self.cross_attn(self.norm3(tokens_BLD).to(self.dtype), text)
         tokens_BLD = gated_residual(tokens_BLD, self.ffn(self._normed(tokens_BLD, shift2, scale2)), gate2)
         return (tokens_BLD, text) if keep_text else tokens_BLD
+
+    def modulated(self, modulation_B6D: Tensor) -> Tensor:
+        """Shifts, scales and gates ``[B, 6, D]`` of this block, fp32."""
+        return self.modulation + modulation_B6D
 
     def _normed(self, tokens_BLD: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
         return modulated_norm(tokens_BLD, shift_BD, scale_BD, self.eps).to(self.dtype)
@@ -315,8 +322,12 @@ class Head(nn.Module):
 
     def forward(self, tokens_BLD: Tensor, time_BD: Tensor) -> Tensor:
         """Return ``[B, L, patch_t * patch_h * patch_w * out_dim]``, channel fastest."""
-        shift_BD, scale_BD = (self.modulation + time_BD[:, None]).unbind(1)
+        shift_BD, scale_BD = self.modulated(time_BD[:, None]).unbind(1)
         return self.head(modulated_norm(tokens_BLD, shift_BD, scale_BD, self.eps))
+
+    def modulated(self, time_B1D: Tensor) -> Tensor:
+        """Shift and scale ``[B, 2, D]``, fp32."""
+        return self.modulation + time_B1D
 
 
 class WanDiT(nn.Module):

@@ -1,8 +1,9 @@
 """The memory lineage picture of a story: which keyframe of which shot was shown to which later shot.
 
 One column per shot, one row per keyframe. A keyframe's picture is in the column of the shot it comes from. Its line
-runs to the right, with a filled dot under each later shot to which it was shown and a ring where it had left the
-window. Every dot shows its scores to pointers and screen readers; a table below repeats them. Knows views, no files.
+runs to the right, with a filled dot under each later shot to which it was shown and a ring where the shot's memory had
+no place for it. Every dot shows its scores to pointers and screen readers; a table below repeats them. Knows views, no
+files.
 """
 
 from storymem_dist.events import MemoryDecided
@@ -32,7 +33,7 @@ def lineage(story: StoryView, assets: Assets) -> str:
     )
     legend = (
         '<ul class="legend" aria-label="Marks"><li><span class="dot shown"></span>shown to the shot</li>'
-        '<li><span class="dot gone"></span>in the bank, but outside the window</li></ul>'
+        '<li><span class="dot gone"></span>in the bank, but not shown to the shot</li></ul>'
     )
     return (
         f'<div class="scroll" role="region" aria-label="{esc(name)}" tabindex="0">{picture}</div>{legend}'
@@ -156,7 +157,7 @@ def _keyframe_table(story: StoryView, assets: Assets) -> str:
     heads = ("keyframe", "picture", "frame", "similarity", "to the bank", "nearest in the bank", "quality")
     return table(
         f"Keyframes of {story.name}",
-        (*heads, "shown to", "outside the window for"),
+        (*heads, "shown to", "not shown to"),
         rows,
         numeric=(2, 3, 4, 6),
         compact=True,

@@ -5,7 +5,7 @@ its type here, whoever wrote the files. Knows nothing of HTML.
 """
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -47,6 +47,8 @@ class KeyframeView:
         """Its name for people."""
         if self.shot_index < 0:
             return f"reference image {self.slot + 1}"
+        if self.slot < 0:
+            return f"reference image of shot_{self.shot_index + 1:02d}"
         return f"shot_{self.shot_index + 1:02d} keyframe {self.slot}"
 
 
@@ -54,7 +56,8 @@ class KeyframeView:
 class ShotView:
     """One shot. ``status``: ``finished``, ``running``, ``failed``, ``blocked`` or ``waiting``.
 
-    ``decisions`` are those of the current record, or of the newest attempt where there is no record.
+    ``decisions`` are those of the current record, or of the newest attempt where there is no record. ``own``: what the
+    storyboard sets for this shot alone.
     """
 
     shot_id: str
@@ -80,6 +83,7 @@ class ShotView:
     num_attempts: int
     why: str
     decisions: tuple[ev.MemoryDecided, ...]
+    own: dict[str, Any] = field(default_factory=dict)
 
     @property
     def recalled(self) -> tuple[ev.MemoryDecided, ...]:
@@ -89,7 +93,10 @@ class ShotView:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoryView:
-    """One story: its shots in chain order and the keyframes of its memory bank, oldest first."""
+    """One story: its shots in order and the keyframes of its memory bank, oldest first.
+
+    ``waits_for``: for each shot the positions of those that it waits for; empty where it is not known.
+    """
 
     story_id: str
     name: str
@@ -98,6 +105,7 @@ class StoryView:
     message: str
     shots: tuple[ShotView, ...]
     keyframes: tuple[KeyframeView, ...]
+    waits_for: tuple[tuple[int, ...], ...] = ()
 
     @property
     def num_finished(self) -> int:
@@ -193,6 +201,7 @@ def _story(files: RunFiles, folder: StoryFiles, state: RunState) -> StoryView:
         message=folded.message if folded else "",
         shots=tuple(shots),
         keyframes=_keyframes(files, folder, shots),
+        waits_for=_checked_waits(folded.waits_for if folded else ()),
     )
 
 
@@ -203,6 +212,11 @@ def _typed(value: Any, kind: type[_Value], default: _Value) -> _Value:
     """``value`` if it is of type ``kind`` (and a number of at most 15 digits, if it is one), else ``default``."""
     fits = isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
     return value if fits and (not isinstance(value, int | float) or abs(value) < 10**15) else default
+
+
+def _checked_waits(waits_for: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...]:
+    """What each shot waits for, without what no render writes: only shots before it."""
+    return tuple(tuple(one for one in waits if 0 <= one < index) for index, waits in enumerate(waits_for))
 
 
 def _planned_shots(storyboard: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -271,7 +285,21 @@ def _shot(
         num_attempts=len(folded.attempts) if folded is not None else 0,
         why=started.why if started is not None else "",
         decisions=decisions,
+        own=dict(record.own) if record else {},
     )
+
+
+def _given_images(files: RunFiles, folder: StoryFiles) -> dict[tuple[int, int], str]:
+    """The copies of pictures that the storyboard gives, by the shot index and slot that keyframes of them have."""
+    board = folder.storyboard
+    entities = [_typed(entity, dict, {}) for entity in _typed(board.get("entities"), list, [])]
+    of_story = [*_typed(board.get("reference_images"), list, [])]
+    of_story += [image for entity in entities for image in _typed(entity.get("references"), list, [])]
+    places = [(-1, position) for position in range(len(of_story))]
+    for shot in _planned_shots(board).values():
+        count = len(_typed(shot.get("references"), list, []))
+        places += [(_typed(shot.get("index"), int, 0), position - count) for position in range(count)]
+    return {(index, slot): files.reference_path(folder.story_id, index, slot) for index, slot in places}
 
 
 def _keyframes(files: RunFiles, folder: StoryFiles, shots: list[ShotView]) -> tuple[KeyframeView, ...]:
@@ -280,8 +308,7 @@ def _keyframes(files: RunFiles, folder: StoryFiles, shots: list[ShotView]) -> tu
     for record in folder.records.values():
         for slot, path in files.keyframe_paths(record).items():
             images[(record.shot_index, slot)] = path
-    for position, _ in enumerate(_typed(folder.storyboard.get("reference_images"), list, [])):
-        images[(-1, position)] = files.reference_path(folder.story_id, position)
+    images |= _given_images(files, folder)
     views: dict[tuple[int, int], KeyframeView] = {}
     for shot in shots:
         for decision in shot.decisions:

@@ -5,11 +5,13 @@ Knows the report's values and HTML; nothing of event files or records.
 
 import time
 from importlib import resources
+from typing import Any
 
 from storymem_dist.observe.report.assets import Assets
 from storymem_dist.observe.report.html import anchor, chip, details, document, esc, table, tile
 from storymem_dist.observe.report.lineage import lineage
 from storymem_dist.observe.report.model import RunView, ShotView, StoryView
+from storymem_dist.observe.report.needs import needs_picture
 from storymem_dist.observe.report.timeline import timeline
 from storymem_dist.observe.run import format as fmt
 from storymem_dist.observe.run.rates import rates, seconds_left
@@ -149,11 +151,33 @@ def shot_card(story: StoryView, shot: ShotView, assets: Assets, *, run: str = ""
     name = f"{run} · " * bool(run) + shot.shot_id.replace("_", " ")
     reason = f'<p class="trouble">{esc(shot.reason)}</p>' if shot.reason else ""
     why = f'<p class="quiet">rendered again: {esc(shot.why)}</p>' if shot.why else ""
+    own = f'<p class="quiet">{esc(_own_words(shot.own))}</p>' if shot.own else ""
     return (
         f'<li class="card" id="{identity}">{_screen(story, shot, assets, name)}'
         f'<h4>{esc(name)} {marks}</h4><p class="facts">{esc(" · ".join(facts))}</p>'
-        f'{reason}{why}<p class="prompt">{esc(shot.prompt)}</p></li>'
+        f'{reason}{why}{own}<p class="prompt">{esc(shot.prompt)}</p></li>'
     )
+
+
+def _own_words(own: dict[str, Any]) -> str:
+    """What the storyboard sets for a shot, in a line: ``own settings: num_frames 33, remember no``."""
+    given = own.get("given")
+    words = [f"{key} {_value_words(value)}" for key, value in sorted(own.items()) if key != "given"]
+    if isinstance(given, dict):
+        facts = [f"{given.get('width')}x{given.get('height')}", f"{given.get('rate')} frames per second"]
+        notes = given.get("notes")
+        words += [*facts, *map(str, notes if isinstance(notes, list) else [])]
+    return f"{'given clip' if 'video' in own else 'own settings'}: {', '.join(words)}"
+
+
+def _value_words(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list):
+        return " ".join(map(_value_words, value))
+    if isinstance(value, dict):
+        return " ".join(f"{key} {_value_words(one)}".removeprefix("path ") for key, one in sorted(value.items()))
+    return str(value)
 
 
 def _screen(story: StoryView, shot: ShotView, assets: Assets, name: str) -> str:
@@ -187,9 +211,8 @@ def _memory(run: RunView, assets: Assets) -> str:
         "all that it was shown.</p>"
     )
     parts = [
-        f"<details open><summary>{esc(story.name)}</summary>{lineage(story, assets)}</details>"
-        if len(run.stories) <= FILTER_FROM
-        else f"<details><summary>{esc(story.name)}</summary>{lineage(story, assets)}</details>"
+        f"<details{' open' * (len(run.stories) <= FILTER_FROM)}><summary>{esc(story.name)}</summary>"
+        f"{needs_picture(story)}{lineage(story, assets)}</details>"
         for story in run.stories
     ]
     return intro + "".join(parts) if parts else '<p class="quiet">Nothing is remembered yet.</p>'

@@ -74,9 +74,13 @@ class RunFiles:
         return "", ""
 
     @staticmethod
-    def reference_path(story_id: str, position: int) -> str:
-        """Path of the copy of a story's reference image, relative to the run folder."""
-        return f"stories/{story_id}/references/reference_{position}.jpg"
+    def reference_path(story_id: str, shot_index: int, slot: int) -> str:
+        """Path of the copy of a picture that a storyboard gives, relative to the run folder.
+
+        ``shot_index`` and ``slot`` are those of its keyframe; see ``artifacts.storyboard_copy``.
+        """
+        name = f"reference_{slot}" if shot_index < 0 else f"shot_{shot_index + 1:02d}_reference_{-slot}"
+        return f"stories/{story_id}/references/{name}.jpg"
 
     def clip_path(self, record: ShotRecord) -> str:
         """Path of the record's clip, relative to the run folder."""

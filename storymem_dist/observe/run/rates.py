@@ -2,13 +2,14 @@
 
 from storymem_dist.observe.run.state import RunState
 from storymem_dist.observe.run.values import Attempt, Rates, RowKey
+from storymem_dist.story.modes import GIVEN
 
 
 def rates(state: RunState, key: RowKey | None = None) -> Rates:
-    """Return the rates of one row, or of the whole run."""
+    """Return the rates of one row, or of the whole run. Clips that a storyboard gives are no work and do not count."""
     rows = [state.rows[key]] if key is not None else list(state.rows.values())
     attempts = [a for a in state.attempts() if key is None or a.row == key]
-    finished = [a for a in attempts if a.outcome == "finished"]
+    finished = [a for a in attempts if a.outcome == "finished" and a.started.mode != GIVEN]
     timed = [a for a in attempts if a.num_timed_steps]
     steps = sum(a.num_timed_steps for a in timed)
     step_seconds = sum(a.step_seconds for a in timed)
@@ -33,19 +34,15 @@ def rates(state: RunState, key: RowKey | None = None) -> Rates:
 def seconds_left(state: RunState) -> float | None:
     """Estimate the seconds until the batch is done; None before the first clip.
 
-    The larger of: all remaining shots spread over the live replicas, and the longest remaining chain, both at the
-    mean time of the clips so far.
+    The larger of: all remaining shots spread over the live replicas, and the longest path of shots that wait for each
+    other, both at the mean time of the clips so far.
     """
     seconds_per_clip = rates(state).seconds_per_clip
     if seconds_per_clip is None:
         return None
     over = state.count("finished") + state.count("failed") + state.count("blocked")
     remaining = max(0, state.num_shots - over)
-    chains = [
-        max(story.num_shots, len(story.shots))
-        - sum(shot.status in ("finished", "failed", "blocked") for shot in story.shots.values())
-        for story in state.stories.values()
-    ]
+    paths = [story.longest_left for story in state.stories.values()]
     live = sum(not row.is_over for row in state.rows.values()) or 1
     running = sum(
         min(1.0, row.attempt.step / row.attempt.num_steps)
@@ -53,7 +50,7 @@ def seconds_left(state: RunState) -> float | None:
         if row.attempt is not None and row.attempt.num_steps
     )
     spread = max(0.0, remaining - running) / live
-    longest = max(0.0, max(chains, default=0) - (1.0 if running else 0.0))
+    longest = max(0.0, max(paths, default=0) - (1.0 if running else 0.0))
     return seconds_per_clip * max(spread, longest)
 
 

@@ -117,6 +117,7 @@ class RunState:
             case ev.StoryStarted():
                 story = self._story(event.story_id)
                 story.name, story.num_shots = event.name or story.name, max(story.num_shots, event.num_shots)
+                story.waits_for = event.waits_for or story.waits_for
             case ev.StoryFinished():
                 story = self._story(event.story_id)
                 story.outcome, story.video, story.message = event.outcome, event.video, event.message

@@ -5,6 +5,7 @@ one try at a shot by one writer.
 """
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import storymem_dist.events as ev
@@ -85,11 +86,12 @@ class ShotState:
 
 @dataclass(kw_only=True, slots=True)
 class StoryState:
-    """A story of the batch and its shots by id."""
+    """A story of the batch and its shots by id. ``waits_for``: as in ``StoryStarted``; empty where it is not known."""
 
     story_id: str
     name: str = ""
     num_shots: int = 0
+    waits_for: tuple[tuple[int, ...], ...] = ()
     shots: dict[str, ShotState] = field(default_factory=dict)
     outcome: str = ""
     video: str | None = None
@@ -99,6 +101,22 @@ class StoryState:
     def num_finished(self) -> int:
         """Shots that are committed."""
         return sum(shot.status == "finished" for shot in self.shots.values())
+
+    def waits_of(self, shot: ShotState) -> str:
+        """The names of the shots that ``shot`` waits for directly, as far as known."""
+        position = shot.shot_id.removeprefix("shot_")
+        index = int(position) - 1 if position.isdecimal() and len(position) < 10 else -1
+        waits = self.waits_for[index] if 0 <= index < len(self.waits_for) else ()
+        return ", ".join(f"shot_{need + 1:02d}" for need in waits)
+
+    @property
+    def longest_left(self) -> int:
+        """How many of the shots that are left can only be rendered one after the other."""
+        over = {shot.shot_id for shot in self.shots.values() if shot.status in ("finished", "failed", "blocked")}
+        if not self.waits_for:
+            return max(self.num_shots, len(self.shots)) - len(over)
+        weights = [0 if f"shot_{index + 1:02d}" in over else 1 for index in range(len(self.waits_for))]
+        return max((before + weight for before, weight in zip(levels(self.waits_for, weights), weights, strict=True)))
 
 
 @dataclass(kw_only=True, slots=True)
@@ -203,3 +221,12 @@ class Rates:
     flop_utilisation: float | None
     reuse_ratio: float | None
     wait_ratio: float | None
+
+
+def levels(waits_for: Sequence[Sequence[int]], weights: Sequence[int] | None = None) -> list[int]:
+    """Return for each shot the most shots that come before it, one after the other (each counts its weight, 1)."""
+    found: list[int] = []
+    for index, waits in enumerate(waits_for):
+        known = [need for need in waits if 0 <= need < index]  # a file of another origin may say anything
+        found.append(max((found[need] + (1 if weights is None else weights[need]) for need in known), default=0))
+    return found

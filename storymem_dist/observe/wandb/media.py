@@ -37,7 +37,10 @@ MEMORY_COLUMNS = (
 )
 """Columns of the ``memory_frames`` table: one row per memory decision, in the order of the event files."""
 
-STORY_COLUMNS = ("frame", "shot", "mode", "seed", "prompt", "status", "seconds", "seconds_per_step", "recalled", "kept")
+STORY_COLUMNS = (
+    *("frame", "shot", "mode", "seed", "prompt", "status", "seconds", "seconds_per_step", "recalled", "kept"),
+    "waits_for",
+)
 FAILURE_COLUMNS = ("wall_time", "story", "shot", "stage", "reason", "tried_again")
 
 
@@ -94,7 +97,7 @@ class Media:
         for shot in sorted(story.shots.values(), key=lambda shot: shot.shot_index):
             attempt = shot.last
             if attempt is None:
-                table.add_data(None, shot.shot_id, "", None, "", shot.status, None, None, "", "")
+                table.add_data(None, shot.shot_id, "", None, "", shot.status, None, None, "", "", story.waits_of(shot))
                 continue
             clip = attempt.finished.clip if attempt.finished is not None else ""
             seconds = attempt.end - attempt.start if attempt.end is not None else None
@@ -109,6 +112,7 @@ class Media:
                 attempt.seconds_per_step,
                 ", ".join(_frame_name(d) for d in attempt.decisions if d.verdict == "recalled"),
                 ", ".join(_frame_name(d) for d in attempt.decisions if d.verdict.startswith("kept")),
+                story.waits_of(shot),
             )
         return table
 
@@ -152,17 +156,19 @@ class Media:
             self._thumbnails.decode(clip, indices)
         for index in order:
             event = decisions[index]
-            key = (event.story_id, event.source_shot_index, event.source_frame_index)
+            key = _picture_of(event)
             clip = self._clip_of(event)
             if key in images or (0 <= limit <= len(images)):
                 continue
             jpeg = self._reference(event) if clip is None else self._thumbnails.frame(clip, event.source_frame_index)
             if jpeg is not None:
                 images[key] = self._image(jpeg)
-        return [images.get((e.story_id, e.source_shot_index, e.source_frame_index)) for e in decisions]
+        return [images.get(_picture_of(event)) for event in decisions]
 
     def _clip_of(self, event: ev.MemoryDecided) -> str | None:
-        """Path of the clip that the frame of this decision comes from."""
+        """Path of the clip that the frame of this decision comes from; None for a picture of the storyboard."""
+        if _is_given(event):
+            return None
         story = self._state.stories.get(event.story_id)
         for shot in story.shots.values() if story is not None else ():
             if shot.shot_index == event.source_shot_index:
@@ -171,10 +177,11 @@ class Media:
         return None
 
     def _reference(self, event: ev.MemoryDecided) -> bytes | None:
-        """Thumbnail of a story's reference image, from its copy in the run folder."""
-        if event.source_shot_index >= 0 or event.slot is None:
+        """Thumbnail of a picture that the storyboard gives, from its copy in the run folder."""
+        if event.slot is None or not _is_given(event):
             return None
-        return self._thumbnails.image(RunFiles.reference_path(event.story_id, event.slot))
+        path = RunFiles.reference_path(event.story_id, event.source_shot_index, event.slot)
+        return self._thumbnails.image(path)
 
 
 def _source_name(shot_index: int) -> str:
@@ -183,3 +190,16 @@ def _source_name(shot_index: int) -> str:
 
 def _frame_name(event: ev.MemoryDecided) -> str:
     return f"{_source_name(event.source_shot_index)} #{event.slot}"
+
+
+def _is_given(event: ev.MemoryDecided) -> bool:
+    """Whether the decision is about a picture that the storyboard gives."""
+    return event.slot is not None and (event.source_shot_index < 0 or event.slot < 0)
+
+
+def _picture_of(event: ev.MemoryDecided) -> tuple[str, int, int]:
+    """Equal for decisions about the same picture: a frame of a clip (0 or more), or one of the storyboard's."""
+    number = event.source_frame_index
+    if _is_given(event) and event.slot is not None:
+        number = -1 - abs(event.slot)
+    return event.story_id, event.source_shot_index, number

@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 
 from storymem_dist.errors import CheckpointError, WeightsNotFound
-from storymem_dist.weights.loading import SafetensorsSource, StateDictSource, TensorSource, is_safetensors, read_torch
+from storymem_dist.models.wan.presets import EXPERTS
+from storymem_dist.weights.loading import SafetensorsSource, StateDictSource, TensorSource
 from storymem_dist.weights.lora import layouts
 from storymem_dist.weights.lora.scale import ALPHA_NAMES, RANK_NAMES
 from storymem_dist.weights.safetensors_file import SafetensorsFile
+from storymem_dist.weights.torch_file import is_safetensors, read_torch
 
 CONFIG_NAME = "adapter_config.json"
 FOLDER_STEMS = ("adapter_model", "pytorch_lora_weights")
@@ -64,6 +66,17 @@ def find_file(path: Path) -> Path:
     raise WeightsNotFound(
         f"LoRA {path}: this folder holds no LoRA; a PEFT folder holds adapter_model.safetensors and {CONFIG_NAME}"
     )
+
+
+def backbone_file(folder: Path, expert: str) -> Path | None:
+    """The file of one expert in a folder like StoryMem's, if it is there."""
+    paths = (folder / f"backbone_{expert}{suffix}" for suffix in SUFFIXES)
+    return next((path for path in paths if path.is_file()), None)
+
+
+def backbone_files(path: Path) -> dict[str, Path]:
+    """The files of a folder like StoryMem's by expert; empty for anything else."""
+    return {expert: file for expert in EXPERTS if (file := backbone_file(path, expert))}
 
 
 def open_tensors(path: Path) -> tuple[TensorSource, Mapping[str, Any]]:

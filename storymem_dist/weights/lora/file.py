@@ -125,6 +125,19 @@ def open_lora_by_expert(path: str | Path, *, unmatched: str = REFUSE) -> dict[st
     return parts
 
 
+def open_backbone(path: Path, expert: str, *, unmatched: str = REFUSE) -> LoraFile:
+    """Open the file of ``expert`` in a folder like StoryMem's.
+
+    Raises:
+        WeightsNotFound, CheckpointError: as of ``open_lora_by_expert``; also when its keys name the other expert.
+    """
+    parts = open_lora_by_expert(path, unmatched=unmatched)
+    if set(parts) not in ({BOTH}, {expert}):
+        raise CheckpointError(f"{path}: its keys name the {' and '.join(parts)} expert, its file name {expert}")
+    (file,) = parts.values()
+    return file
+
+
 def _refuse_other_adapters(name: str, keys: Sequence[str]) -> None:
     for key in keys:
         if kind := layouts.unsupported_kind(key):

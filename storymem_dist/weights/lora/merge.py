@@ -5,16 +5,27 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from storymem_dist.errors import CheckpointError, require_one_of
+from storymem_dist.errors import CheckpointError, WeightsNotFound, require_one_of
 from storymem_dist.models.wan.presets import EXPERTS
 from storymem_dist.weights.loading import ROW_BLOCK
-from storymem_dist.weights.lora.file import BOTH, REFUSE, SKIP, LoraFile, LoraModule, open_lora_by_expert
-from storymem_dist.weights.lora.scale import ALPHA_RULE, AUTO, SCALE_RULES, scale_of
+from storymem_dist.weights.lora.container import backbone_files
+from storymem_dist.weights.lora.file import (
+    BOTH,
+    REFUSE,
+    SKIP,
+    LoraFile,
+    LoraModule,
+    open_backbone,
+    open_lora_by_expert,
+)
+from storymem_dist.weights.lora.layouts import expert_in_name
+from storymem_dist.weights.lora.scale import ALPHA_RULE, AUTO, RSLORA, SCALE_RULES, scale_of
 from storymem_dist.weights.lora.settings import LoraSettings, explain_missing
 from storymem_dist.weights.state_dict import first_keys
 
@@ -169,6 +180,39 @@ class ScaledLora:
         if key in self.file.patches:
             rows.add_(self._read(self.file.patches[key], held)[0].to(rows.device), alpha=self._strength)
 
+    def halves(self, module_name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """``down [rank, in]`` and ``up [out, rank]`` of a module; ``up`` times the scale (in fp32), strength included.
+
+        Raises:
+            CheckpointError: a half holds NaN or Inf, or the scale or ``dtype`` makes it so.
+        """
+        module, halves = self.file.modules[module_name], []
+        for key, scale in ((module.down_key, None), (module.up_key, self.scale(module_name))):
+            stored = self.file.source.read(key).flatten(1)
+            half = stored.to(dtype) if scale is None else stored.float().mul(scale).to(dtype)
+            if not all(map(math.isfinite, torch.stack(half.aminmax()).tolist())):
+                require_finite(stored, self.name, key)
+                raise CheckpointError(f"{self.name}: {key} times its scale is too large for {dtype}")
+            halves.append(half)
+        return halves[0], halves[1]
+
+    def exact_change(self, key: str) -> Tensor | None:
+        """What is added to weight ``key`` next to the product of halves, fp32, strength included; None: nothing."""
+        change = None
+        if name := self._biases.get(key):
+            change = self._read(self.file.modules[name].bias_key or "")[0].float() * self.scale(name)
+        if key in self.file.patches:
+            patch = self._read(self.file.patches[key])[0].float() * self._strength
+            change = patch if change is None else change + patch
+        if change is not None:
+            require_finite(change, self.name, f"the change of {key}")
+        return change
+
+    @property
+    def strength(self) -> float:
+        """The factor of everything in it."""
+        return self._strength
+
     def _add_product(self, rows: Tensor, module: LoraModule, scale: float, first_row: int) -> None:
         down, largest_down = self._down_half(module, rows.device)
         row, end = first_row, first_row + rows.shape[0]
@@ -224,22 +268,62 @@ def open_loras(
 
     Raises:
         WeightsNotFound, CheckpointError: as of ``open_lora_by_expert``; also when the keys of a file name one expert
-            and its settings the other.
+            and its settings the other, and when a folder like StoryMem's has one file for settings of both experts.
     """
     loras = []
     for one in settings:
         explain_missing(one.path)
-        parts = open_lora_by_expert(one.path, unmatched=one.unmatched)
-        if BOTH not in parts and one.expert not in (BOTH, *parts):
-            raise CheckpointError(
-                f"{one.path}: its keys name the {' and '.join(parts)} expert, its settings say expert: {one.expert}"
-            )
-        if one.expert not in (expert, BOTH) or not {expert, BOTH} & set(parts):
+        backbones = backbone_files(Path(one.path))
+        file = _of_folder(one, backbones, expert) if backbones else _of_file(one, expert)
+        if file is None:
             continue
-        file = parts[BOTH] if BOTH in parts else parts[expert]
-        lora = ScaledLora(file, scale_rule=one.scale_rule, alpha=one.alpha, strength=one.strength)
+        rule = one.scale_rule
+        if backbones and rule == AUTO and not any(module.rule for module in file.modules.values()):
+            rule = RSLORA  # as of model.storymem_lora: such files are trained as StoryMem's own, which do not store it
+        lora = ScaledLora(file, scale_rule=rule, alpha=one.alpha, strength=one.strength)
         loras.append(lora if shapes is None else lora.fitted(shapes, unmatched=one.unmatched))
     return loras
+
+
+def _of_file(one: LoraSettings, expert: str) -> LoraFile | None:
+    parts = open_lora_by_expert(one.path, unmatched=one.unmatched)
+    if BOTH not in parts and one.expert not in (BOTH, *parts):
+        raise CheckpointError(
+            f"{one.path}: its keys name the {' and '.join(parts)} expert, its settings say expert: {one.expert}"
+        )
+    if one.expert not in (expert, BOTH):
+        return None
+    return parts.get(BOTH, parts.get(expert))
+
+
+def _of_folder(one: LoraSettings, backbones: Mapping[str, Path], expert: str) -> LoraFile | None:
+    """The part of a folder like StoryMem's that is for ``expert``."""
+    for wanted in EXPERTS:
+        if wanted not in backbones and one.expert in (wanted, BOTH):
+            (found,) = backbones
+            raise WeightsNotFound(
+                f"LoRA {one.path}: this folder has backbone_{found} and no backbone_{wanted}.safetensors; if it is "
+                f"for one expert alone, give this LoRA expert: {found}"
+            )
+    if one.expert not in (expert, BOTH):
+        return None
+    return open_backbone(backbones[expert], expert, unmatched=one.unmatched)
+
+
+def lora_warnings(
+    lora: ScaledLora, expert: str, *, does: str = "is merged into", where: str = "model.loras"
+) -> list[str]:
+    """A message if keys of a LoRA are left out, and if its file's name speaks of another expert than ``expert``."""
+    messages = []
+    if keys := lora.file.unmatched:
+        messages.append(f"{lora.name}: {len(keys)} keys have no place and are left out: {', '.join(keys)}")
+    named = expert_in_name(lora.file.path) if lora.file.expert is None else None
+    if named not in (None, expert):
+        messages.append(
+            f"{lora.name}: its name says {named}, but it {does} {expert}; for one expert alone give it as "
+            f"{{path: ..., expert: {named}}} in {where}"
+        )
+    return messages
 
 
 def lora_facts(loras: Mapping[str, Sequence[ScaledLora]]) -> dict[str, list[dict[str, Any]]]:

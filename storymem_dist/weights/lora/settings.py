@@ -36,11 +36,12 @@ _HUB_URL = re.compile(
 class LoraSettings:
     """One LoRA to merge on top of the base weights.
 
-    ``path``: a file, or a folder of peft. ``scale_rule``: ``auto`` = what the file says, else alpha / rank; ``rslora``
-    = alpha / sqrt(rank), ``alpha`` = alpha / rank, ``none`` = 1. The scale is multiplied by ``strength``. ``alpha``
-    None means the file's own alpha if it gives one, else the rank. ``expert`` is the expert to change, or ``both``:
-    those that the file's keys name, else both. ``unmatched``: keys without a place in the transformer are refused
-    (``refuse``), or left out and listed (``skip``).
+    ``path``: a file, a folder of peft, or one with ``backbone_high_noise`` and ``backbone_low_noise`` files, which are
+    for one expert each. ``scale_rule``: ``auto`` = what the file says, else alpha / rank (backbone files: rsLoRA, as
+    StoryMem's own); ``rslora`` = alpha / sqrt(rank), ``alpha`` = alpha / rank, ``none`` = 1. The scale is multiplied by
+    ``strength``. ``alpha`` None means the file's own alpha if it gives one, else the rank. ``expert`` is the expert to
+    change, or ``both``: those that the file's keys name, else both. ``unmatched``: keys without a place in the
+    transformer are refused (``refuse``), or left out and listed (``skip``).
     """
 
     path: str
@@ -72,8 +73,12 @@ def lora_list(given: Any) -> list[LoraSettings]:
     return [lora_settings(one) for one in (given if isinstance(given, list | tuple) else [given])]
 
 
-def lora_settings(given: Any, where: str = "model.loras") -> LoraSettings:
-    """The settings of one LoRA, given as a path or as a mapping. Raises ``ConfigError``."""
+_JOB = "model.loras"
+"""Where the LoRAs of all shots are given; ``LoraSettings`` names it in its errors."""
+
+
+def lora_settings(given: Any, where: str = _JOB) -> LoraSettings:
+    """The settings of one LoRA, given at ``where`` as a path or as a mapping. Raises ``ConfigError``."""
     if isinstance(given, LoraSettings):
         return given
     if isinstance(given, str | Path) and str(given).strip():
@@ -100,7 +105,12 @@ def lora_settings(given: Any, where: str = "model.loras") -> LoraSettings:
             raise ConfigError(f"{where}: {key}={value!r} is not allowed; it must be text")
     if "path" not in values:
         raise ConfigError(f"{where}: a LoRA without path: {dict(given)!r}; give the file as path: FILE")
-    return LoraSettings(**values)
+    try:
+        return LoraSettings(**values)
+    except ConfigError as error:
+        if where == _JOB:
+            raise
+        raise ConfigError(str(error).replace(f"{_JOB}.", f"{where}: ", 1)) from None
 
 
 def explain_missing(path: str) -> None:

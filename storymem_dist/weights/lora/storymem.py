@@ -5,8 +5,8 @@ from pathlib import Path
 from storymem_dist.errors import CheckpointError, WeightsNotFound, require_one_of
 from storymem_dist.models.wan.presets import EXPERTS
 from storymem_dist.story.modes import CONTINUATIONS, MI2V, MM2V
-from storymem_dist.weights.lora.container import SUFFIXES
-from storymem_dist.weights.lora.file import open_lora_by_expert
+from storymem_dist.weights.lora.container import backbone_file
+from storymem_dist.weights.lora.file import open_backbone
 from storymem_dist.weights.lora.merge import ScaledLora
 from storymem_dist.weights.lora.scale import AUTO, NONE, RSLORA
 
@@ -48,12 +48,6 @@ def find_storymem_folder(path: str | Path) -> Path:
     return Path(path)
 
 
-def backbone_file(folder: Path, expert: str) -> Path | None:
-    """The file of one expert in a folder, if it is there."""
-    paths = (folder / f"backbone_{expert}{suffix}" for suffix in SUFFIXES)
-    return next((path for path in paths if path.is_file()), None)
-
-
 def _required_file(folder: Path, expert: str, wanted: str) -> Path:
     if found := backbone_file(folder, expert):
         return found
@@ -65,10 +59,7 @@ def _required_file(folder: Path, expert: str, wanted: str) -> Path:
 
 
 def _open(path: Path, expert: str, scale_rule: str) -> ScaledLora:
-    parts = open_lora_by_expert(path)
-    if set(parts) not in ({"both"}, {expert}):
-        raise CheckpointError(f"{path}: its keys name the {' and '.join(parts)} expert, its file name {expert}")
-    (file,) = parts.values()
+    file = open_backbone(path, expert)
     said = {module.rule for module in file.modules.values()} - {None}
     if scale_rule not in (AUTO, NONE) and said and said != {scale_rule}:
         raise CheckpointError(

@@ -12,7 +12,7 @@ from storymem_dist.files import parse_json, quick_digest
 from tests.helpers.records import make_record
 
 FIXTURE = Path(__file__).parents[2] / "fixtures" / "run_of_70da1c0" / "run" / "stories" / "old_run" / "shot_01.json"
-REQUIRED = [field.name for field in dataclasses.fields(ShotRecord) if field.name != "clip_sample"]
+REQUIRED = [field.name for field in dataclasses.fields(ShotRecord) if field.name not in ("clip_sample", "own")]
 
 
 def test_a_record_survives_json_and_its_text_is_canonical() -> None:
@@ -129,3 +129,15 @@ def test_files_are_checked_by_size_and_on_demand_by_content(tmp_path: Path) -> N
 def test_a_file_is_described_by_size_and_content(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"abc")
     assert describe_file(tmp_path / "a") == make_record().files["clip.mp4"]
+
+
+def test_what_a_storyboard_sets_for_a_shot_is_kept_and_nothing_is_written_where_it_sets_nothing() -> None:
+    plain = make_record()
+    assert "own" not in json.loads(plain.to_json()), "records of stories in StoryMem's form stay as they were"
+    own = dataclasses.replace(plain, own={"duration": 1.5, "given": {"notes": ["its sound is not used"]}})
+    assert ShotRecord.from_json(json.loads(own.to_json())) == own
+    changed = json.loads(own.to_json()) | {"own": {"duration": 2.0}}
+    with pytest.raises(DamagedRecord, match="checksum"):
+        ShotRecord.from_json(changed)
+    with pytest.raises(DamagedRecord, match="own is a list"):
+        ShotRecord.from_json(json.loads(plain.to_json()) | {"own": []})

@@ -170,8 +170,9 @@ def test_the_end_is_written_with_its_details_and_can_be_removed(tmp_path: Path) 
     assert not (tmp_path / "stop.json").exists()
 
 
-def test_shots_to_render_again_are_found_by_id_or_number_or_refused() -> None:
-    known = [("ocean", ["shot_01", "shot_02"]), ("a:b", ["shot_01"])]
+def test_shots_to_render_again_are_found_by_id_number_or_name_or_refused() -> None:
+    known = [("ocean", {"shot_01": "", "shot_02": "the reef"}), ("a:b", {"shot_01": "2"})]
+    assert shot_ids(["ocean:the reef", "a:b:2"], known) == [("ocean", "shot_02"), ("a:b", "shot_01")]
     assert shot_ids(["ocean:shot_02", "ocean:1", "a:b:1"], known) == [
         ("ocean", "shot_02"),
         ("ocean", "shot_01"),

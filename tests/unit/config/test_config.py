@@ -66,7 +66,7 @@ def test_unknown_and_ill_typed_keys_are_refused_with_their_path(override: str, s
         ("sampler.num_frames=18", "sampler.num_frames=18 is not allowed"),
         ("sampler.solver=ddim", "sampler.solver='ddim' is not allowed; use one of: unipc"),
         ("model.dtype=fp16", "model.dtype='fp16' is not allowed; use one of: bfloat16, float32"),
-        ("model.linears=fp8", "model.linears='fp8' is not allowed; use one of: exact, float8, int8"),
+        ("model.linears=fp8", "model.linears='fp8' is not allowed; use one of: exact, float8, float8_fast, int8"),
         ("memory.num_fixed=11", "memory.num_fixed=11 is not allowed"),
         ("parallel.cfg=3", "parallel.cfg=3 is not allowed"),
         ("stories.max_shots=0", "stories.max_shots=0 is not allowed"),

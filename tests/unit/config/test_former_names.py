@@ -16,7 +16,7 @@ BEFORE = {
     "cfg2": ParallelSettings(cfg=2),
     "cfg2_ulysses2": ParallelSettings(cfg=2, ulysses=2),
     "cfg2_ulysses4": ParallelSettings(cfg=2, ulysses=4),
-    "fsdp16_across_nodes": ParallelSettings(cfg=2, ulysses=8, weights="fsdp", across_nodes=True),
+    "fsdp16_across_nodes": ParallelSettings(cfg=2, ulysses=8, weights="fsdp", shard_over="sequence", across_nodes=True),
     "fsdp2": ParallelSettings(ulysses=2, weights="fsdp"),
     "fsdp2_cfg2": ParallelSettings(cfg=2, weights="fsdp"),
     "fsdp2_offload": ParallelSettings(ulysses=2, weights="fsdp_offload"),

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from storymem_dist.diffusion.conditioning import ConditionBuilder, cover_crop, prepare_image
+from storymem_dist.diffusion.latent_cache import LatentCache, content_key
 from storymem_dist.diffusion.latent_grid import LatentGrid
 from storymem_dist.errors import ConfigError
 from storymem_dist.models.wan.vae import WanVae
@@ -107,6 +108,47 @@ def test_motion_frames_of_another_size_are_brought_to_the_clips() -> None:
     (clip,) = encoder.encoded_clips
     expected = torch.tensor([-1.0, -0.6, -0.2, 0.2, 0.6, 0.0, 0.0, 0.0, 0.0])
     torch.testing.assert_close(clip[0, :, 7, 7], expected)
+
+
+def test_each_shot_encodes_only_what_is_new_to_the_replica() -> None:
+    """A memory of four keyframes of which one changes per shot; the sizes of clips differ between stories."""
+    encoder = AveragingEncoder()
+    builder, grid = ConditionBuilder(encoder, "cpu"), LatentGrid(num_frames=9, height=32, width=48, num_memory=4)
+    keyframes = [grey(10 * number) for number in range(8)]
+    conditions, per_shot = [], []
+    for first in (0, 1, 2, 2):
+        before = len(encoder.encoded_clips)
+        memory = [image.clone() for image in keyframes[first : first + 4]]
+        conditions.append(builder.build("mi2v", grid, memory, first_frame=keyframes[first]))
+        per_shot.append([len(clip[0]) for clip in encoder.encoded_clips[before:]])
+    assert per_shot == [[9, 1, 1, 1, 1], [9, 1], [9, 1], []], "the last one is rendered again: nothing is new"
+    fresh = ConditionBuilder(AveragingEncoder(), "cpu").build("mi2v", grid, keyframes[2:6], first_frame=keyframes[2])
+    assert torch.equal(conditions[2], fresh) and torch.equal(conditions[3], fresh)
+    smaller = LatentGrid(num_frames=9, height=16, width=48, num_memory=4)
+    builder.build("m2v", smaller, keyframes[2:6])
+    assert [tuple(clip.shape) for clip in encoder.encoded_clips[-5:]] == [(3, 9, 16, 48), *[(3, 1, 16, 48)] * 4]
+
+
+def test_an_image_of_another_shape_or_content_is_another_one() -> None:
+    image = torch.arange(3 * 8 * 12).view(3, 8, 12).to(torch.uint8)
+    others = image.view(3, 12, 8), image.flip(2), image[None]
+    assert content_key(image) == content_key(image.clone())
+    assert len({content_key(image), *map(content_key, others)}) == 4
+
+
+def test_latents_used_longest_ago_are_forgotten_first() -> None:
+    cache, encoded = LatentCache(max_bytes=3 * 40), []
+
+    def latents(name: str) -> Tensor:
+        def encode() -> Tensor:
+            encoded.append(name)
+            return torch.full((10,), float(ord(name)))
+
+        return cache.get(name, torch.device("cpu"), encode)
+
+    for name in "abcadab":
+        assert torch.equal(latents(name), torch.full((10,), float(ord(name))))
+    assert "".join(encoded) == "abcdb"
 
 
 def test_the_empty_clip_is_encoded_once_per_size() -> None:

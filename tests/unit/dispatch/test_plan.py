@@ -6,9 +6,10 @@ import pytest
 from PIL import Image
 
 from storymem_dist.artifacts.fingerprint import reference_image_digest
-from storymem_dist.dispatch.plan import plan_part, plan_story, shot_mode
+from storymem_dist.dispatch.needs import story_needs
+from storymem_dist.dispatch.plan import plan_part, plan_story
 from storymem_dist.errors import StoryboardError
-from storymem_dist.story.schema import Story
+from storymem_dist.story.schema import Scene, Story
 from tests.helpers.fake_renderer import make_part, make_story
 
 
@@ -32,7 +33,7 @@ def changed(one: list[str], two: list[str]) -> list[bool]:
 )
 def test_modes_follow_cuts_and_the_jobs_continuation(continuation: str, modes: list[str]) -> None:
     story, part = make_story("ocean", 4), make_part(Path("unused"), [], continuation=continuation)
-    assert [shot_mode(story, shot, part.sampler)[1] for shot in story.shots] == modes
+    assert [needs.mode for needs in story_needs(story, part.sampler, part.memory)] == modes
     assert [shot.kind for shot in plan_story(0, part, story, {})] == ["t2v", "m2v", "m2v", "m2v"]
 
 
@@ -40,11 +41,12 @@ def test_the_first_shot_is_m2v_with_reference_images_or_by_setting_even_when_it_
     image = tmp_path / "a.png"
     image.write_bytes(b"pixels")
     with_images = make_story("ocean", 2, reference_images=(image,))
-    sampler = make_part(Path("unused"), []).sampler
-    assert shot_mode(with_images, with_images.shots[0], sampler) == ("m2v", "m2v")
+    part = make_part(Path("unused"), [])
+    assert story_needs(with_images, part.sampler, part.memory)[0].mode == "m2v"
     m2v_first = make_part(Path("unused"), [], first_shot="m2v").sampler
     first = dataclasses.replace(make_story("ocean", 1).shots[0], cut=False)
-    assert shot_mode(make_story("ocean", 1), first, m2v_first) == ("m2v", "m2v")
+    story = make_story("ocean", 1, scenes=(Scene(scene_num=1, shots=(first,)),))
+    assert story_needs(story, m2v_first, part.memory)[0].mode == "m2v"
 
 
 def test_an_edited_prompt_changes_that_shot_and_all_after_it_and_nothing_else() -> None:

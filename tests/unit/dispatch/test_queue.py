@@ -4,11 +4,12 @@ from pathlib import Path
 import pytest
 
 from storymem_dist.artifacts.run_folder import FailureRecord, RunFolder
-from storymem_dist.dispatch.graph import ShotGraph, ShotStatus
+from storymem_dist.dispatch.graph import ShotGraph
 from storymem_dist.dispatch.leases import WORKING, LeaseFolder, Owner
 from storymem_dist.dispatch.plan import PlannedShot, plan_story
 from storymem_dist.dispatch.queue import Claim, ShotQueue, lease_key, parse_lease_key
 from storymem_dist.dispatch.settings import DispatchSettings
+from storymem_dist.dispatch.story_graph import ShotStatus
 from tests.helpers.fake_renderer import make_part, make_story
 
 
@@ -128,7 +129,7 @@ def test_a_shot_that_kills_its_renderers_again_and_again_is_marked_failed(tmp_pa
         assert (name(claim), queue.graph.is_finished) == (("s0:0", False) if number == 1 else (None, True))
     failure = shared.run.read_failure("s0", "shot_01", shared.chains[0][0].fingerprint)
     assert failure is not None and failure.is_final and "2 processes died" in failure.reason
-    assert queue.graph.chains[0].is_blocked
+    assert queue.graph.stories[0].is_failed
 
 
 def test_failures_of_others_block_the_chain_and_are_followed_when_they_are_taken_back(tmp_path: Path) -> None:
@@ -137,7 +138,7 @@ def test_failures_of_others_block_the_chain_and_are_followed_when_they_are_taken
     queue.scan(force=True)
     shared.run.write_failure(shared.failure(shared.chains[0][0]))
     queue.scan(force=True)
-    assert queue.graph.chains[0].is_blocked and queue.claim(None) is None
+    assert queue.graph.stories[0].is_failed and queue.claim(None) is None
     shared.run.remove_failure("s0", "shot_01", shared.chains[0][0].fingerprint)
     queue.scan(force=True)
     assert name(queue.claim(None)) == "s0:0"

@@ -54,6 +54,21 @@ def test_the_page_of_a_machine_without_gpus_has_no_problem(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("off", [True, False])
+def test_a_torch_that_leaves_the_fastest_attention_kernel_off_is_a_warning(
+    off: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(torch.backends.cuda, "cudnn_sdp_enabled", lambda: not off)
+    finding = by_name(machine.check_attention())["torch"]
+    assert finding.state == (WARNING if off else OK)
+    assert ("cudnn" in str(finding.value)) == (not off)
+    if off:
+        assert "for CUDA 12.8 leaves cuDNN's attention kernel off" in finding.fix
+        assert "install a torch for CUDA 12.9 or newer" in finding.fix
+
+
 def test_a_problem_is_printed_with_its_fix_and_ends_with_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     missing = tmp_path / "nowhere"
     with pytest.raises(SystemExit) as caught:
@@ -222,10 +237,10 @@ def test_damaged_weights_are_a_problem_in_their_own_words(tmp_path: Path) -> Non
 
 def test_weights_that_do_not_fit_a_gpu_are_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     config = settings(experts="resident")
-    _gpu(monkeypatch, total_gib=0.001)
+    _gpu(monkeypatch, total_gib=0.001, free_gib=0.001)
     found = by_name(job.check_weights(config))
     assert found["t2v fit"].state == PROBLEM
-    assert "model.experts=swap" in found["t2v fit"].fix
+    assert "model.experts=stream" in found["t2v fit"].fix
     _gpu(monkeypatch, total_gib=80)
     assert by_name(job.check_weights(config))["t2v fit"].state == OK
 

@@ -10,8 +10,6 @@ from storymem_dist.launch.environment import set_cache_folders, set_rank_environ
 
 NAMES = (
     "TORCH_DISABLE_SHARE_RDZV_TCP_STORE",
-    "PYTORCH_CUDA_ALLOC_CONF",
-    "TORCH_NCCL_ASYNC_ERROR_HANDLING",
     "TORCH_FR_BUFFER_SIZE",
     "TORCH_NCCL_DUMP_ON_TIMEOUT",
     "NCCL_DEBUG",
@@ -34,8 +32,15 @@ def test_every_variable_is_set_for_the_ranks(monkeypatch: pytest.MonkeyPatch) ->
     set_rank_environment(num_processes=8, stop_file=Path("/x/STOP"))
     assert all(os.environ.get(name) for name in NAMES)
     assert os.environ["OMP_NUM_THREADS"] == "6"
-    assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
     assert own_stop_files() == [Path("/x/STOP")]
+
+
+def test_what_nccl_does_with_errors_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """1 would abort communicators, which can hang; torch's own default does not."""
+    monkeypatch.setenv("TORCH_NCCL_ASYNC_ERROR_HANDLING", "")
+    monkeypatch.delenv("TORCH_NCCL_ASYNC_ERROR_HANDLING")
+    set_rank_environment(num_processes=1, stop_file=Path("/x/STOP"))
+    assert "TORCH_NCCL_ASYNC_ERROR_HANDLING" not in os.environ
 
 
 def test_more_ranks_than_cores_compute_with_one_thread_each(monkeypatch: pytest.MonkeyPatch) -> None:

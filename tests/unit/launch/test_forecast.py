@@ -114,7 +114,7 @@ def test_the_time_of_what_is_left_follows_from_what_was_rendered(
     assert found.elapsed_seconds(1) == found.elapsed_seconds(8), "one story is one chain"
 
     known: dict[str, Any] = {"num_stories": 4, "num_shots": 9, "num_committed": 1, "refused": ()}
-    fake = Forecast(**known, longest_chain_share=0.25, device_seconds=4 * 3723.0)
+    fake = Forecast(**known, longest_path_share=0.25, device_seconds=4 * 3723.0)
     monkeypatch.setattr(module, "forecast", lambda points: fake)
     assert describe([], num_replicas=8).splitlines()[-1] == (
         "estimated time: 1:02:03 with 8 replicas like those that rendered 1 shot before, and loading"
@@ -136,6 +136,18 @@ def test_a_record_with_odd_times_is_counted(tmp_path: Path, timing: dict[str, ob
     path.write_bytes(replace(ShotRecord.from_json(read_json(path)), timing=timing).to_json())
     given = (f"stories.path='{rendered / 'fox.json'}'", f"output='{run}'", ONE_STEP, "sampler.seed=-1")
     assert "1 of 2 shots are left to render" in describe([small_point(*given)])
+
+
+def test_the_time_of_the_compiler_is_not_expected_again(tmp_path: Path, rendered: Path) -> None:
+    run = shutil.copytree(rendered / "run", tmp_path / "run")
+    (path,) = run.glob("stories/fox/shot_01/records/*.json")
+    given = (f"stories.path='{rendered / 'fox.json'}'", f"output='{run}'", ONE_STEP, "sampler.seed=-1")
+    expected = []
+    for stages in ({"denoise": 40.0, "decode": 2.0}, {"denoise": 100.0, "compile": 60.0, "decode": 2.0}):
+        timing = {"stage_seconds": stages}
+        path.write_bytes(replace(ShotRecord.from_json(read_json(path)), timing=timing).to_json())
+        expected.append(forecast([small_point(*given)]).device_seconds)
+    assert expected[0] == expected[1] is not None
 
 
 def test_a_dry_run_of_a_sweep_with_a_point_that_cannot_begin_ends_with_its_exit_code(

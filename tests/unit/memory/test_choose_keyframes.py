@@ -58,6 +58,7 @@ def choose(
     quality: Quality | None = None,
     bank: MemoryBank | None = None,
     settings: MemorySettings | None = None,
+    keeps_first: bool = False,
 ) -> Chosen:
     return choose_keyframes(
         clip_of(len(table)),
@@ -66,6 +67,7 @@ def choose(
         quality or NoQuality(),
         settings or MemorySettings(),
         shot_index=4,
+        keeps_first=keeps_first,
     )
 
 
@@ -215,6 +217,15 @@ def test_when_no_frame_passes_a_bank_that_holds_something_gets_nothing() -> None
     chosen = choose(step_table(4, 2), ListQuality([0.1, 0.4, 0.4, 0.2]), bank_of_frames(9))
     assert chosen.kept == ()
     assert {decision.verdict for decision in chosen.decisions} == {"low_quality"}
+
+
+def test_a_shot_that_a_later_one_names_keeps_its_first_frame_whatever_the_bank_has() -> None:
+    chosen = choose(step_table(6, 3), bank=bank_of_frames(0, 3), keeps_first=True)
+    assert kept_indices(chosen) == [0]
+    assert [decision.verdict for decision in chosen.decisions] == ["kept", "duplicate"]
+    assert chosen.decisions[0].why.endswith("; kept for a later shot that names this one")
+    refused = choose(step_table(4), ListQuality([0.1, 0.4, 0.2, 0.3]), bank_of_frames(0), keeps_first=True)
+    assert kept_indices(refused) == [1] and refused.decisions[-1].frame_index == 3
 
 
 def test_scores_that_are_not_numbers_count_as_the_worst() -> None:

@@ -5,6 +5,7 @@ recompilation as always, but does not spend minutes on generating C++. ``benchma
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partialmethod
 
 import pytest
@@ -13,7 +14,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from storymem_dist.diffusion.text_cache import attach_text_cache
-from storymem_dist.models.compile import compile_blocks
+from storymem_dist.models.compile import compilations_marked, compile_blocks
 from storymem_dist.models.quantized_linear import quantize_linears
 from storymem_dist.models.wan.dit import WanDiT
 from storymem_dist.models.wan.presets import TINY
@@ -100,13 +101,73 @@ def test_nothing_is_recompiled_in_a_story_nor_for_the_other_expert(
     assert counters["stats"]["unique_graphs"] == after_the_first_forward
 
 
-def test_experts_that_take_turns_on_the_device_are_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+SIZES = [(4, 8, 6), (3, 4, 6), (8, 16, 16), (4, 8, 8), (2, 4, 4), (5, 10, 12), (21, 6, 4)]
+"""Latent frames, height, width. In the first, there are as many frames as rows of tokens (T = h); in others, as many
+tokens as text tokens (512), as channels (64), or as a head has."""
+
+
+@pytest.mark.parametrize("first", SIZES)
+def test_no_size_of_the_first_shot_is_special(first: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    dit = make_dit(torch.bfloat16)
+    compile_with("eager", dit, monkeypatch)
+    num_graphs = []
+    for times, height, width in (first, *SIZES):
+        x = torch.randn(1, 36, times, height, width)
+        with torch.no_grad():
+            dit(x, torch.tensor([700]), torch.randn(1, 9, TINY.i2v.text_dim), torch.arange(times))
+        num_graphs.append(counters["stats"]["unique_graphs"])
+    assert num_graphs == [1] * (1 + len(SIZES))
+
+
+def test_a_story_is_compiled_into_two_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """T2V, then M2V with a growing memory; the first step of a shot also keeps the text's keys."""
+    torch.manual_seed(0)
+    experts = [(config, WanDiT(config, dtype=torch.bfloat16).requires_grad_(False)) for config in (TINY.t2v, TINY.i2v)]
+    num_graphs = []
+    for (config, dit), numbers in zip(experts, ([0], STORY), strict=True):
+        cache = attach_text_cache(dit)
+        compile_with("eager", dit, monkeypatch)
+        for num_memory in numbers:
+            cache.forget()
+            for _ in range(2):
+                x = torch.randn(1, config.in_dim, num_memory + 3, 4, 6)
+                with torch.no_grad(), cache.during("cond"):
+                    dit(x, torch.tensor([700]), torch.randn(1, 9, config.text_dim), torch.arange(num_memory + 3))
+            num_graphs.append(counters["stats"]["unique_graphs"])
+    assert num_graphs == [2] * (1 + len(STORY))
+
+
+def test_the_time_of_the_compiler_is_a_stage_of_the_first_shot_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    stages: list[str] = []
+
+    @contextmanager
+    def stage(name: str) -> Iterator[None]:
+        stages.append(f"{name} begins")
+        yield
+        stages.append(f"{name} ends")
+
+    eager, dit = make_dit(torch.bfloat16), make_dit(torch.bfloat16)
+    compile_with("eager", dit, monkeypatch)
+    for shot in range(2):
+        with compilations_marked(stage):
+            run(eager, 3)
+            run(dit, 3)
+        assert stages == ["compile begins", "compile ends"], shot
+    torch._dynamo.reset()
+    run(dit, 3)
+    assert len(stages) == 2, "nobody listens after a shot"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_experts_that_take_turns_on_the_device_are_compiled_once(stream: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     names, cpu = ("high_noise", "low_noise"), torch.device("cpu")
     eager = {name: make_dit(torch.bfloat16, seed) for seed, name in enumerate(names)}
     experts = {name: make_dit(torch.bfloat16, seed) for seed, name in enumerate(names)}
     for expert in experts.values():
         compile_with("eager", expert, monkeypatch)
-    _, residency = place_experts(experts.items(), device=cpu, weights="replicated", swap=True)
+    _, residency = place_experts(
+        experts.items(), device=cpu, weights="replicated", swap=not stream, stream=stream, num_ahead=0
+    )
     for name in (*names, *names):
         residency.activate(name)
         assert torch.equal(run(experts[name], 3), run(eager[name], 3))

@@ -223,6 +223,9 @@ def test_the_attention_of_a_block_can_be_replaced() -> None:
             self.inner = inner
             self.shapes: list[torch.Size] = []
 
+        def begin(self, v_BLNH: Tensor) -> Tensor:
+            return self.inner.begin(v_BLNH)
+
         def forward(self, *qkv_BLNH: Tensor) -> Tensor:
             self.shapes += [x.shape for x in qkv_BLNH]
             return self.inner(*qkv_BLNH)

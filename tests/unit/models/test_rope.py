@@ -60,3 +60,9 @@ def test_scores_of_rotated_queries_and_keys_depend_on_position_differences_only(
         cos, sin = rope_tables(torch.arange(4) + start, 3, 2, 20, device="cpu")
         scores.append(torch.einsum("blnh,bsnh->bnls", apply_rope(q, cos, sin), apply_rope(k, cos, sin)))
     torch.testing.assert_close(scores[0], scores[1], atol=1e-5, rtol=1e-5)
+
+
+def test_tables_are_no_views() -> None:
+    """A graph would depend on the sizes of what they view."""
+    for table in rope_tables(torch.arange(3), 4, 5, 16, device="cpu"):
+        assert table._base is None and table.is_contiguous()

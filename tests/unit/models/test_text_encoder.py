@@ -139,7 +139,7 @@ def test_missing_files_are_named(files: Files, tmp_path: Path) -> None:
 
 def test_a_file_of_another_model_is_refused(files: Files, tmp_path: Path) -> None:
     torch.save({"weight": torch.zeros(3)}, tmp_path / "other.pth")
-    with pytest.raises(CheckpointError, match="not the native umT5 encoder"):
+    with pytest.raises(CheckpointError, match="not the umT5 encoder"):
         load_text_encoder(Files(tmp_path / "other.pth", files.tokenizer_path))
 
 

@@ -8,7 +8,7 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor
 
 from storymem_dist.errors import CheckpointError, WeightsNotFound
-from storymem_dist.models.wan.vae import WanVae
+from storymem_dist.models.wan.vae import WanVae, order_channels_last
 from storymem_dist.weights.vae import load_vae
 from tests.helpers.golden import load_golden, strip_prefix
 
@@ -133,3 +133,37 @@ def test_a_diffusers_folder_with_weights_missing_is_refused(vae: WanVae, tmp_pat
     save_file(state, weights, metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=r"weights are missing: quant_conv\.bias"):
         load_vae(tmp_path / "vae")
+
+
+def test_bf16_computes_with_channels_last_and_stays_near(vae: WanVae, native_file: Path) -> None:
+    """Shapes, fp32 results and the order in memory; errors are those of 8-bit mantissas through the whole network."""
+    half = load_vae(native_file, dtype=torch.bfloat16)
+    weights = [one for one in half.autoencoder.parameters() if one.ndim in (4, 5)]
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    assert all(one.is_contiguous(memory_format=formats[one.ndim]) for one in weights)
+    clip = load_golden("vae")[0]["clip.t1"][1][:, :, :16, :16]
+    latents = vae.encode(clip)
+    for found, expected in ((half.encode(clip), latents), (half.decode(latents), vae.decode(latents))):
+        assert (found.dtype, found.shape) == (torch.float32, expected.shape)
+        assert 0 < (found - expected).norm() / expected.norm() < 0.05
+
+
+def test_channels_last_changes_no_number_but_by_rounding(vae: WanVae, native_file: Path) -> None:
+    ordered = load_vae(native_file)
+    order_channels_last(ordered.autoencoder)
+    clip = load_golden("vae")[0]["clip.t5"][0]
+    torch.testing.assert_close(ordered.encode(clip), vae.encode(clip), rtol=1e-4, atol=1e-5)
+
+
+def test_a_pass_that_fails_leaves_nothing_in_the_caches(vae: WanVae, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    latents = torch.zeros(16, 2, 2, 2)
+    expected = vae.decode(latents)
+    with monkeypatch.context() as patched:
+        patched.setattr(vae.autoencoder.decoder.conv_out, "forward", fail)
+        with pytest.raises(torch.OutOfMemoryError):
+            vae.decode(latents)
+    assert vae.autoencoder._feat_map.count(None) == len(vae.autoencoder._feat_map)
+    assert torch.equal(vae.decode(latents), expected)

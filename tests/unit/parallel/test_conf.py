@@ -35,3 +35,12 @@ def test_an_entry_sets_known_fields_and_fits_the_ranks_it_is_named_for(name: str
     named_for = re.search(r"(\d+)gpu", name)
     assert settings.ranks_per_replica == (int(named_for[1]) if named_for else 1)
     assert re.match(r"# (For|The default, for) ", text), "an entry begins by saying what it is for"
+
+
+def test_no_weights_cross_the_network_between_two_nodes() -> None:
+    """Each node holds all weights: a shard for each of its eight GPUs."""
+    text = (config_folder() / "parallel" / "two_nodes_16gpu.yaml").read_text()
+    settings = ParallelSettings(**yaml.safe_load(text))
+    layout = plan_layout(settings, world_size=16, ranks_per_node=8)
+    assert settings.weight_shards == 8
+    assert {layout.node_of(rank) for rank in range(settings.weight_shards)} == {0}

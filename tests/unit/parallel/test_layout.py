@@ -71,8 +71,8 @@ def test_guidance_cannot_be_split_when_one_expert_has_no_unconditional_pass(
 
 def test_the_ranks_of_a_node_that_hold_the_same_part_read_it_together() -> None:
     layout = plan_layout(ParallelSettings(ulysses=2, across_nodes=True), world_size=8, ranks_per_node=4)
-    assert layout.reading_teams(sharded=True) == [[0, 2], [1, 3], [4, 6], [5, 7]]
-    assert layout.reading_teams(sharded=False) == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert layout.reading_teams(2) == [[0, 2], [1, 3], [4, 6], [5, 7]]
+    assert layout.reading_teams(1) == [[0, 1, 2, 3], [4, 5, 6, 7]]
 
 
 def test_every_layout_of_a_node_is_listed_once_and_fits() -> None:

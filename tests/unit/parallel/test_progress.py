@@ -40,6 +40,14 @@ def step(number: int) -> Event:
         ([begin("denoise", **SHOT)], "stage 'denoise' of moon:shot_02, before its first step has ended"),
         ([begin("denoise", **SHOT), step(2)], "stage 'denoise' of moon:shot_02, step 3 of 8"),
         ([begin("denoise", **SHOT), step(8)], "stage 'denoise' of moon:shot_02, after its last step"),
+        (
+            [begin("denoise", **SHOT), begin("compile", **SHOT)],
+            "stage 'denoise' of moon:shot_02, before its first step has ended, while blocks are compiled",
+        ),
+        (
+            [begin("denoise", **SHOT), begin("compile", **SHOT), end("compile", **SHOT), step(2)],
+            "stage 'denoise' of moon:shot_02, step 3 of 8",
+        ),
         ([begin("decode", **SHOT)], "stage 'decode' of moon:shot_02"),
         ([end("keyframes", **SHOT)], "the time after stage 'keyframes' of moon:shot_02"),
         ([end("keyframes", **SHOT), begin("save", **SHOT)], "stage 'save' of moon:shot_02"),
@@ -86,3 +94,16 @@ def test_only_reading_weights_and_texts_is_slow() -> None:
             slow += [stage] if board.look().is_slow else []
         assert not board.look().is_slow
     assert slow == ["text", "load"]
+
+
+def test_the_compiler_may_take_its_time_and_is_no_step_of_its_own() -> None:
+    """Ranks may differ in what they find compiled, so it does not count in their lock step."""
+    board = ProgressBoard()
+    board.note(begin("denoise", **SHOT))
+    before = board.look()
+    board.note(begin("compile", **SHOT))
+    during = board.look()
+    board.note(end("compile", **SHOT))
+    assert (before.is_slow, during.is_slow, board.look().is_slow) == (False, True, False)
+    assert before.number == during.number == board.look().number
+    assert board.look().num_signs == before.num_signs + 2

@@ -26,11 +26,17 @@ def test_plain_python_is_a_one_rank_session_without_process_group() -> None:
 
 
 def test_one_rank_with_sharded_weights_starts_a_group_of_its_own_and_ends_it() -> None:
-    with start_session(ParallelSettings(device="cpu", weights="fsdp_offload")) as session:
+    with start_session(ParallelSettings(device="cpu", weights="fsdp")) as session:
         assert dist.is_initialized()
         assert session.mesh.shard_mesh is not None
         assert session.mesh.shard_mesh.size() == 1
     assert not dist.is_initialized()
+
+
+def test_one_rank_that_offloads_whole_weights_needs_no_group() -> None:
+    with start_session(ParallelSettings(device="cpu", weights="fsdp_offload")) as session:
+        assert not dist.is_initialized()
+        assert session.mesh.shard_mesh is None
 
 
 def test_a_layout_that_does_not_fit_is_refused_before_any_group_exists() -> None:
@@ -76,6 +82,43 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     with pytest.raises(LayoutError, match="local rank 4 has no GPU: this node has 4"):
         choose_device("auto", local_rank=4)
+
+
+@pytest.mark.parametrize(
+    ("visible", "has_agent", "allowed"),
+    [(None, False, True), ("5", False, True), ("GPU-3f2a", True, True), (None, True, False), ("0,1", True, False)],
+)
+def test_a_rank_that_sees_its_own_gpu_only_uses_it(
+    visible: str | None, has_agent: bool, allowed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with ``srun --gpus-per-task=1``, or a script per rank that sets ``CUDA_VISIBLE_DEVICES``."""
+    used: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", used.append)
+    for name, value in {"CUDA_VISIBLE_DEVICES": visible, "TORCHELASTIC_RUN_ID": "x" if has_agent else None}.items():
+        monkeypatch.setenv(name, value or "")
+        if value is None:
+            monkeypatch.delenv(name)
+    if allowed:
+        assert choose_device("auto", local_rank=3) == torch.device("cuda", 0)
+        assert used == [torch.device("cuda", 0)]
+    else:
+        with pytest.raises(LayoutError, match="local rank 3 has no GPU: this node has 1"):
+            choose_device("auto", local_rank=3)
+
+
+def test_ranks_that_share_a_gpu_learn_what_nccl_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise dist.DistBackendError("NCCL error: invalid usage, Duplicate GPU detected : rank 0 and rank 1")
+
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "1")
+    for name, value in {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(dist, "init_process_group", refuse)
+    with pytest.raises(LayoutError, match=r"rank 1 .*shares its GPU with another rank.*one rank per GPU"):
+        start_session(ParallelSettings(device="cpu", ulysses=2))
 
 
 def _full_disk() -> None:

@@ -1,4 +1,5 @@
 from dataclasses import fields, replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -6,12 +7,20 @@ import pytest
 
 from storymem_dist.config.schema import RenderConfig, StoriesSettings
 from storymem_dist.models.wan.presets import TINY, WAN22_A14B
-from storymem_dist.render.inputs import choose_stories, config_hash, cost_model, first_shots, kinds_of, pixel_inputs
+from storymem_dist.render.inputs import (
+    choose_stories,
+    config_hash,
+    cost_model,
+    first_shots,
+    kinds_of,
+    most_tokens,
+    pixel_inputs,
+)
 from storymem_dist.story.loading import StoryBatch
-from storymem_dist.story.schema import Scene, Shot, Story
+from storymem_dist.story.schema import Scene, Shot, ShotOptions, Story
 
 # Settings whose effect is in the shot's own seed, mode or kind, which are inputs of their own.
-COVERED_ELSEWHERE = {"seed", "seed_rule", "continuation", "first_shot"}
+COVERED_ELSEWHERE = {"seed", "seed_rule", "continuation", "first_shot", "recall"}
 ONLY_T2V = {"flow_shift_t2v", "boundary_ratio_t2v"}
 ONLY_M2V = {"flow_shift_m2v", "boundary_ratio_m2v", "max_keyframes", "num_fixed"}
 OTHER_VALUES = {
@@ -20,6 +29,7 @@ OTHER_VALUES = {
     "height": 496,
     "width": 848,
     "noise_device": "cuda",
+    "guidance_interval": [0.0, 0.5],
     "negative_prompt": "dull",
     "similarity": "hsv",
     "quality": "none",
@@ -109,6 +119,8 @@ def test_a_batch_is_cut_to_stories_and_shots() -> None:
     assert choose_stories(batch, StoriesSettings()) == batch
     cut = choose_stories(batch, StoriesSettings(max_stories=1, max_shots=2))
     assert [(one.story_id, len(one.shots)) for one in cut.stories] == [("a", 2)]
+    first = replace(batch, stories=(story("a"), replace(story("b"), priority=-1), replace(story("c"), priority=-2)))
+    assert [one.story_id for one in choose_stories(first, StoriesSettings(max_stories=2)).stories] == ["b", "c"]
 
 
 def test_only_the_needed_experts_are_named_first_shots_first() -> None:
@@ -116,6 +128,27 @@ def test_only_the_needed_experts_are_named_first_shots_first() -> None:
     assert kinds_of([story()], settings) == ["t2v", "m2v"]
     assert kinds_of([first_shots(story(), 1)], settings) == ["t2v"]
     assert kinds_of([story()], replace(settings, sampler=replace(settings.sampler, first_shot="m2v"))) == ["m2v"]
+
+
+def test_given_clips_need_no_experts_and_a_job_of_them_alone_takes_its_sizes_from_the_first_kind() -> None:
+    settings = RenderConfig()
+    (scene, _) = story().scenes
+    given = tuple(replace(shot, video=Path("a.mp4")) for shot in scene.shots)
+    filmed = replace(story(), scenes=(replace(scene, shots=given),))
+    assert kinds_of([filmed], settings) == ["t2v"]
+    begun = replace(story(), scenes=(replace(scene, shots=(given[0], scene.shots[1])),))
+    assert kinds_of([begun], settings) == ["m2v"]
+
+
+@pytest.mark.parametrize(("kinds", "num_memory"), [(("t2v",), 0), (("t2v", "m2v"), 10)])
+def test_the_most_tokens_are_those_of_the_longest_shot(kinds: tuple[str, ...], num_memory: int) -> None:
+    opened = weights()
+    opened.checkpoints = dict.fromkeys(kinds)
+    (scene, rest) = story().scenes
+    long = replace(scene.shots[1], options=ShotOptions(duration=10.0))
+    longer = replace(story(), scenes=(replace(scene, shots=(scene.shots[0], long)), rest))
+    assert most_tokens(RenderConfig(), [story()], opened) == (21 + num_memory) * 30 * 52
+    assert most_tokens(RenderConfig(), [story(), longer], opened) == (41 + num_memory) * 30 * 52
 
 
 def test_floating_point_work_is_known_for_a14b_alone() -> None:

@@ -1,7 +1,7 @@
 """Prompts are encoded in growing groups, each once, in the order in which shots are claimed."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -11,8 +11,10 @@ from torch import Tensor
 from storymem_dist.artifacts.prompt_cache import PromptCache
 from storymem_dist.errors import MachineError
 from storymem_dist.render.prompts import FIRST_PER_RANK, GROWTH, CachedPrompts, prompts_left, shots_left
+from storymem_dist.story.schema import ShotOptions
 from tests.helpers.batches import render
 from tests.helpers.fake_renderer import FakeRenderer, make_part, make_story
+from tests.helpers.videos import write_video
 
 MANY = [f"prompt {number}" for number in range(200)]
 
@@ -136,3 +138,19 @@ def test_a_cache_that_cannot_be_written_is_a_fault_of_the_machine(
 
 def _full() -> None:
     raise OSError(28, "No space left on device")
+
+
+def test_negative_prompts_of_shots_are_encoded_after_their_prompts_and_given_clips_need_no_text(tmp_path: Path) -> None:
+    story = make_story("fox", 4)
+    (scene,) = story.scenes
+    clip = write_video(tmp_path / "clip.mp4", 3)
+    changes: dict[int, dict[str, object]] = {
+        1: {"video": clip},
+        2: {"options": ShotOptions(negative_prompt="no clouds")},
+        3: {"options": ShotOptions(negative_prompt="no rain", guidance_scale=(1.0, 1.0))},
+    }
+    shots = tuple(replace(shot, **changes.get(shot.index, {})) for shot in scene.shots)
+    story = replace(story, scenes=(replace(scene, shots=shots),))
+    part = make_part(tmp_path / "run", [story])
+    part.run.open()
+    assert prompts_left([part], 1) == [shots[0].prompt, shots[2].prompt, "no clouds", shots[3].prompt]

@@ -11,7 +11,7 @@ import pytest
 
 from storymem_dist.errors import StoryboardError
 from storymem_dist.story.loading import load_storyboard, load_storyboards
-from storymem_dist.story.schema import Story
+from storymem_dist.story.schema import Entity, Story
 from tests.helpers.benchmark_episodes import EPISODES, episode
 
 GOOD: dict[str, Any] = {
@@ -340,5 +340,7 @@ def test_storyboards_with_the_structure_of_a_published_benchmark_load(tmp_path: 
             for prompt, cut in zip(scene["video_prompts"], scene["cut"], strict=True)
         ]
         assert [(shot.prompt, shot.cut) for shot in story.shots] == written
+        assert all(shot.entities == ("Mara",) for shot in story.shots)
+        assert story.entities == (Entity(name="Mara", description="Sailmaker."),)
         (warning,) = story.warnings
-        assert "'entity_schedule'" in warning and "'action_descriptions'" in warning
+        assert "'entity_" not in warning and "'action_descriptions'" in warning

@@ -47,6 +47,7 @@ def remove_from_scene(key: str) -> Callable[[dict[str, Any]], object]:
 
 CUT_RULE = "allowed: true (a cut) or false (continues the shot before it)"
 STORY_RULE = "story_name, story_overview, scenes"
+OPTIONAL = "reference_images, seed, style, defaults, entities"
 SCENE_RULE = "scene_num, video_prompts, cut"
 NAME_RULE = "allowed: one line of text without control characters and characters that change its direction"
 
@@ -54,7 +55,7 @@ CONTENT = {
     "missing scenes": (remove("scenes"), f": 'scenes' is missing; a storyboard needs {STORY_RULE}"),
     "missing prompts": (
         remove_from_scene("video_prompts"),
-        f", scene 2: 'video_prompts' is missing; a scene needs {SCENE_RULE}",
+        f", scene 2: 'video_prompts' is missing; a scene needs {SCENE_RULE}, or shots in place of the last two",
     ),
     "missing cut of several shots": (
         remove_from_scene("cut"),
@@ -77,12 +78,12 @@ CONTENT = {
     "unknown key near a known one": (
         change(refrence_images=[]),
         ": unknown key 'refrence_images' (did you mean 'reference_images'?);"
-        f" correct or remove it; a storyboard has {STORY_RULE} and optionally reference_images, seed, style",
+        f" correct or remove it; a storyboard has {STORY_RULE} and optionally {OPTIONAL}",
     ),
     "an optional key in another spelling": (
         change(Seed=7),
         ": unknown key 'Seed' (did you mean 'seed'?); correct or remove it; a storyboard has"
-        f" {STORY_RULE} and optionally reference_images, seed, style",
+        f" {STORY_RULE} and optionally {OPTIONAL}",
     ),
     "a name of two lines": (change(story_name="The\nLamp"), f": story_name holds the character U+000A; {NAME_RULE}"),
     "a name that turns around": (

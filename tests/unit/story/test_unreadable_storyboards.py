@@ -13,6 +13,7 @@ from storymem_dist.story.loading import load_storyboard
 from tests.unit.story.test_storyboard_messages import GOOD, STORY_RULE, message_for
 
 SUFFIXES = "allowed: .json, .json5, .jsonl, .ndjson, .yaml, .yml"
+OR_PROMPTS = ", or .txt with a prompt a line"
 CUT_SHORT = "the text ends in the middle of the storyboard; it was cut short, write it out to its end"
 IF_PROMPT = "if this is a prompt, put the prompt in quotes"
 QUOTED = "allowed: text; put the text in quotes"
@@ -25,8 +26,8 @@ FILES: dict[str, tuple[str, bytes, str]] = {
     "empty": ("a.json", b"", EMPTY),
     "only white space": ("a.yaml", b" \n\t\n", EMPTY),
     "only a byte order mark": ("a.json", b"\xef\xbb\xbf", EMPTY),
-    "another suffix": ("a.txt", b"{}", f": the suffix .txt is not a storyboard's; {SUFFIXES}"),
-    "no suffix": ("a", b"{}", f": the suffix (none) is not a storyboard's; {SUFFIXES}"),
+    "another suffix": ("a.md", b"{}", f": the suffix .md is not a storyboard's; {SUFFIXES}{OR_PROMPTS}"),
+    "no suffix": ("a", b"{}", f": the suffix (none) is not a storyboard's; {SUFFIXES}{OR_PROMPTS}"),
     "Windows-1252": (
         "a.json",
         b'{\n"story_name": "\x93quoted\x94"}',

@@ -249,11 +249,9 @@ NATIVE_REFUSALS = {
         "has shape [128, 64]; the configuration asks for [256, 64]",
     ),
     "quantized": (
-        _rewrite_shard_4(
-            lambda tensors: tensors.update({key: value.to(torch.float8_e4m3fn) for key, value in tensors.items()})
-        ),
+        _rewrite_shard_4(lambda tensors: tensors.update({key: value.to(torch.int8) for key, value in tensors.items()})),
         CheckpointError,
-        "an 8-bit file without scales",
+        "an 8-bit file (int8) without the scales of: ",
     ),
     "VAE missing": (_remove("Wan2.1_VAE.pth"), WeightsNotFound, "{root}: the vae is missing: {root}/Wan2.1_VAE.pth"),
     "text encoder missing": (

@@ -16,10 +16,10 @@ from storymem_dist.weights.loading import (
     SafetensorsSource,
     StateDictSource,
     load_dit_weights,
-    read_state_dict,
 )
 from storymem_dist.weights.lora import ScaledLora, open_lora
 from storymem_dist.weights.safetensors_file import SafetensorsFile
+from storymem_dist.weights.torch_file import read_state_dict
 
 ROWS, WIDTH = 700, 64
 
