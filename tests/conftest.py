@@ -35,15 +35,14 @@ def environment_stays() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def loggers_stay_enabled() -> Iterator[None]:
-    """Let all loggers speak before and after a test: Hydra silences those that exist when it starts a job here."""
+    """Let warnings of all loggers through: Hydra silences the root and those that exist when it starts a job here."""
     _let_loggers_speak()
     yield
     _let_loggers_speak()
 
 
 def _let_loggers_speak() -> None:
-    logging.disable(logging.NOTSET)
-    logging.getLogger("storymem_dist").setLevel(logging.NOTSET)
+    logging.root.setLevel(logging.WARNING)
     for logger in logging.root.manager.loggerDict.values():
         if isinstance(logger, logging.Logger):
             logger.disabled = False
