@@ -98,7 +98,7 @@ def as_error(error: Exception, arguments: Sequence[str] = ()) -> StoryMemError:
     if key and not what.startswith(str(key)):
         what = f"{key}: {what}"
     if isinstance(source, OmegaConfBaseException) or "\n" not in str(source):
-        given = next((one for one in arguments if key and _KEY.match(one)["key"] == key), None)  # type: ignore[index]
+        given = next((one for one in arguments if key and (found := _KEY.match(one)) and found["key"] == key), None)
         return ConfigError(shortened(what, 1000) + (f" (given: {shortened(given)})" if given else ""))
     return ConfigError(shortened(what, 1000))
 

@@ -17,7 +17,6 @@ from pathlib import Path
 import torch
 
 from storymem_dist.config.schema import RenderConfig
-from storymem_dist.diffusion.settings import SamplerSettings
 from storymem_dist.dispatch.needs import story_needs
 from storymem_dist.dispatch.shot_check import check_shots
 from storymem_dist.dispatch.shot_loras import OpenedLoras, check_loras
@@ -53,7 +52,7 @@ def check_stories(settings: RenderConfig) -> Iterator[Finding]:
     except StoryMemError as error:
         yield problem("stories", "files", "none can be rendered", str(error))
         return
-    batch = check_shots(batch, settings.sampler, settings.memory, partial(_check_guidance, settings))
+    batch = check_shots(batch, settings.sampler, settings.memory, partial(check_guidance, settings.parallel))
     batch = _check_loras(settings, batch)
     if batch.stories:
         yield ok("stories", "files", _contents(batch))
@@ -71,15 +70,6 @@ def _contents(batch: StoryBatch) -> str:
     parts += [f"{num_given} of them given"] if num_given else []
     parts += [f"{num_own} with settings of their own"] if num_own else []
     return ", ".join(parts)
-
-
-def _check_guidance(settings: RenderConfig, sampler: SamplerSettings) -> None:
-    check_guidance(
-        settings.parallel,
-        guidance_scale_high=sampler.guidance_scale_high,
-        guidance_scale_low=sampler.guidance_scale_low,
-        guidance_interval=sampler.guidance_interval,
-    )
 
 
 def _check_loras(settings: RenderConfig, batch: StoryBatch) -> StoryBatch:

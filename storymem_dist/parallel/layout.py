@@ -4,9 +4,10 @@ Ranks are numbered by torchrun, node after node; the axes ``replica x cfg x ring
 last axis fastest, so that ranks that communicate most are neighbours. Nothing here knows ``torch.distributed``.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
+from storymem_dist.diffusion.settings import SamplerSettings
 from storymem_dist.errors import LayoutError
 from storymem_dist.parallel.settings import ParallelSettings
 
@@ -120,13 +121,7 @@ def check_heads(settings: ParallelSettings, num_heads: int) -> None:
         )
 
 
-def check_guidance(
-    settings: ParallelSettings,
-    *,
-    guidance_scale_high: float,
-    guidance_scale_low: float,
-    guidance_interval: Sequence[float] = (),
-) -> None:
+def check_guidance(settings: ParallelSettings, sampler: SamplerSettings) -> None:
     """Raise ``LayoutError`` if the two guidance passes are to run in parallel but an expert or a step has only one.
 
     With a scale of 1 there is no unconditional pass: half of the ranks would idle, and their share of the sharded
@@ -134,14 +129,14 @@ def check_guidance(
     """
     if settings.cfg == 1:
         return
-    if guidance_interval:
+    if sampler.guidance_interval:
         raise LayoutError(
             f"parallel.cfg=2 runs the conditional and the unconditional pass in parallel, but "
-            f"sampler.guidance_interval={list(guidance_interval)} leaves the second one out of some steps, where half "
-            "of the ranks would idle; set parallel.cfg=1 (and double parallel.ulysses or ring)"
+            f"sampler.guidance_interval={list(sampler.guidance_interval)} leaves the second one out of some steps, "
+            "where half of the ranks would idle; set parallel.cfg=1 (and double parallel.ulysses or ring)"
         )
-    for name, scale in (("guidance_scale_high", guidance_scale_high), ("guidance_scale_low", guidance_scale_low)):
-        if scale == 1:
+    for name in ("guidance_scale_high", "guidance_scale_low"):
+        if getattr(sampler, name) == 1:
             raise LayoutError(
                 f"parallel.cfg=2 runs the conditional and the unconditional pass in parallel, but "
                 f"sampler.{name}=1 has no unconditional pass; set parallel.cfg=1 (and double parallel.ulysses or ring)"

@@ -177,12 +177,7 @@ class Engine:
         Raises, before weights are read, ``LayoutError`` when layout, ranks and guidance do not fit together, and
         ``ConfigError`` when the experts do not fit, or the attention kernel or the linear layers cannot be used.
         """
-        check_guidance(
-            parallel,
-            guidance_scale_high=sampler.guidance_scale_high,
-            guidance_scale_low=sampler.guidance_scale_low,
-            guidance_interval=sampler.guidance_interval,
-        )
+        check_guidance(parallel, sampler)
         session = session or start_session(parallel, num_heads=weights.any_checkpoint.dit_config.num_heads)
         loras = loras or OpenedLoras(weights, getattr(torch, model.dtype))
         of_a_shot = loras.most_bytes(compiled=parallel.compile is not False)

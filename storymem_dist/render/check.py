@@ -54,7 +54,7 @@ def check_job(points: Sequence[Point]) -> CheckedJob:
         check_settings(point.settings.tracking.wandb)
         batch = choose_stories(load_storyboards(point.settings.stories.paths()), point.settings.stories)
         _require_stories(batch)
-        _check_guidance(point.settings, point.settings.sampler)
+        check_guidance(point.settings.parallel, point.settings.sampler)
         batches.append(batch)
     settings = points[0].settings
     needed = {
@@ -98,17 +98,8 @@ def check_job(points: Sequence[Point]) -> CheckedJob:
 
 
 def _check_sampler(settings: RenderConfig, weights: Weights, sampler: SamplerSettings) -> None:
-    _check_guidance(settings, sampler)
+    check_guidance(settings.parallel, sampler)
     _check_memory(settings, weights, sampler)
-
-
-def _check_guidance(settings: RenderConfig, sampler: SamplerSettings) -> None:
-    check_guidance(
-        settings.parallel,
-        guidance_scale_high=sampler.guidance_scale_high,
-        guidance_scale_low=sampler.guidance_scale_low,
-        guidance_interval=sampler.guidance_interval,
-    )
 
 
 def _check_memory(settings: RenderConfig, weights: Weights, sampler: SamplerSettings) -> None:

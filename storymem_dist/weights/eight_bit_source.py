@@ -14,6 +14,7 @@ from torch import Tensor
 from storymem_dist.errors import CheckpointError
 from storymem_dist.weights.loading import TensorSource
 from storymem_dist.weights.state_dict import first_keys
+from storymem_dist.weights.wrapped_source import WrappedSource
 
 _SCALES = (".scale_weight", ".weight_scale")
 _MARKER = "scaled_fp8"
@@ -33,26 +34,27 @@ def with_full_numbers(stored: TensorSource) -> TensorSource:
     Raises ``CheckpointError`` for 8-bit weights without their scales, and for formats that are not read.
     """
     keys = stored.keys()
-    special = any(key in _NO_WEIGHTS or key.endswith((*_SCALES, *_UNUSED)) for key in keys)
-    return EightBitSource(stored) if special or any(_is_packed(stored, key) for key in keys) else stored
+    is_eight_bit = any(map(_is_hidden, keys)) or any(_is_packed(stored, key) for key in keys)
+    return EightBitSource(stored) if is_eight_bit else stored
+
+
+def _is_hidden(key: str) -> bool:
+    """Whether it is a scale, a marker or something else that is no weight."""
+    return key in _NO_WEIGHTS or key.endswith((*_SCALES, *_UNUSED))
 
 
 def _is_packed(stored: TensorSource, key: str) -> bool:
     return stored.dtype(key) in (*_EIGHT_BITS, torch.uint8)
 
 
-class EightBitSource:
+class EightBitSource(WrappedSource):
     """A ``TensorSource``: scaled weights in fp32, float8 without scales in bf16 (both exact), others as stored."""
 
     def __init__(self, stored: TensorSource) -> None:
-        self._stored = stored
-        self.name = stored.name
-        self.max_concurrent_reads = stored.max_concurrent_reads
         keys = stored.keys()
+        super().__init__(stored, [key for key in keys if not _is_hidden(key)])
         scales = [key for key in keys if key.endswith(_SCALES)]
         self._scales = {f"{key.rpartition('.')[0]}.weight": key for key in scales}
-        hidden = {*scales, *(key for key in keys if key in _NO_WEIGHTS or key.endswith(_UNUSED))}
-        self._keys = tuple(key for key in keys if key not in hidden)
         self._check_formats([key for key in keys if key.endswith(_FORMAT)])
         for weight, scale in self._scales.items():
             self._check_scale(weight, scale)
@@ -90,19 +92,6 @@ class EightBitSource:
                 f"incomplete or of a format that is not read; {_OTHER_FILES}"
             )
 
-    @property
-    def bytes_read(self) -> int:
-        """Bytes of stored data read."""
-        return self._stored.bytes_read
-
-    def keys(self) -> Sequence[str]:
-        """Names of the weights; scales and markers are hidden."""
-        return self._keys
-
-    def shape(self, key: str) -> torch.Size:
-        """Shape of the whole weight."""
-        return self._stored.shape(key)
-
     def dtype(self, key: str) -> torch.dtype:
         """fp32 for scaled weights, bf16 for other float8 ones."""
         if key in self._scales:
@@ -117,7 +106,7 @@ class EightBitSource:
     def read(self, key: str, rows: slice | None = None, *, pin_memory: bool = False) -> Tensor:
         """Rows in fresh memory."""
         if key not in self._scales and self._stored.dtype(key) not in _FLOAT8:
-            return self._stored.read(key, rows, pin_memory=pin_memory)
+            return super().read(key, rows, pin_memory=pin_memory)
         values = self._stored.read(key, rows).to(self.dtype(key))
         if key in self._scales:
             scales = self._row_scales(key, rows if rows is not None else slice(None))

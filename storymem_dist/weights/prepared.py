@@ -26,6 +26,7 @@ from storymem_dist.models.wan.presets import EXPERTS
 from storymem_dist.story.modes import MI2V, MM2V
 from storymem_dist.weights.loading import TensorSource
 from storymem_dist.weights.lora import STORYMEM_FOLDERS, ScaledLora
+from storymem_dist.weights.wrapped_source import WrappedSource
 
 MANIFEST_NAME = "storymem_prepared.json"
 FORMAT_VERSION = 1
@@ -97,38 +98,22 @@ class PreparedManifest:
         return [one["identity"] for one in self.loras[expert] if one["is_storymem"] is is_storymem]
 
 
-class Float8Source:
+class Float8Source(WrappedSource):
     """Turns rows stored as e4m3 with a power-of-two scale each back into bf16; returns all other rows as stored."""
 
     def __init__(self, stored: TensorSource) -> None:
-        self._stored = stored
-        self.name = stored.name
-        self.max_concurrent_reads = stored.max_concurrent_reads
-        all_keys = stored.keys()
-        self._keys = tuple(key for key in all_keys if not key.endswith(SCALE_SUFFIX))
-        self._scaled = {key.removesuffix(SCALE_SUFFIX) for key in all_keys if key.endswith(SCALE_SUFFIX)}
-
-    @property
-    def bytes_read(self) -> int:
-        """Bytes of stored data read."""
-        return self._stored.bytes_read
-
-    def keys(self) -> Sequence[str]:
-        """Names of the weights; scales are hidden."""
-        return self._keys
-
-    def shape(self, key: str) -> torch.Size:
-        """Shape of the whole weight."""
-        return self._stored.shape(key)
+        keys = stored.keys()
+        super().__init__(stored, [key for key in keys if not key.endswith(SCALE_SUFFIX)])
+        self._scaled = {key.removesuffix(SCALE_SUFFIX) for key in keys if key.endswith(SCALE_SUFFIX)}
 
     def dtype(self, key: str) -> torch.dtype:
         """bf16 for what is stored as float8."""
-        return torch.bfloat16 if key in self._scaled else self._stored.dtype(key)
+        return torch.bfloat16 if key in self._scaled else super().dtype(key)
 
     def read(self, key: str, rows: slice | None = None, *, pin_memory: bool = False) -> Tensor:
         """Rows in fresh memory."""
         if key not in self._scaled:
-            return self._stored.read(key, rows, pin_memory=pin_memory)
+            return super().read(key, rows, pin_memory=pin_memory)
         scales = self._stored.read(key + SCALE_SUFFIX, rows)
         values = (self._stored.read(key, rows).float() * scales[:, None]).bfloat16()
         return values.pin_memory() if pin_memory else values

@@ -8,7 +8,7 @@ about what the tensors mean.
 import json
 import math
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from storymem_dist.weights.lora import layouts
 from storymem_dist.weights.lora.scale import ALPHA_NAMES, RANK_NAMES
 from storymem_dist.weights.safetensors_file import SafetensorsFile
 from storymem_dist.weights.torch_file import is_safetensors, read_torch
+from storymem_dist.weights.wrapped_source import WrappedSource
 
 CONFIG_NAME = "adapter_config.json"
 FOLDER_STEMS = ("adapter_model", "pytorch_lora_weights")
@@ -92,7 +93,7 @@ def open_tensors(path: Path) -> tuple[TensorSource, Mapping[str, Any]]:
     tops = [key for key in keys if key in (*ALPHA_NAMES, *RANK_NAMES)]
     metadata = {**metadata, **{key: number(source, key) for key in tops}}
     if tops:
-        source = _Without(source, tops)
+        source = WrappedSource(source, [key for key in keys if key not in tops])
     for key in keys:
         if source.dtype(key) not in _FLOATS and not layouts.is_alpha(key) and key not in tops:
             stored = str(source.dtype(key)).removeprefix("torch.")
@@ -136,25 +137,6 @@ def _check_one_copy(path: Path, nested: Mapping[str, Mapping[Any, Any]]) -> None
                     f"{path}: holds {key} twice with different values, in {first!r} and in {name!r}; save the one to "
                     "use as a file of its own"
                 )
-
-
-class _Without:
-    """A source without some of its keys."""
-
-    def __init__(self, source: TensorSource, hidden: Sequence[str]) -> None:
-        keys = source.keys()
-        self._source, self._keys = source, tuple(key for key in keys if key not in hidden)
-        self.name, self.max_concurrent_reads = source.name, source.max_concurrent_reads
-        self.shape, self.dtype, self.read = source.shape, source.dtype, source.read
-
-    @property
-    def bytes_read(self) -> int:
-        """Bytes read from the source."""
-        return self._source.bytes_read
-
-    def keys(self) -> Sequence[str]:
-        """The keys that are left."""
-        return self._keys
 
 
 def adapter_config(file: Path) -> Mapping[str, Any] | None:

@@ -21,6 +21,7 @@ from storymem_dist.parallel.loading import place_experts
 from storymem_dist.parallel.working_memory import RESERVE_BYTES, blocks_that_fit, forward_bytes
 from storymem_dist.weights.loading import StateDictSource, load_dit_weights
 from tests.helpers.lazy_streams import LazyStreams
+from tests.helpers.memory_limit import memory_for
 from tests.helpers.tiny_dit import CONFIG, make_dit, make_inputs
 
 NUM_BLOCKS = 7
@@ -232,23 +233,12 @@ def test_resident_experts_that_ran_out_of_memory_are_streamed_in_the_next_try() 
     assert len(blocks_here(modules["high_noise"])) == NUM_BLOCKS
 
 
-def test_a_block_that_finds_no_memory_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_block_that_finds_no_memory_leaves_nothing_behind() -> None:
     modules, inputs = {name: make_expert(seed) for seed, name in enumerate(NAMES)}, make_inputs(DEEP)
     expected = {name: module(*inputs) for name, module in modules.items()}
     stream = make_stream(modules, fitting(4))
-    left = 60
-    resize = torch.UntypedStorage.resize_
-
-    def resize_while_there_is_memory(storage: torch.UntypedStorage, num_bytes: int) -> torch.UntypedStorage:
-        nonlocal left
-        left -= num_bytes > 0
-        if left < 0:
-            raise torch.OutOfMemoryError
-        return resize(storage, num_bytes)
-
     stream.activate("low_noise")
-    with monkeypatch.context() as patched, pytest.raises(torch.OutOfMemoryError):
-        patched.setattr(torch.UntypedStorage, "resize_", resize_while_there_is_memory)
+    with memory_for(60), pytest.raises(torch.OutOfMemoryError):
         modules["low_noise"](*inputs)
     assert bytes_of(modules["low_noise"])
     stream.idle()

@@ -162,8 +162,8 @@ def tiny_weights() -> Any:
 
 
 def test_a_layout_that_runs_both_passes_in_parallel_is_refused() -> None:
-    scales = {"guidance_scale_high": 3.5, "guidance_scale_low": 3.5}
+    in_part, always = SamplerSettings(guidance_interval=[0.0, 0.5]), SamplerSettings()
     with pytest.raises(LayoutError, match=r"guidance_interval=\[0.0, 0.5\] leaves .* some steps.*set parallel.cfg=1"):
-        check_guidance(ParallelSettings(cfg=2), **scales, guidance_interval=[0.0, 0.5])
-    check_guidance(ParallelSettings(cfg=1), **scales, guidance_interval=[0.0, 0.5])
-    check_guidance(ParallelSettings(cfg=2), **scales, guidance_interval=[])
+        check_guidance(ParallelSettings(cfg=2), in_part)
+    check_guidance(ParallelSettings(cfg=1), in_part)
+    check_guidance(ParallelSettings(cfg=2), always)

@@ -14,6 +14,7 @@ from storymem_dist.diffusion.step_cache import attach_step_cache
 from storymem_dist.models.wan.dit import WanDiT
 from storymem_dist.parallel.loading import place_experts
 from tests.helpers.lazy_streams import LazyStreams
+from tests.helpers.memory_limit import memory_for
 from tests.helpers.tiny_dit import CONFIG, make_dit, make_inputs
 
 NAMES = ("high_noise", "low_noise")
@@ -126,22 +127,11 @@ def test_an_expert_that_leaves_before_it_has_arrived_takes_no_memory_from_others
     assert torch.equal(modules["low_noise"](*inputs), expected["low_noise"])
 
 
-def test_an_expert_that_finds_no_memory_gives_back_what_it_took(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_expert_that_finds_no_memory_gives_back_what_it_took() -> None:
     modules, inputs = make_pair(), make_inputs()
     expected = velocities(modules, inputs)
     swap = make_swap(modules)
-    left = 5
-    resize = torch.UntypedStorage.resize_
-
-    def resize_while_there_is_memory(storage: torch.UntypedStorage, num_bytes: int) -> torch.UntypedStorage:
-        nonlocal left
-        left -= num_bytes > 0
-        if left < 0:
-            raise torch.OutOfMemoryError
-        return resize(storage, num_bytes)
-
-    with monkeypatch.context() as patched, pytest.raises(torch.OutOfMemoryError):
-        patched.setattr(torch.UntypedStorage, "resize_", resize_while_there_is_memory)
+    with memory_for(5), pytest.raises(torch.OutOfMemoryError):
         swap.activate("low_noise")
     assert not is_away(modules["low_noise"])
     for name, other in (NAMES, NAMES[::-1]):

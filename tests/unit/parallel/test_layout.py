@@ -1,5 +1,6 @@
 import pytest
 
+from storymem_dist.diffusion.settings import SamplerSettings
 from storymem_dist.errors import ConfigError, LayoutError
 from storymem_dist.parallel.layout import check_guidance, check_heads, layouts_for, plan_layout
 from storymem_dist.parallel.settings import ParallelSettings
@@ -64,9 +65,9 @@ def test_guidance_cannot_be_split_when_one_expert_has_no_unconditional_pass(
     high: float, low: float, named: str
 ) -> None:
     with pytest.raises(LayoutError, match=f"sampler.{named}=1 has no unconditional pass"):
-        check_guidance(ParallelSettings(cfg=2), guidance_scale_high=high, guidance_scale_low=low)
-    check_guidance(ParallelSettings(cfg=1), guidance_scale_high=high, guidance_scale_low=low)
-    check_guidance(ParallelSettings(cfg=2), guidance_scale_high=3.5, guidance_scale_low=3.5)
+        check_guidance(ParallelSettings(cfg=2), SamplerSettings(guidance_scale_high=high, guidance_scale_low=low))
+    check_guidance(ParallelSettings(cfg=1), SamplerSettings(guidance_scale_high=high, guidance_scale_low=low))
+    check_guidance(ParallelSettings(cfg=2), SamplerSettings(guidance_scale_high=3.5, guidance_scale_low=3.5))
 
 
 def test_the_ranks_of_a_node_that_hold_the_same_part_read_it_together() -> None:
