@@ -108,7 +108,7 @@ def open_batch(
         own = share(graph, replica)
         num_skipped = sum(_check_story(parts[story.part], story, queue, check_contents) for story in own)
         queue.scan(force=True)
-        num_finished = sum(state is ShotStatus.COMMITTED for story in graph.stories for state in story.states)
+        num_finished = graph.count(ShotStatus.COMMITTED)
         for story in own:
             _report_ended(parts[story.part], story, queue, check_contents)
     except BaseException as error:

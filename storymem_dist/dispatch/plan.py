@@ -1,7 +1,8 @@
 """Plans the shots of stories: mode, seed, inputs and fingerprint of each.
 
 A plan does not depend on what has been rendered: a shot is done when the run folder has a record of its fingerprint.
-Reads reference images; only ``plan_part`` reads the run folder. Knows nothing of replicas, leases or models.
+Reads pictures, given clips and LoRAs for their digests; only ``plan_part`` reads the run folder. Knows nothing of
+replicas, leases or models.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -109,7 +110,8 @@ def plan_story(
     references = [digest(path) for path in story.reference_images]
     planned: list[PlannedShot] = []
     all_needs, num_given = story_needs(story, part.sampler, part.memory), 0
-    for shot, needs, waits in zip(story.shots, all_needs, waits_for(all_needs), strict=True):
+    shots = story.shots
+    for shot, needs, waits in zip(shots, all_needs, waits_for(all_needs), strict=True):
         kind, mode = needs.kind, needs.mode
         seed = shot.options.seed
         if seed is None:
@@ -134,7 +136,7 @@ def plan_story(
         if kind == GIVEN:
             predecessor = None
         elif not _is_chained(story, needs, waits, planned[-1].needs if planned else None, shot.index, num_given):
-            inputs["recall"] = _recall_inputs(story, needs, digest)
+            inputs["recall"] = _recall_inputs(story, shots, needs, digest)
             needed = {*needs.memory, *([shot.index - 1] if needs.continues else [])}
             predecessor = joint_fingerprint([planned[index].fingerprint for index in sorted(needed)])
         num_given += len(shot.references)
@@ -178,9 +180,8 @@ def _is_chained(
     return waits == (index - 1,) and len(needs.memory) == index and len(needs.given) == num_given
 
 
-def _recall_inputs(story: Story, needs: Needs, digest: Callable[[Path], str]) -> dict[str, Any]:
-    """What the memory of a shot has, where it is not everything before it: shots by name, images by ``digest``."""
-    shots = story.shots
+def _recall_inputs(story: Story, shots: Sequence[Shot], needs: Needs, digest: Callable[[Path], str]) -> dict[str, Any]:
+    """What the memory of a shot has, where it is not everything before it: ``shots`` by name, images by ``digest``."""
     inputs: dict[str, Any] = {"shots": [shots[index].shot_id for index in needs.memory]}
     if needs.references:
         inputs["references"] = [digest(path) for path in story.reference_images]

@@ -93,7 +93,8 @@ class ShotQueue:
             run = self._runs[story.part]
             if run.story_folder(story.story_id).exists():
                 for shot in story.shots:
-                    if run.shot(story.story_id, shot.shot_id).is_committed(shot.fingerprint):
+                    is_known = self.graph.state(shot) is ShotStatus.COMMITTED
+                    if not is_known and run.shot(story.story_id, shot.shot_id).is_committed(shot.fingerprint):
                         self.graph.set_state(shot, ShotStatus.COMMITTED)
 
     def scan(self, *, force: bool = False) -> bool:
@@ -258,8 +259,9 @@ class ShotQueue:
             one = left.pop()
             if run.shot(one.story_id, one.shot_id).is_committed(one.fingerprint):
                 self.graph.set_state(one, ShotStatus.COMMITTED)
-                left += [later for later in self.graph.followers(one) if later.index not in seen]
-                seen |= {later.index for later in left}
+                new = [later for later in self.graph.followers(one) if later.index not in seen]
+                left += new
+                seen.update(later.index for later in new)
                 found = True
         return found
 

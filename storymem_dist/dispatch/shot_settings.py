@@ -11,10 +11,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from storymem_dist.artifacts.fingerprint import file_digest
 from storymem_dist.diffusion.settings import SamplerSettings
 from storymem_dist.dispatch.cost import CostModel
 from storymem_dist.errors import ConfigError, StoryboardError, StoryMemError
+from storymem_dist.files import file_digest
 from storymem_dist.memory.settings import SELECTION_KEYS
 from storymem_dist.story.images import pixel_rule
 from storymem_dist.story.modes import GIVEN, NO_CONTINUATION
@@ -210,19 +210,19 @@ def shot_cost(cost: CostModel, sampler: SamplerSettings, job_sampler: SamplerSet
 
 
 def _image_digest(shot: Shot, key: str, path: Path) -> str:
-    return _digest(shot, key, path) + pixel_rule(path)
+    return _digest(shot, key, path, is_image=True)
 
 
-def _digest(shot: Shot, key: str, path: Path) -> str:
-    """SHA-256 of a file that a shot names under ``key``. Raises ``StoryboardError``."""
+def _digest(shot: Shot, key: str, path: Path, *, is_image: bool = False) -> str:
+    """SHA-256 of a file that a shot names under ``key``, for images with the pixel rule. Raises ``StoryboardError``."""
     try:
         found = path.stat()
-        return _digest_of(path, (found.st_size, found.st_mtime_ns, found.st_ino))
+        return _digest_of(path, (found.st_size, found.st_mtime_ns, found.st_ino), is_image)
     except OSError as error:
         raise StoryboardError(f"{shot.shot_id}: {key}: {path} cannot be read: {error.strerror or error}") from error
 
 
 @lru_cache(maxsize=4096)
-def _digest_of(path: Path, state: tuple[int, int, int]) -> str:
+def _digest_of(path: Path, state: tuple[int, int, int], is_image: bool) -> str:
     """The digest of a file in this state: a job plans its stories several times, and clips have gigabytes."""
-    return file_digest(path)
+    return file_digest(path) + (pixel_rule(path) if is_image else "")

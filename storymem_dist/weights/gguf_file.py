@@ -3,7 +3,7 @@
 Rows are read and dequantized a few at a time. Knows nothing about models.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from math import prod
@@ -43,17 +43,21 @@ class _Entry:
 class GgufSource:
     """A ``TensorSource`` over one GGUF file: quantized tensors in fp32, others as stored.
 
+    ``names`` takes all names in the file and returns what turns each into the model's.
+
     Raises:
         CheckpointError: the package ``gguf`` is missing or does not know a quantization; the file is damaged.
     """
 
     max_concurrent_reads = 4
 
-    def __init__(self, path: Path, rename: Callable[[str], str] = str) -> None:
+    def __init__(self, path: Path, names: Callable[[Iterable[str]], Callable[[str], str]] = lambda _: str) -> None:
         self.name = str(path)
         self._gguf = _package(path)
         self._reader = PositionalReader(path)
-        self._entries = {rename(name): entry for name, entry in _read_entries(self._gguf, path).items()}
+        stored = _read_entries(self._gguf, path)
+        rename = names(stored)
+        self._entries = {rename(name): entry for name, entry in stored.items()}
 
     @property
     def bytes_read(self) -> int:

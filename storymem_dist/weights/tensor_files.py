@@ -62,8 +62,7 @@ def open_dit(path: Path, fetch_command: str) -> OpenedTensors:
     if path.is_dir() and (gguf := _only_gguf(path)):
         path = gguf
     if path.is_file() and is_gguf(path):
-        names = dit_names(GgufSource(path).keys())
-        return OpenedTensors(source=GgufSource(path, names), paths=[path])
+        return OpenedTensors(source=GgufSource(path, dit_names), paths=[path])
     files = [SafetensorsFile(path)] if path.is_file() else sharded_files(path, fetch_command)
     return _opened(path, files, dit_names)
 
