@@ -363,6 +363,12 @@ def file_identity(path: Path) -> str:
     return _sampled(path, _EDGE_BYTES, _NUM_SAMPLES)
 
 
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file as hex digits. Raises ``OSError``."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def quick_digest(path: Path) -> str:
     """Return a hex digest of a file's size and of at most 192 KiB of its content, read in 18 pieces.
 

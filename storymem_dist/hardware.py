@@ -1,6 +1,7 @@
-"""Peak throughput of known devices, the memory of device and host, processes, and errors that the machine caused.
+"""Peak throughput of devices, the memory of device and host, torch's allocators, processes, errors of the machine.
 
-Works without a GPU, and without torch in the process (device values are then None). Knows nothing of ranks or models.
+Works without a GPU. Functions that take a ``torch.device`` need torch; all others work without it in the process. Knows
+nothing of ranks or models.
 """
 
 import contextlib

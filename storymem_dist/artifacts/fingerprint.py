@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from storymem_dist.errors import StoryboardError
-from storymem_dist.files import canonical_json
+from storymem_dist.files import canonical_json, file_digest
 
 FINGERPRINT_FORMAT = 1
 """Part of every fingerprint. Increase it when the same inputs must get another fingerprint."""
@@ -38,12 +38,6 @@ def joint_fingerprint(fingerprints: Sequence[str]) -> str | None:
 def hash_of(value: Any) -> str:
     """Return 16 hex digits over one JSON value, for instance a resolved configuration."""
     return hashlib.sha256(canonical_json(value)).hexdigest()[:16]
-
-
-def file_digest(path: Path) -> str:
-    """Return the SHA-256 of a file as hex digits. Raises ``OSError``."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def reference_image_digest(path: Path) -> str:

@@ -17,8 +17,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from storymem_dist.artifacts.fingerprint import file_digest
-from storymem_dist.files import canonical_json, quick_digest
+from storymem_dist.files import canonical_json, file_digest, quick_digest
 
 RECORD_FORMAT = 1
 
@@ -57,9 +56,10 @@ class ShotRecord:
     ``mm2v``). ``num_frames`` counts the saved clip (without given frames). ``memory`` holds what the memory decided, as
     JSON (``recalled``: which keyframes the shot saw and why; ``decisions``: which frames were kept, duplicate or
     dropped, with scores). ``inputs`` are all inputs of ``fingerprint``, ``predecessor`` is the fingerprint of the shot
-    before. ``files`` maps names in the attempt's folder to size and content; ``clip`` and ``tail`` (the last frames, in
-    order) are names among them. ``clip_sample`` is the ``quick_digest`` of the clip; None in records of earlier
-    versions. ``own``: what the storyboard sets for this shot alone, as JSON; not written where it sets nothing.
+    before, the joint one of all that it needs, or None where it needs nothing. ``files`` maps names in the attempt's
+    folder to size and content; ``clip`` and ``tail`` (the last frames, in order) are names among them. ``clip_sample``
+    is the ``quick_digest`` of the clip; None in records of earlier versions. ``own``: what the storyboard sets for this
+    shot alone, as JSON; not written where it sets nothing.
 
     ``timing``: seconds per stage and when it was committed. ``host``: attempt, machine, versions. Both may differ
     between equal runs.

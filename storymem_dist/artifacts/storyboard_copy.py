@@ -74,7 +74,7 @@ def _write_small_copy(image: Path, copy: Path) -> None:
     try:
         small = open_reference_image(image)
     except StoryboardError:
-        return  # whoever plans the story refuses it
+        return  # planning refuses the story
     small.thumbnail((_LONGEST_SIDE, _LONGEST_SIDE))
     buffer = io.BytesIO()
     small.save(buffer, format="JPEG", quality=85)

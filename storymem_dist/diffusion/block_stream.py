@@ -15,7 +15,7 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
-from storymem_dist.diffusion.host_swap import HostMemory, HostWeights
+from storymem_dist.diffusion.host_swap import HostMemory, HostSwap, HostWeights
 from storymem_dist.models.wan.dit import WanDiT
 
 BlocksThatFit = Callable[[WanDiT, Tensor], int]
@@ -30,7 +30,7 @@ class StreamedWeights(HostWeights):
 
     def __init__(self, module: WanDiT, memory: HostMemory, device: torch.device, *, num_ahead: int = 1) -> None:
         super().__init__(module, memory, device)
-        self.expert = module
+        self._expert = module
         self._num_ahead = num_ahead
         self._blocks = list(module.blocks)
         self._index = {block: index for index, block in enumerate(self._blocks)}
@@ -60,7 +60,7 @@ class StreamedWeights(HostWeights):
     def _before_blocks(self, _stack: nn.Module, tokens_and_more: tuple[Tensor, ...]) -> None:
         """Decide at an expert's first forward which blocks are streamed."""
         if self._that_fit is not None:
-            fit, self._that_fit = self._that_fit(self.expert, tokens_and_more[0]), None
+            fit, self._that_fit = self._that_fit(self._expert, tokens_and_more[0]), None
             self._streamed = streamed_blocks(len(self._blocks), fit, num_ahead=self._num_ahead)
 
     def _before_block(self, block: nn.Module) -> None:
@@ -85,51 +85,34 @@ class StreamedWeights(HostWeights):
         return chain(range(index, len(self._blocks)), range(index))
 
 
-class BlockStream:
-    """A ``Residency`` with at most one expert on the device, in part or whole, and none between two denoise loops.
+class BlockStream(HostSwap[StreamedWeights]):
+    """A ``HostSwap`` that may hold a part of the active expert only.
 
-    ``that_fit`` says how much of it; None: all of it, as ``host_swap.HostSwap`` does. After ``idle`` no block stays on
-    the device longer than it is needed, until the shot that follows has ended.
+    ``that_fit`` says how much of it; None: all of it. After ``idle`` no block stays on the device longer than it is
+    needed, until the shot that follows has ended.
     """
 
     def __init__(self, weights: Mapping[str, StreamedWeights], that_fit: BlocksThatFit | None) -> None:
-        self._weights = dict(weights)
+        super().__init__(weights)
         self._that_fit = that_fit
         self._spare = False
-        self._active: str | None = None
-
-    def activate(self, name: str) -> None:
-        """Bring ``name`` to the device, after freeing the other expert there."""
-        if name == self._active:
-            return
-        self._leave()
-        self._active = name  # set first: if memory runs out half-way, ``idle`` frees what was allocated
-        if self._spare:
-            self._weights[name].enter_in_part(no_block)
-        elif self._that_fit is None:
-            self._weights[name].enter_device()
-        else:
-            self._weights[name].enter_in_part(self._that_fit)
 
     def end_shot(self) -> None:
-        """Free the device: the next shot begins with the other expert, and work between shots can use the memory."""
-        self._leave()
+        """See ``HostSwap``; the next shot may use all of the device's room again."""
+        super().end_shot()
         self._spare = False
 
     def idle(self) -> None:
         """Free the device, and let the next shot use as little of it as can be."""
-        self._leave()
+        super().idle()
         self._spare = True
 
-    def release(self) -> None:
-        """Free the copies on device and host; the modules cannot be used afterwards."""
-        self._leave()
-        self._weights.clear()
-
-    def _leave(self) -> None:
-        if self._active is not None:
-            self._weights[self._active].leave_device()
-        self._active = None
+    def _enter(self, weights: StreamedWeights) -> None:
+        that_fit = no_block if self._spare else self._that_fit
+        if that_fit is None:
+            weights.enter_device()
+        else:
+            weights.enter_in_part(that_fit)
 
 
 def no_block(_expert: WanDiT, _tokens_BLD: Tensor) -> int:

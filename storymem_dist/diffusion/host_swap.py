@@ -9,7 +9,7 @@ nothing). Knows nothing about prompts, ranks or sharding.
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,34 +20,43 @@ _SLAB_BYTES = 2**30
 _ALIGNMENT = 256
 
 
-class HostSwap:
+HostWeightsT = TypeVar("HostWeightsT", bound="HostWeights")
+
+
+class HostSwap(Generic[HostWeightsT]):
     """A ``Residency`` with at most one expert on the device, and none between the denoise loops of two shots."""
 
-    def __init__(self, weights: Mapping[str, "HostWeights"]) -> None:
+    def __init__(self, weights: Mapping[str, HostWeightsT]) -> None:
         self._weights = dict(weights)
         self._active: str | None = None
 
     def activate(self, name: str) -> None:
-        """Copy ``name`` to the device, after freeing the other expert there."""
+        """Bring ``name`` to the device, after freeing the other expert there."""
         if name != self._active:
-            self.idle()
+            self._leave()
             self._active = name  # set first: if memory runs out half-way, ``idle`` frees what was allocated
-            self._weights[name].enter_device()
+            self._enter(self._weights[name])
 
     def end_shot(self) -> None:
-        """As ``idle``: the next shot begins with the other expert, and work between shots can use the memory."""
-        self.idle()
+        """Free the device: the next shot begins with the other expert, and work between shots can use the memory."""
+        self._leave()
 
     def idle(self) -> None:
         """Free the active expert's device memory; the device then holds no expert."""
-        if self._active is not None:
-            self._weights[self._active].leave_device()
-        self._active = None
+        self._leave()
 
     def release(self) -> None:
         """Free the copies on device and host; the modules cannot be used afterwards."""
-        self.idle()
+        self._leave()
         self._weights.clear()
+
+    def _enter(self, weights: HostWeightsT) -> None:
+        weights.enter_device()
+
+    def _leave(self) -> None:
+        if self._active is not None:
+            self._weights[self._active].leave_device()
+        self._active = None
 
 
 class HostWeights:

@@ -134,7 +134,7 @@ def _weighted_sum(row: _Row, columns: Sequence[Tensor | None]) -> Tensor:
 
 def _diffusers_scheduler(name: str, timesteps: Tensor, sigmas: Tensor) -> Any:
     """The scheduler behind ``name``, on our own levels (diffusers spaces them differently), before its first step."""
-    # Here, not above: whoever needs no solver (benchmarks/gpu_check.py) can use the experts without diffusers.
+    # Here, not above, so that experts can be used without diffusers.
     from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
     flow: dict[str, Any] = {"num_train_timesteps": NUM_TRAIN_TIMESTEPS, "use_flow_sigmas": True}

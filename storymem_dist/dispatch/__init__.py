@@ -4,6 +4,7 @@ Read in this order: ``needs`` (what each shot needs of those before it), ``plan`
 ``story_graph`` and ``graph`` (which shots are ready), ``choosing`` (which of them is next), ``leases`` and ``queue``
 (claiming one), ``opening`` (start or resume), ``coordinator`` (one replica's view of the batch), ``saving`` (a rendered
 shot becomes a committed one), ``story_video`` (all clips of a story in one file), ``cleanup`` (what dead processes
-left). ``protocol`` holds the types that the render loop and this package exchange, ``cost`` estimates the work of a
-shot. Knows nothing of ranks or models.
+left). ``shot_settings`` is what a shot sets over its job, ``shot_check`` and ``shot_loras`` refuse what cannot be
+rendered, ``ending`` waits for the end. ``protocol`` holds the types that the render loop and this package exchange,
+``cost`` estimates the work of a shot. Knows nothing of ranks or models.
 """

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-from storymem_dist.artifacts.fingerprint import file_digest
 from storymem_dist.artifacts.records import DamagedRecord, ShotRecord
 from storymem_dist.artifacts.run_folder import RunFolder
 from storymem_dist.artifacts.video import concat_clips
@@ -23,7 +22,15 @@ from storymem_dist.dispatch.plan import BatchPart, PlannedShot
 from storymem_dist.dispatch.story_graph import StoryGraph
 from storymem_dist.errors import RunFolderError
 from storymem_dist.events import StoryFinished, WarningIssued, timed_stage
-from storymem_dist.files import UnsafePath, canonical_json, quick_digest, read_json, temporaries_in, write_bytes
+from storymem_dist.files import (
+    UnsafePath,
+    canonical_json,
+    file_digest,
+    quick_digest,
+    read_json,
+    temporaries_in,
+    write_bytes,
+)
 
 
 class StoryVideoState(Enum):

@@ -93,7 +93,7 @@ def _memory_of_loras(settings: RenderConfig, weights: Weights) -> WeightMemory:
     if settings.stories.path is not None:
         with contextlib.suppress(StoryMemError):  # storyboards have their own check
             check_loras(load_storyboards(settings.stories.paths()), settings.sampler, settings.memory, opened)
-    largest = opened.most_bytes(compiled=bool(settings.parallel.compile))
+    largest = opened.most_bytes(compiled=settings.parallel.may_compile)
     return WeightMemory(on_device=largest.on_device, on_host=largest.on_host)
 
 

@@ -21,7 +21,7 @@ REFERENCE_SHOT_INDEX = -1
 class Keyframe:
     """One remembered image, ``uint8 [3, H, W]`` RGB.
 
-    ``shot_index`` is the shot's position in the chain, or ``REFERENCE_SHOT_INDEX``. ``slot`` is the keyframe's number
+    ``shot_index`` is the shot's position in the story, or ``REFERENCE_SHOT_INDEX``. ``slot`` is the keyframe's number
     among the frames chosen from that shot before duplicates were dropped (so slots may have gaps); for a reference
     image it is the position. An image that joins the memory before a shot has that shot's index and a negative slot, so
     it comes before the shot's own keyframes. ``frame_index`` is the frame of the shot's saved clip, 0 for given images.

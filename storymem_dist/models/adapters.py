@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from storymem_dist.models.compile import is_compiled
 from storymem_dist.models.quantized_linear import QuantizedLinear
 from storymem_dist.models.wan.dit import Head, PatchEmbedding, WanBlock
 
@@ -193,7 +194,7 @@ def _sum(tensor: Tensor, change: Tensor | None) -> Tensor:
 
 def _common_rank(dit: nn.Module, adapters: Adapters) -> int | None:
     """The rank that all adapters in blocks get where these are compiled; None: each keeps its own."""
-    if all(getattr(block, "_compiled_call_impl", None) is None for block in getattr(dit, "blocks", ())):
+    if not any(map(is_compiled, getattr(dit, "blocks", ()))):
         return None
     ranks = [one.down.shape[0] for name, one in adapters.items() if name.startswith("blocks.") and one.down is not None]
     return filled_rank(max(ranks)) if ranks else None

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 import torch
+from torch import nn
 
 from storymem_dist.models.wan.dit import WanDiT
 
@@ -41,6 +42,11 @@ def compile_blocks(dit: WanDiT, *, has_messages: bool = False) -> None:
     limits.recompile_limit = max(limits.recompile_limit, _MOST_GRAPHS)
     for block in dit.blocks:
         block.compile(dynamic=True, options=LATE_WAITS if has_messages else None)
+
+
+def is_compiled(block: nn.Module) -> bool:
+    """Whether ``compile_blocks`` has made ``block`` one that is compiled."""
+    return getattr(block, "_compiled_call_impl", None) is not None
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from storymem_dist.models.wan.dit import CrossAttention, DiTConfig, SelfAttentio
 from storymem_dist.parallel.fsdp import reset_between_shots, share_streams, start_sharding
 from storymem_dist.parallel.parallelize import parallelize
 from storymem_dist.parallel.session import Session
-from storymem_dist.parallel.settings import ParallelSettings
+from storymem_dist.parallel.settings import OFFLOADED, ParallelSettings
 from storymem_dist.parallel.working_memory import blocks_that_fit
 from storymem_dist.parallel.zero3 import hand_to_zero3
 from storymem_dist.weights.loading import (
@@ -37,9 +37,6 @@ from storymem_dist.weights.loading import (
     load_dit_weights,
     whole_parameter,
 )
-
-OFFLOADED = ("fsdp_offload", "zero3")
-"""Values of ``ParallelSettings.weights`` that keep weights in host memory."""
 
 BytesProgress = Callable[[int, int], None]
 

@@ -10,6 +10,7 @@ from storymem_dist.errors import ConfigError, require_between, require_one_of
 
 WEIGHTS = ("replicated", "fsdp", "fsdp_offload", "zero3")
 SHARDED = ("fsdp", "fsdp_offload")  # by FSDP2
+OFFLOADED = ("fsdp_offload", "zero3")  # in host memory
 DEVICES = ("auto", "cpu", "cuda")
 BACKENDS = ("auto", "gloo", "nccl")
 SHARD_OVER = ("replica", "sequence")
@@ -100,6 +101,11 @@ class ParallelSettings:
             )
         if self.weights == "zero3":
             self._check_zero3()
+
+    @property
+    def may_compile(self) -> bool:
+        """Whether blocks may be compiled; where memory is planned, ``auto`` counts as compiled."""
+        return self.compile is not False
 
     @property
     def ranks_per_replica(self) -> int:

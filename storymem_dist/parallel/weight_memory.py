@@ -16,8 +16,7 @@ from storymem_dist.models.precision import vae_dtype
 from storymem_dist.models.quantized_linear import quantize_linears
 from storymem_dist.models.wan.dit import DiTConfig, WanDiT
 from storymem_dist.models.wan.presets import EXPERTS
-from storymem_dist.parallel.loading import OFFLOADED
-from storymem_dist.parallel.settings import ParallelSettings
+from storymem_dist.parallel.settings import OFFLOADED, ParallelSettings
 from storymem_dist.parallel.working_memory import RESERVE_BYTES, VAE_BYTES, decode_bytes, forward_bytes
 from storymem_dist.weights.settings import ModelSettings
 
@@ -112,7 +111,7 @@ def decide_experts(
 def _work(model: ModelSettings, parallel: ParallelSettings, config: DiTConfig, num_tokens: int) -> int:
     """Bytes for a forward over ``num_tokens`` tokens, for the largest usual decode, and what has to stay free."""
     per_rank = -(-num_tokens // (parallel.ring * parallel.ulysses))
-    forward = forward_bytes(config, per_rank, linears=model.linears, compiled=bool(parallel.compile))
+    forward = forward_bytes(config, per_rank, linears=model.linears, compiled=parallel.may_compile)
     if parallel.weight_shards > 1:  # the block that computes is gathered, and those ahead of it
         block = _expert_sizes(config, getattr(torch, model.dtype), model.linears).block
         forward += (parallel.prefetch_blocks + 1) * block

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from storymem_dist.diffusion.step_cache import step_cache_of
 from storymem_dist.diffusion.text_cache import text_cache_of
 from storymem_dist.hardware import GIB, free_device_memory_bytes
+from storymem_dist.models.compile import is_compiled
 from storymem_dist.models.precision import CONV_WORKSPACE_MIB
 from storymem_dist.models.quantized_linear import ROWS_AT_ONCE, format_of
 from storymem_dist.models.wan.dit import DiTConfig, WanBlock, WanDiT
@@ -67,7 +68,7 @@ def blocks_within(free: int, expert: WanDiT, tokens_BLD: Tensor) -> int:
     """Return how many blocks of ``expert`` fit into ``free`` bytes next to a forward whose tokens are there already."""
     num_tokens = tokens_BLD.shape[0] * tokens_BLD.shape[1]
     work = forward_bytes(
-        expert.config, num_tokens, linears=format_of(_first_linear(expert)), compiled=_is_compiled(expert)
+        expert.config, num_tokens, linears=format_of(_first_linear(expert)), compiled=is_compiled(expert.blocks[0])
     )
     block_bytes = sum(parameter.nbytes for parameter in expert.blocks[0].parameters())
     room = free + tokens_BLD.nbytes - work - _cache_bytes(expert, tokens_BLD) - RESERVE_BYTES
@@ -89,7 +90,3 @@ def _first_linear(expert: WanDiT) -> nn.Module:
     block = expert.blocks[0]
     assert isinstance(block, WanBlock)
     return block.self_attn.q
-
-
-def _is_compiled(expert: WanDiT) -> bool:
-    return getattr(expert.blocks[0], "_compiled_call_impl", None) is not None

@@ -180,7 +180,7 @@ class Engine:
         check_guidance(parallel, sampler)
         session = session or start_session(parallel, num_heads=weights.any_checkpoint.dit_config.num_heads)
         loras = loras or OpenedLoras(weights, getattr(torch, model.dtype))
-        of_a_shot = loras.most_bytes(compiled=parallel.compile is not False)
+        of_a_shot = loras.most_bytes(compiled=parallel.may_compile)
         adapters = WeightMemory(on_device=of_a_shot.on_device, on_host=KEPT_AT_LEAST * of_a_shot.on_host)
         model = decide_experts(
             model,

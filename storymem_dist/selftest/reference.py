@@ -13,10 +13,10 @@ from storymem_dist.models.wan.dit import DiTConfig, WanDiT
 from storymem_dist.models.wan.presets import WAN22_A14B
 from storymem_dist.models.wan.vae import WanVae
 from storymem_dist.parallel.guidance import make_guidance
-from storymem_dist.parallel.loading import OFFLOADED, local_part, place_experts
+from storymem_dist.parallel.loading import local_part, place_experts
 from storymem_dist.parallel.parallelize import parallelize
 from storymem_dist.parallel.session import Session
-from storymem_dist.parallel.settings import ParallelSettings
+from storymem_dist.parallel.settings import OFFLOADED, ParallelSettings
 from storymem_dist.parallel.vae import parallelize_vae
 from storymem_dist.weights.loading import StateDictSource, load_dit_weights
 

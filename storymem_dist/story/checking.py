@@ -3,8 +3,8 @@
 The format is ST-Bench's, ``{story_name, story_overview, scenes: [{scene_num, video_prompts, cut}]}``, optionally with
 ``reference_images``, ``seed`` and ``style``; or, in place of a scene's two lists, ``shots`` with keys of their own over
 the story's ``defaults``. The first problem is raised as one message that names the file, the scene, the shot and what
-is allowed. What differs from the format but has one meaning is read, with a warning of the story. Reads no file but
-pictures; knows nothing about file formats.
+is allowed. What differs from the format but has one meaning is read, with a warning of the story. Opens the pictures
+and clips that it names, and looks for its LoRAs; knows nothing about the formats of storyboards.
 """
 
 import math
@@ -47,7 +47,7 @@ def build_story(document: object, *, story_id: str, name: str, source: Path, whe
 
     ``name`` is its name if it has none of its own. ``source`` is its file, for images; ``where`` names it in messages.
     Relative ``reference_images`` are searched in the folder of ``source``. ``style`` is put before every prompt. The
-    first shot of the chain continues no other, so its ``cut`` is always True. ``warnings`` may hold some already.
+    first shot continues no other, so its ``cut`` is always True. ``warnings`` may hold some already.
     Raises ``StoryboardError``.
     """
     story = read_keys(document, STORY, where, warnings)

@@ -1,7 +1,7 @@
 """A storyboard after reading and checking, as plain frozen values. Knows nothing about files or rendering.
 
-A story is a list of scenes, a scene a list of shots. For rendering, all shots of a story form one *chain*, in order;
-scene boundaries matter only for seeds (as in StoryMem) and for display.
+A story is a list of scenes, a scene a list of shots. For rendering, a story is all its shots, in order; scene
+boundaries matter only for seeds (as in StoryMem) and for display.
 """
 
 from collections.abc import Mapping
@@ -56,7 +56,7 @@ class Entity:
 class Shot:
     """One clip of a story.
 
-    ``index`` is the position in the story's chain and ``index_in_scene`` the position in its scene, both from 0.
+    ``index`` is the position in the story and ``index_in_scene`` the position in its scene, both from 0.
     ``scene_num`` is the number written in the storyboard. ``prompt`` is the full text given to the text encoder (the
     story's style prefix included). ``cut`` is False when the shot continues the one before it.
 
@@ -119,5 +119,5 @@ class Story:
 
     @property
     def shots(self) -> tuple[Shot, ...]:
-        """All shots, in chain order."""
+        """All shots, in order."""
         return tuple(shot for scene in self.scenes for shot in scene.shots)

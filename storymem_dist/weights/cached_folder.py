@@ -1,6 +1,5 @@
 """Writes a folder of files once, whole, and replaces it when it is not what it should be. Knows nothing of weights."""
 
-import hashlib
 import json
 import shutil
 import uuid
@@ -8,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from storymem_dist.files import locked_folder, replace_folder
+from storymem_dist.files import file_digest, locked_folder, replace_folder
 
 MANIFEST = "storymem_folder.json"
 """Says what a folder was made from, and the SHA-256 of each of its files."""
@@ -38,12 +37,6 @@ def ensure_folder(root: Path, made_from: Mapping[str, Any], write: Callable[[Pat
             shutil.rmtree(fresh, ignore_errors=True)
 
 
-def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file, in hex. Raises ``OSError``."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _is_right(root: Path, made_from: Mapping[str, Any]) -> bool:
     try:
         manifest = json.loads((root / MANIFEST).read_text())
@@ -63,6 +56,6 @@ def _hashes(root: Path) -> dict[str, str]:
         facts = path.stat()
         key = facts.st_dev, facts.st_ino
         if key not in by_file:
-            by_file[key] = sha256_of(path)
+            by_file[key] = file_digest(path)
         found[path.relative_to(root).as_posix()] = by_file[key]
     return found

@@ -22,9 +22,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from storymem_dist.errors import CheckpointError, WeightsNotFound
+from storymem_dist.files import file_digest
 from storymem_dist.models.wan.dit import DiTConfig
 from storymem_dist.models.wan.presets import EXPERTS
-from storymem_dist.weights.cached_folder import ensure_folder, sha256_of
+from storymem_dist.weights.cached_folder import ensure_folder
 from storymem_dist.weights.checkpoints import IN_DIMS, NATIVE, ModelFolders
 from storymem_dist.weights.lora import STORYMEM_FOLDERS
 from storymem_dist.weights.tiny_checkpoint import LORA_TARGETS
@@ -100,7 +101,7 @@ def unpack_once(path: Path, sha256: str | None, cache: Path) -> ModelFolders:
     if not path.is_file():
         raise WeightsNotFound(f"model.packed={path}: no such file")
     try:
-        found = sha256_of(path)
+        found = file_digest(path)
     except OSError as error:
         raise WeightsNotFound(f"model.packed={path} cannot be read: {error.strerror or error}") from error
     if sha256 is not None and found != sha256.lower():

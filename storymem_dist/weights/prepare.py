@@ -19,14 +19,14 @@ import torch
 from torch import Tensor
 
 from storymem_dist.errors import CheckpointError, require_one_of
-from storymem_dist.files import locked_folder, replace_folder
+from storymem_dist.files import file_digest, locked_folder, replace_folder
 from storymem_dist.models.quantized_linear import Float8Linear
 from storymem_dist.models.wan.dit import DiTConfig, WanDiT
 from storymem_dist.models.wan.presets import EXPERTS
 from storymem_dist.weights.checkpoints import NATIVE, WanCheckpoint
 from storymem_dist.weights.loading import RowRange, TensorSource, row_ranges, stream_rows
 from storymem_dist.weights.lora import ScaledLora
-from storymem_dist.weights.prepared import SCALE_SUFFIX, STORED_DTYPES, PreparedManifest, is_prepared, sha256_of
+from storymem_dist.weights.prepared import SCALE_SUFFIX, STORED_DTYPES, PreparedManifest, is_prepared
 from storymem_dist.weights.safetensors_file import SafetensorsWriter, write_safetensors
 
 ExpertProgress = Callable[[str, int, int], None]
@@ -222,4 +222,4 @@ def _link_part(origin: Path, target: Path, relative: str) -> dict[str, Mapping[s
 
 
 def _facts(path: Path) -> Mapping[str, Any]:
-    return {"num_bytes": path.stat().st_size, "sha256": sha256_of(path)}
+    return {"num_bytes": path.stat().st_size, "sha256": file_digest(path)}

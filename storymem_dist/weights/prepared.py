@@ -10,7 +10,6 @@ power-of-two scale per row, as in ``models.quantized_linear``) stores the linear
 Loading turns them back into bf16 exactly, so the only loss is the rounding to 8 bits.
 """
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor
 
 from storymem_dist.errors import CheckpointError, WeightsNotFound
-from storymem_dist.files import write_bytes
+from storymem_dist.files import file_digest, write_bytes
 from storymem_dist.models.wan.presets import EXPERTS
 from storymem_dist.story.modes import MI2V, MM2V
 from storymem_dist.weights.loading import TensorSource
@@ -164,14 +163,5 @@ def check_files(root: Path, manifest: PreparedManifest, *, hashes: bool = False)
                 f"{path}: has {path.stat().st_size} bytes, was written with {expected['num_bytes']}; "
                 "prepare the weights again"
             )
-        if hashes and sha256_of(path) != expected["sha256"]:
+        if hashes and file_digest(path) != expected["sha256"]:
             raise CheckpointError(f"{path}: its SHA-256 is not that of what was written; prepare the weights again")
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a whole file, hex."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_HASH_BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()

@@ -105,7 +105,7 @@ class FoundFiles:
     def experts(self, kind: str, in_dims: Mapping[str, int], fetch_command: str) -> dict[str, Path] | None:
         """The files of both experts of ``kind``; None if there is no transformer at all.
 
-        Raises ``CheckpointError`` if it cannot be told which files they are, ``WeightsNotFound`` if one is missing.
+        Raises ``CheckpointError`` if it is not clear which files they are, ``WeightsNotFound`` if one is missing.
         """
         transformers = [file for file in self.files if file.role == TRANSFORMER]
         if not transformers:

@@ -53,7 +53,7 @@ def edges(story: StoryView) -> list[tuple[tuple[int, int], str]]:
 
 
 def _columns(story: StoryView) -> dict[int, int]:
-    """Column number of each chain position; reference images (-1) come first where there are any."""
+    """Column number of each position in the story; reference images (-1) come first where there are any."""
     positions = [shot.shot_index for shot in story.shots]
     if any(keyframe.shot_index < 0 for keyframe in story.keyframes):
         positions = [-1, *positions]

@@ -1,7 +1,7 @@
 """The contents of a report, read from a run's event files and records alone.
 
 Works on a run that is still going and on a broken one: records take precedence, events add the rest. Every value has
-its type here, whoever wrote the files. Knows nothing of HTML.
+its type here, whatever the files hold. Knows nothing of HTML.
 """
 
 import time

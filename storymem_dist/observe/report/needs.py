@@ -1,8 +1,7 @@
 """The graph of a story as a picture: which shot waits for which.
 
 A column holds the shots that can be rendered at once, when all columns to its left are done. A line comes from each
-shot that a shot waits for directly. A table below says the same. Knows
-views, no files.
+shot that a shot waits for directly. A table below says the same. Knows views, no files.
 """
 
 from collections.abc import Sequence

@@ -57,7 +57,7 @@ class RunState:
         return sum(shot.status == status for story in self.stories.values() for shot in story.shots.values())
 
     def attempts(self) -> list[Attempt]:
-        """All attempts, story by story in chain order."""
+        """All attempts, story by story in order."""
         return [a for story in self.stories.values() for shot in story.shots.values() for a in shot.attempts]
 
     def with_scores(self, event: ev.MemoryDecided) -> ev.MemoryDecided:

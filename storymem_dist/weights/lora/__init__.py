@@ -1,4 +1,4 @@
-"""LoRAs for the transformer: what a file holds, whom it is for, by how much, and adding it to rows of weights.
+"""LoRAs for the transformer: what a file holds, for which expert, by how much, and adding it to rows of weights.
 
 Read ``layouts`` (the table of names), ``scale`` (alpha, rank, rule), ``file`` (opening and checking), ``merge``
 (adding), then ``settings``, ``storymem`` and ``shot`` (LoRAs of one shot, not merged). Nothing here knows how base

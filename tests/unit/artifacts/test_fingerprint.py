@@ -2,8 +2,9 @@ from pathlib import Path
 
 import pytest
 
-from storymem_dist.artifacts.fingerprint import differences, file_digest, fingerprint, hash_of, reference_image_digest
+from storymem_dist.artifacts.fingerprint import differences, fingerprint, hash_of, reference_image_digest
 from storymem_dist.errors import StoryboardError
+from storymem_dist.files import file_digest
 
 
 def test_a_fingerprint_depends_on_every_input_and_on_the_predecessor_but_not_on_the_order_of_keys() -> None:

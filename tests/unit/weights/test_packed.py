@@ -122,7 +122,7 @@ def test_a_packed_file_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch:
     def fail(path: Path) -> str:
         raise OSError(5, "Input/output error", str(path))
 
-    monkeypatch.setattr("storymem_dist.weights.packed.sha256_of", fail)
+    monkeypatch.setattr("storymem_dist.weights.packed.file_digest", fail)
     with pytest.raises(WeightsNotFound, match=r"model\.packed=.*nano.* cannot be read: Input/output error"):
         unpack_once(NANO, SHA256, tmp_path)
 
