@@ -17,6 +17,8 @@ from storymem_dist.errors import ConfigError
 from storymem_dist.parallel import weight_memory
 from storymem_dist.pipeline import to_image_tensor
 from storymem_dist.render import build
+from storymem_dist.resources import packed_weights
+from storymem_dist.weights.packed import unpack_once
 from storymem_dist.weights.tiny_checkpoint import ModelFolders, generate_tiny_checkpoint
 
 SMALL = {"num_frames": 9, "height": 32, "width": 48, "steps": 2}
@@ -114,6 +116,22 @@ def test_guidance_one_ignores_the_negative_prompt(pipeline: StoryMemPipeline) ->
     assert torch.equal(one, other)
     guided = [pipeline.generate_t2v("a fox", negative_prompt=text, **SMALL) for text in ("bad", "worse")]
     assert not torch.equal(*guided)
+
+
+def test_a_model_in_one_file_is_known_by_its_name_and_by_its_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STORYMEM_CACHE", str(tmp_path))
+    of_the_package = packed_weights("nano.safetensors")
+    folders = unpack_once(of_the_package, None, tmp_path)
+    paths = str(folders.t2v_dir), str(folders.i2v_dir), str(folders.lora_dir)
+    prompt = "A red ball rolls through a meadow."
+    with StoryMemPipeline(*paths, device="cpu", dtype="float32") as pipeline:
+        expected = pipeline.generate_t2v(prompt, **SMALL)
+    for name in ("nano", str(of_the_package)):
+        assert is_storymem_available(packed=name)
+        with StoryMemPipeline.from_packed(name, device="cpu") as pipeline:
+            assert torch.equal(pipeline.generate_t2v(prompt, **SMALL), expected)
 
 
 def test_a_pipeline_renders_again_after_unloading(tiny: ModelFolders) -> None:
