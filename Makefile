@@ -34,6 +34,7 @@ $(VENV)/.runtime-installed: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/.dev-installed: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,deepspeed]'
+	$(BIN)/python -m pip install --quiet --no-deps hpsv3==1.0.0
 	touch $@ $(VENV)/.runtime-installed
 
 clean:

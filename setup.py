@@ -14,6 +14,7 @@ setup(
     package_data={
         "storymem_dist": ["py.typed"],
         "storymem_dist.observe.report": ["*.css", "*.js"],
+        "storymem_dist.planner": ["*.json"],
         "storymem_dist.weights": ["published.yaml", "packed_files/*"],
         "storymem_dist.assets.conf": ["**/*"],
         "storymem_dist.assets.examples": ["**/*"],

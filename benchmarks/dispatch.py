@@ -34,10 +34,12 @@ the imports) to its first shot, and the prompts that it encoded before. "all fir
 first shot, for comparison.
 """
 
+import heapq
 import json
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from unittest.mock import patch
@@ -46,7 +48,6 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from benchmarks.harness import make_parser, print_table, write_json
-from benchmarks.shot_simulation import shortest_possible, simulate, story_level
 from benchmarks.shot_workloads import entitybench_stories, make_chains, make_story, mixed_stories, planned
 from storymem_dist.artifacts.run_folder import RunFolder
 from storymem_dist.config.composing import register_schema, to_plain, to_settings
@@ -54,11 +55,14 @@ from storymem_dist.config.points import Point
 from storymem_dist.dispatch.cost import CostModel
 from storymem_dist.dispatch.graph import ShotGraph
 from storymem_dist.dispatch.leases import Lease, LeaseFolder, Owner
+from storymem_dist.dispatch.plan import PlannedShot
 from storymem_dist.dispatch.queue import ShotQueue, lease_key
 from storymem_dist.dispatch.settings import DispatchSettings
 from storymem_dist.dispatch.story_graph import ShotStatus
 from storymem_dist.memory.settings import MemorySettings
 from storymem_dist.observe.run.values import levels
+from storymem_dist.planner.simulation import simulate, work_of
+from storymem_dist.planner.tail import Times
 from storymem_dist.render import prompts as prompts_module
 from storymem_dist.render.job import render_job
 from storymem_dist.render.shot import StoryShotRenderer
@@ -125,10 +129,8 @@ def compare_graphs(swap_seconds: float, save_seconds: float) -> list[dict[str, o
         shots = planned(stories, RULES[rule])
         for replicas in counts:
             bound = shortest_possible(shots, replicas, seconds, save_seconds)
-            makespan, _ = simulate(shots, replicas, seconds, swap_seconds=0.0, save_seconds=save_seconds, overlap=True)
-            swapped, loads = simulate(
-                shots, replicas, seconds, swap_seconds=swap_seconds, save_seconds=save_seconds, overlap=True
-            )
+            makespan, _ = share(shots, replicas, seconds, save_seconds, swap_seconds=0.0)
+            swapped, loads = share(shots, replicas, seconds, save_seconds, swap_seconds=swap_seconds)
             rows.append(
                 {
                     "stories": name,
@@ -157,9 +159,7 @@ def _compare(num_stories: int, num_replicas: int, swap_seconds: float, save_seco
     bound = shortest_possible(chains, num_replicas, seconds, save_seconds)
 
     def run(*, swap_seconds: float, overlap: bool) -> tuple[float, int]:
-        return simulate(
-            chains, num_replicas, seconds, swap_seconds=swap_seconds, save_seconds=save_seconds, overlap=overlap
-        )
+        return share(chains, num_replicas, seconds, save_seconds, swap_seconds=swap_seconds, overlap=overlap)
 
     in_turn, _ = run(swap_seconds=0.0, overlap=False)
     overlapped, _ = run(swap_seconds=0.0, overlap=True)
@@ -178,6 +178,43 @@ def _compare(num_stories: int, num_replicas: int, swap_seconds: float, save_seco
         "stories h": round(whole / 3600, 3),
         "stories efficiency": round(bound / whole, 3),
     }
+
+
+def share(
+    stories: Sequence[Sequence[PlannedShot]],
+    num_replicas: int,
+    seconds_per_tflop: float,
+    save_seconds: float,
+    *,
+    swap_seconds: float,
+    overlap: bool = True,
+) -> tuple[float, int]:
+    """Return the makespan in seconds and the number of times that experts were loaded, by the planner's simulation."""
+    found = simulate(
+        stories,
+        num_replicas,
+        lambda shot: Times(render=seconds_per_tflop * shot.cost, save=save_seconds),
+        swap_seconds=swap_seconds,
+        overlap=overlap,
+    )
+    return found.makespan, found.num_loads
+
+
+def shortest_possible(
+    stories: Sequence[Sequence[PlannedShot]], num_replicas: int, seconds_per_tflop: float, save_seconds: float
+) -> float:
+    """Return a bound in seconds that no order of shots can beat."""
+    one_each = [1] * len(stories)
+    work = work_of(stories, one_each, lambda shot: Times(render=seconds_per_tflop * shot.cost, save=save_seconds))
+    return work.shortest_possible(num_replicas)
+
+
+def story_level(lengths: Sequence[float], num_replicas: int) -> float:
+    """Makespan when the next free replica gets a whole story, the longest story first."""
+    free = [0.0] * num_replicas
+    for length in sorted(lengths, reverse=True):
+        heapq.heapreplace(free, free[0] + length)
+    return max(free)
 
 
 # -- claims ------------------------------------------------------------------------------------------------------------

@@ -187,13 +187,17 @@ def write_json(path: Path | None, name: str, results: dict[str, Any], device: to
 
 
 class _LiveTensors(TorchDispatchMode):
-    """Counts the bytes of the storages that operators return, from their creation until they are freed."""
+    """Counts the bytes of the storages that operators return, from their creation until they are freed.
+
+    Storages that are resized later (as FSDP2 does) count as large as they are. What a collective's ``wait_tensor``
+    returns is the tensor that it was given; on tensors without data it is a new one, which then does not count.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.peak_bytes = 0
-        self._live_bytes = 0
         self._known: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self._same_as: dict[int, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         existing = {
@@ -205,18 +209,27 @@ class _LiveTensors(TorchDispatchMode):
                 storage = leaf.untyped_storage()
                 if id(storage) not in self._known and id(storage) not in existing:
                     self._watch(storage)
+                    if func is torch.ops._c10d_functional.wait_tensor.default:
+                        self._same_as[id(storage)] = next(iter(existing))
+        self.peak_bytes = max(self.peak_bytes, self._live_bytes())
         return result
 
     def _watch(self, storage: torch.UntypedStorage) -> None:
-        key, num_bytes = id(storage), storage.nbytes()
+        key = id(storage)
 
         def freed(_reference: Any) -> None:
-            self._live_bytes -= num_bytes
-            del self._known[key]
+            self._known.pop(key, None)
+            self._same_as.pop(key, None)
 
         self._known[key] = weakref.ref(storage, freed)
-        self._live_bytes += num_bytes
-        self.peak_bytes = max(self.peak_bytes, self._live_bytes)
+
+    def _live_bytes(self) -> int:
+        sizes: dict[int, int] = {}
+        for key, reference in list(self._known.items()):
+            storage = reference()
+            if storage is not None:
+                sizes[self._same_as.get(key, key)] = storage.nbytes()
+        return sum(sizes.values())
 
 
 def _is_heavy(name: str) -> bool:

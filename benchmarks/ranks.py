@@ -57,7 +57,9 @@ def report(values: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def simulated_ranks(num_ranks: int, rank: int = 0, layout: Layout | None = None) -> Iterator[ReplicaMesh]:
+def simulated_ranks(
+    num_ranks: int, rank: int = 0, layout: Layout | None = None, *, shard_over: str = "replica"
+) -> Iterator[ReplicaMesh]:
     """Act as ``rank`` of ``num_ranks`` in one replica; the other ranks do not exist. The default layout is all Ulysses.
 
     Rank 0 holds the uneven remainders of sharded weights.
@@ -67,7 +69,7 @@ def simulated_ranks(num_ranks: int, rank: int = 0, layout: Layout | None = None)
         return
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=num_ranks)
     try:
-        yield build_mesh(layout or Layout(ulysses=num_ranks, ranks_per_node=num_ranks), CPU)
+        yield build_mesh(layout or Layout(ulysses=num_ranks, ranks_per_node=num_ranks), CPU, shard_over=shard_over)
     finally:
         dist.destroy_process_group()
 

@@ -89,6 +89,13 @@ def require_between(name: str, value: float, minimum: float, maximum: float) -> 
         raise ConfigError(f"{name}={shown(value)} is not allowed; it must be between {minimum} and {maximum}")
 
 
+def require_whole(name: str, value: object, minimum: int, maximum: int) -> None:
+    """The same for a whole number: ``5.0`` is none."""
+    require_between(name, value, minimum, maximum)  # type: ignore[arg-type]
+    if not isinstance(value, int):
+        raise ConfigError(f"{name}={shown(value)} is not allowed; it must be a whole number")
+
+
 def shown(value: object, most: int = 200) -> str:
     """Return ``repr(value)`` as it fits into a message; Python writes no integer of more than 4,300 digits."""
     try:

@@ -32,7 +32,7 @@ from typing import Any
 from storymem_dist.artifacts.records import ShotRecord
 from storymem_dist.artifacts.shot_folder import ShotFolder
 from storymem_dist.artifacts.storyboard_copy import write_storyboard
-from storymem_dist.errors import RunFolderError
+from storymem_dist.errors import RunFolderError, shortened, shown
 from storymem_dist.files import (
     TEMPORARY_PREFIX,
     UnsafePath,
@@ -159,6 +159,8 @@ class RunFolder:
                 create_exclusively(self.root / MARKER, canonical_json(marker))
             for folder in (self.stories_folder, self.leases_folder, self.failures_folder, self.events_folder):
                 folder.mkdir(exist_ok=True)
+        except ValueError as error:  # a NUL byte, or half of a surrogate pair
+            raise RunFolderError(f"output={shown(str(self.root))} cannot be a path: {error}") from None
         except OSError as error:
             where = "" if error.filename in (None, str(self.root)) else f"{error.filename}: "
             raise RunFolderError(
@@ -352,13 +354,15 @@ def shot_ids(names: Sequence[str], known: Iterable[tuple[str, Mapping[str, str]]
         story_id, _, shot = name.rpartition(":")
         if story_id not in stories:
             raise RunFolderError(
-                f"dispatch.rerender={name}: no story {story_id!r}; there are: {', '.join(sorted(stories)[:20])}"
+                f"dispatch.rerender={shortened(name)}: no story {shown(story_id)}; "
+                f"there are: {', '.join(sorted(stories)[:20])}"
             )
         named = [shot_id for shot_id, own in stories[story_id].items() if own == shot]
-        shot_id = named[0] if named else f"shot_{int(shot):02d}" if shot.isdecimal() else shot
+        shot_id = named[0] if named else f"shot_{int(shot):02d}" if shot.isdecimal() and len(shot) < 9 else shot
         if shot_id not in stories[story_id]:
             raise RunFolderError(
-                f"dispatch.rerender={name}: {story_id} has no shot {shot!r}; it has {', '.join(stories[story_id])}"
+                f"dispatch.rerender={shortened(name)}: {story_id} has no shot {shown(shot)}; it has "
+                f"{', '.join(stories[story_id])}"
             )
         resolved.append((story_id, shot_id))
     return resolved

@@ -8,7 +8,7 @@ Knows nothing of shots, stories or run folders. Legend: F = frames, C = 3 colour
 """
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -74,15 +74,34 @@ def write_clip(
     exception from it ends the writing. Raises ``ConfigError`` for other input and ``OSError`` when the file cannot be
     written.
     """
-    _check_frames(frames_FCHW)
+    check_clip(frames_FCHW)
+    write_frames(path, frames_FCHW, (frames_FCHW.shape[2], frames_FCHW.shape[3]), fps, settings, check)
+
+
+def write_frames(
+    path: Path,
+    frames_CHW: Iterable[Tensor],
+    size: tuple[int, int],
+    fps: int,
+    settings: VideoSettings,
+    check: Callable[[], None] = lambda: None,
+) -> None:
+    """The same for frames that come one by one, of the height and width ``size``; at least one."""
     try:
-        _encode(path, frames_FCHW, fps, settings, check)
+        _encode(path, frames_CHW, size, fps, settings, check)
     except av.FFmpegError as error:
         raise OSError(error.errno, f"the clip cannot be written: {error.strerror}", str(path)) from error
 
 
-def _encode(path: Path, frames_FCHW: Tensor, fps: int, settings: VideoSettings, check: Callable[[], None]) -> None:
-    height, width = frames_FCHW.shape[-2:]
+def _encode(
+    path: Path,
+    frames_CHW: Iterable[Tensor],
+    size: tuple[int, int],
+    fps: int,
+    settings: VideoSettings,
+    check: Callable[[], None],
+) -> None:
+    height, width = size
     with (
         replacing(path) as temporary,
         av.open(str(temporary), "w", format="mp4", options=_MUXER_OPTIONS) as container,
@@ -95,7 +114,7 @@ def _encode(path: Path, frames_FCHW: Tensor, fps: int, settings: VideoSettings, 
         context.color_range = ColorRange.MPEG
         context.colorspace = context.color_primaries = context.color_trc = _BT709
         reformatter = VideoReformatter()
-        for index, frame_CHW in enumerate(frames_FCHW):
+        for index, frame_CHW in enumerate(frames_CHW):
             check()
             pixels = np.ascontiguousarray(frame_CHW.permute(1, 2, 0).cpu().numpy())
             frame = reformatter.reformat(
@@ -204,12 +223,13 @@ def read_png(source: Path | BinaryIO, *, name: Path | None = None) -> Tensor:
         raise RunFolderError(f"{name or source} cannot be read as a PNG image: {error}") from error
 
 
-def _check_frames(frames_FCHW: Tensor) -> None:
+def check_clip(frames_FCHW: Tensor) -> None:
+    """Raise ``ConfigError`` unless these frames can be saved."""
     shape = list(frames_FCHW.shape)
     if frames_FCHW.dtype != torch.uint8 or len(shape) != 4 or shape[1] != 3 or shape[0] < 1:
         raise ConfigError(f"a clip must be uint8 [F >= 1, 3, H, W], not {frames_FCHW.dtype} {shape}")
     if shape[2] % 16 or shape[3] % 16:
-        raise ConfigError(f"a clip of {shape[2]}x{shape[3]} pixels cannot be saved; both must be multiples of 16")
+        raise ConfigError(f"a clip of {shape[3]}x{shape[2]} pixels cannot be saved; both must be multiples of 16")
 
 
 def _encoder_options(settings: VideoSettings) -> dict[str, str]:

@@ -33,3 +33,19 @@ def doctor() -> None:
         from storymem_dist.cli.doctor import main
 
         main()
+
+
+def plan() -> None:
+    """``storymem-plan``."""
+    with program("storymem-plan"):
+        from storymem_dist.cli.plan import main
+
+        main()
+
+
+def score() -> None:
+    """``storymem-score``."""
+    with program("storymem-score"):
+        from storymem_dist.cli.score import main
+
+        main()

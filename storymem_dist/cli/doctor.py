@@ -10,7 +10,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from storymem_dist.config.composing import compose_settings
-from storymem_dist.doctor import job, machine, nodes
+from storymem_dist.doctor import job, machine, nodes, scorer
 from storymem_dist.doctor.finding import OK, PROBLEM, WARNING, Finding, warning
 from storymem_dist.errors import StoryMemError
 from storymem_dist.launch.environment import set_cache_folders
@@ -60,6 +60,7 @@ def _run(arguments: Sequence[str] | None) -> int:
             partial(job.check_stories, settings),
             partial(job.check_layers, settings),
             partial(job.check_weights, settings),
+            partial(scorer.check_scorer, settings),
             partial(job.check_output, settings),
             partial(job.check_tracking, settings),
         ]

@@ -81,9 +81,9 @@ class Application:
         launch = points[0].settings.launch
         set_cache_folders(points[0].settings.output)
         if launch.dry_run and launch.mode != "slurm":
-            from storymem_dist.launch.forecast import describe
+            from storymem_dist.launch.forecast import describe, hardware_of
 
-            print_text(describe(points))
+            print_text(describe(points, hardware=hardware_of(points[0].settings)))
             return 0
         if launch.mode == "torchrun":
             from storymem_dist.launch.torchrun import render_with_torchrun

@@ -34,12 +34,13 @@ from storymem_dist.terminal.rich_console import SafeConsole
 from storymem_dist.terminal.streams import print_error, print_line, print_lines
 from storymem_dist.terminal.text import printable
 from storymem_dist.weights.checkpoints import IN_DIMS, dit_shapes, open_checkpoint
-from storymem_dist.weights.hub import Hub, check_space, download, plan_download, read_state, verify_hashes
+from storymem_dist.weights.hub import Hub, Source, check_space, download, plan_download, read_state, verify_hashes
 from storymem_dist.weights.inspection import Facts, inspect_weights, kind_of
 from storymem_dist.weights.lora import SCALE_RULES, LoraSettings, ScaledLora, lora_settings, open_loras, storymem_lora
 from storymem_dist.weights.prepare import prepare_checkpoint
 from storymem_dist.weights.prepared import STORED_DTYPES, check_files
 from storymem_dist.weights.single_files import CheckpointFiles
+from storymem_dist.weights.web_file import WebFiles
 
 DEFAULT_NAMES = ("t2v", "i2v", "storymem")
 """The minimum that a renderer needs."""
@@ -47,13 +48,20 @@ DEFAULT_NAMES = ("t2v", "i2v", "storymem")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Published:
-    """One entry of ``storymem_dist/weights/published.yaml``."""
+    """One entry of ``storymem_dist/weights/published.yaml``.
+
+    ``files`` are patterns of the paths that are fetched (none: all), ``also`` names of entries that come with it.
+    ``address``: that of a file which lies on no hub, with ``{repo}``, ``{revision}`` and ``{path}`` in it.
+    """
 
     repo: str
     revision: str
     folder: str
     num_bytes: int | None
     purpose: str
+    files: Sequence[str] = ()
+    also: Sequence[str] = ()
+    address: str | None = None
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -78,7 +86,7 @@ def published_weights(path: Path | None = None) -> dict[str, Published]:
         return {name: Published(**entry) for name, entry in values.items()}
     except (TypeError, AttributeError) as error:
         allowed = ", ".join(one.name for one in fields(Published))
-        raise ConfigError(f"{path}: {error}; each entry has exactly: {allowed}") from None
+        raise ConfigError(f"{path}: {error}; the keys of an entry are: {allowed}") from None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -131,16 +139,24 @@ def _parser() -> argparse.ArgumentParser:
 
 def _download(args: argparse.Namespace) -> None:
     console, known, hub = SafeConsole(markup=False), published_weights(), Hub(args.endpoint)
-    for name in args.names or DEFAULT_NAMES:
+    asked = args.names or DEFAULT_NAMES
+    for name in asked:
         if name not in known:
             raise ConfigError(f"download {name}: unknown; known are: {', '.join(known)}")
-    plans = {}
-    for name in args.names or DEFAULT_NAMES:
+    plans, sources = {}, dict[str, Source]()
+    for name in dict.fromkeys(one for wanted in asked for one in (wanted, *known[wanted].also)):
         entry = known[name]
-        revision = args.revision or entry.revision
+        revision = args.revision if args.revision and name in asked else entry.revision
         root = args.to / entry.folder
+        sources[name] = WebFiles(entry.address, entry.files) if entry.address else hub
         plans[name] = plan_download(
-            hub, entry.repo, revision, root, only=args.only, expected_bytes=None if args.revision else entry.num_bytes
+            sources[name],
+            entry.repo,
+            revision,
+            root,
+            files=entry.files,
+            only=args.only if name in asked else (),
+            expected_bytes=entry.num_bytes if revision == entry.revision else None,
         )
     table = Table("name", "repository", "commit", "files left", "to fetch", "folder", title=hub.endpoint)
     for name, plan in plans.items():
@@ -155,7 +171,7 @@ def _download(args: argparse.Namespace) -> None:
     for name, plan in plans.items():
         with _bytes_bar(f"download {name}", console) as (on_total, on_done):
             on_total(plan.num_bytes_to_fetch)
-            download(hub, plan, num_workers=args.workers, on_bytes=on_done)
+            download(sources[name], plan, num_workers=args.workers, on_bytes=on_done)
         if name in ("t2v", "i2v") and not args.only:
             open_checkpoint(plan.root, name)
         print_line(f"{name}: complete and checked in {plan.root}")

@@ -1,11 +1,18 @@
 """Between Hydra and settings: what Hydra must know before it composes, and what it composed as plain dataclasses."""
 
-from collections.abc import Sequence
+import copy
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.singleton import Singleton
 from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.basecontainer import BaseContainer
 
 from storymem_dist.config.former_names import register_former_names
 from storymem_dist.config.overrides import COMPOSING_ERRORS, as_error, prepare
@@ -14,6 +21,8 @@ from storymem_dist.errors import ConfigError, StoryMemError
 from storymem_dist.files import expand_home
 from storymem_dist.resources import assets_folder, config_folder, packed_weights
 
+_COMPOSING = threading.RLock()
+
 
 def compose_settings(overrides: Sequence[str]) -> RenderConfig:
     """What ``storymem-render OVERRIDES`` would render with.
@@ -21,13 +30,40 @@ def compose_settings(overrides: Sequence[str]) -> RenderConfig:
     Raises:
         ConfigError: an override names no key or group, or its value is not allowed.
     """
-    register_schema()
-    given = prepare(overrides)
-    try:
-        with initialize_config_dir(version_base="1.3", config_dir=str(config_folder())):
-            return to_settings(compose("render", overrides=given), overrides)
-    except COMPOSING_ERRORS as error:
-        raise as_error(error, overrides) from None
+    return compose_both(overrides)[0]
+
+
+def compose_both(overrides: Sequence[str]) -> tuple[RenderConfig, dict[str, Any]]:
+    """The same as settings and as plain values. Hydra and OmegaConf are afterwards as they were, in any thread.
+
+    Raises ``ConfigError`` as ``compose_settings``.
+    """
+    with hydra_left_alone():
+        register_schema()
+        given = prepare(overrides)
+        try:
+            with initialize_config_dir(version_base="1.3", config_dir=str(config_folder())):
+                config = compose("render", overrides=given)
+                return to_settings(config, overrides), to_plain(config)
+        except COMPOSING_ERRORS as error:
+            raise as_error(error, overrides) from None
+
+
+@contextmanager
+def hydra_left_alone() -> Iterator[None]:
+    """Give the body a copy of what Hydra and OmegaConf keep for the whole process, and put the original back.
+
+    Another program in this process may use Hydra itself, and have initialized it.
+    """
+    with _COMPOSING:
+        instances, resolvers = Singleton._instances, BaseContainer._resolvers
+        kept = {kind: one for kind, one in instances.items() if kind not in (GlobalHydra, HydraConfig)}
+        Singleton._instances = copy.deepcopy(kept)
+        BaseContainer._resolvers = dict(resolvers)
+        try:
+            yield
+        finally:
+            Singleton._instances, BaseContainer._resolvers = instances, resolvers
 
 
 def register_schema() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from storymem_dist.config.composing import to_settings
+from storymem_dist.config.composing import compose_both, to_settings
 from storymem_dist.config.schema import RenderConfig
 
 
@@ -20,6 +20,12 @@ class Point:
     settings: RenderConfig
     plain: Mapping[str, Any]
     name: str = ""
+
+
+def compose_point(overrides: Sequence[str]) -> Point:
+    """The point that ``storymem-render OVERRIDES`` would render. Raises ``ConfigError`` as ``compose_settings``."""
+    settings, plain = compose_both(overrides)
+    return Point(settings=settings, plain=plain)
 
 
 def points_to_plain(points: Sequence[Point], sweep: str | None) -> dict[str, Any]:

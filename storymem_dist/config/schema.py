@@ -15,10 +15,12 @@ from storymem_dist.config.launch import LaunchSettings
 from storymem_dist.diffusion.settings import SamplerSettings
 from storymem_dist.dispatch.settings import DispatchSettings
 from storymem_dist.errors import ConfigError, require_between, require_one_of, shortened
+from storymem_dist.evaluation.settings import EvaluationSettings
 from storymem_dist.files import expand_home
 from storymem_dist.memory.settings import MemorySettings
 from storymem_dist.observe.settings import TrackingSettings
 from storymem_dist.parallel.settings import ParallelSettings
+from storymem_dist.planner.hardware import HardwareSettings
 from storymem_dist.weights.settings import ModelSettings
 
 SWEEPS = ("joined", "separate")
@@ -42,10 +44,13 @@ PATHS = (
     "memory.hpsv3_checkpoint",
     "parallel.zero3_nvme_path",
     "launch.slurm.template",
+    "evaluation.viclip",
+    "evaluation.clip_l",
+    "evaluation.aesthetic",
 )
 """The settings that are paths: ``~`` in them is the home folder, and the command line takes them as they are typed."""
 
-LISTS_OF_PATHS = ("stories.path", "model.loras")
+LISTS_OF_PATHS = ("stories.path", "stories.references", "model.loras")
 """The same for settings that are a path or a list of paths (or, for LoRAs, of mappings)."""
 
 _MAX_PATH_BYTES = 4095  # what Linux opens
@@ -60,12 +65,14 @@ class StoriesSettings:
     ``path`` is a file (a storyboard, a list of storyboards, prompts), a folder, a glob, or a list of those.
     ``max_stories`` (the first ones, of the lowest ``priority``) and ``max_shots`` (per story) cut a batch short, for a
     quick look. ``long_prompts``: whether a prompt that the text encoder cuts is a warning, or refuses its story.
+    ``references``: pictures that are in the memory of every story before its own reference images (MR2V).
     """
 
     path: Any = None
     max_stories: int | None = None
     max_shots: int | None = None
     long_prompts: str = "warn"
+    references: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         require_one_of("stories.long_prompts", self.long_prompts, LONG_PROMPTS)
@@ -109,7 +116,8 @@ class RenderConfig:
     """Everything a render job needs. One field per config group, plus the run folder.
 
     ``sweep`` says how the points of a multirun are rendered: ``joined`` as one job wherever they share weights, so that
-    these are loaded once, or ``separate``, one point after the other.
+    these are loaded once, or ``separate``, one point after the other. ``hardware`` is what a plan is made for where it
+    is not made on the started ranks themselves (``storymem-plan``, ``launch.dry_run=true``); a render does not read it.
     """
 
     output: str = "runs/render"
@@ -124,6 +132,8 @@ class RenderConfig:
     tracking: TrackingSettings = field(default_factory=TrackingSettings)
     debug: DebugSettings = field(default_factory=DebugSettings)
     launch: LaunchSettings = field(default_factory=LaunchSettings)
+    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+    hardware: HardwareSettings = field(default_factory=HardwareSettings)
 
     def __post_init__(self) -> None:
         require_one_of("sweep", self.sweep, SWEEPS)
@@ -144,6 +154,7 @@ class RenderConfig:
             self.stories.path = expand_home(given, "stories.path")
         elif isinstance(given, list | tuple):
             self.stories.path = [expand_home(one, "stories.path") if isinstance(one, str) else one for one in given]
+        self.stories.references = [expand_home(path, "stories.references") for path in self.stories.references]
         for lora in self.model.loras:
             lora.path = expand_home(lora.path, "model.loras")
 

@@ -173,6 +173,11 @@ class ExpertPair:
             adapters=self._adapters,
         )
 
+    @property
+    def modules(self) -> Mapping[str, nn.Module]:
+        """The experts' modules by name."""
+        return {name: expert.module for name, expert in self._experts.items()}
+
     def use_adapters(self, adapters: Mapping[str, Adapters], device: torch.device) -> None:
         """Run the next shot on ``device`` with ``adapters``, by expert; empty: without any. Loads no expert."""
         self._adapters.use(adapters, device)

@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from storymem_dist.errors import ConfigError, require_between, require_one_of, shown
+from storymem_dist.errors import ConfigError, require_between, require_one_of, require_whole, shown
 from storymem_dist.story.modes import CONTINUATIONS, KINDS, MI2V, NUM_GIVEN_FRAMES, T2V
 
 SOLVERS = ("unipc", "dpmpp", "euler")
@@ -74,9 +74,9 @@ class SamplerSettings:
         require_one_of("sampler.seed_rule", self.seed_rule, SEED_RULES)
         require_one_of("sampler.noise_device", self.noise_device, NOISE_DEVICES)
         check_frame_sizes(self.num_frames, self.height, self.width, where="sampler.")
-        require_between("sampler.fps", self.fps, 1, _MAX_FPS)
-        require_between("sampler.num_inference_steps", self.num_inference_steps, 1, _MAX_STEPS)
-        require_between("sampler.seed", self.seed, -_MAX_SEED, _MAX_SEED)
+        require_whole("sampler.fps", self.fps, 1, _MAX_FPS)
+        require_whole("sampler.num_inference_steps", self.num_inference_steps, 1, _MAX_STEPS)
+        require_whole("sampler.seed", self.seed, -_MAX_SEED, _MAX_SEED)
         for name in ("flow_shift_t2v", "flow_shift_m2v"):
             require_between(f"sampler.{name}", getattr(self, name), 0.01, _MAX_FLOW_SHIFT)
         for name in ("boundary_ratio_t2v", "boundary_ratio_m2v"):
@@ -162,9 +162,9 @@ def check_frame_sizes(num_frames: int, height: int, width: int, *, where: str = 
     The VAE packs 4 frames into one latent after the first (so 4n+1 frames) and 8x8 pixels into one latent cell; the
     DiT takes 2x2 latent cells per token (so multiples of 16 pixels, in either orientation).
     """
-    require_between(f"{where}num_frames", num_frames, 1, _MAX_FRAMES)
+    require_whole(f"{where}num_frames", num_frames, 1, _MAX_FRAMES)
     for name, size in (("height", height), ("width", width)):
-        require_between(f"{where}{name}", size, 16, _MAX_SIZE)
+        require_whole(f"{where}{name}", size, 16, _MAX_SIZE)
     if height * width > _MAX_PIXELS:
         raise ConfigError(
             f"{where}height={height} and {where}width={width} are not allowed; a frame may have {_MAX_PIXELS:,} pixels"

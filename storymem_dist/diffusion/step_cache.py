@@ -59,6 +59,11 @@ class StepCache(ByBranch):
         """Bytes of device memory held: per guidance branch two tensors of this rank's tokens in the expert's dtype."""
         return sum(entry.first_BLD.nbytes + entry.rest_BLD.nbytes for entry in self._entries.values())
 
+    def sum_with(self, add_over_ranks: AddOverRanks) -> AddOverRanks:
+        """Sum over other ranks from here on; return what summed before. Between two shots only."""
+        before, self._add_over_ranks = self._add_over_ranks, add_over_ranks
+        return before
+
     def begin_shot(self, threshold: float) -> None:
         """Clear the cache for a new shot; reuse steps whose relative change is below ``threshold`` (0: never)."""
         self._threshold = threshold

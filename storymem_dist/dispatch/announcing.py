@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from storymem_dist.artifacts.records import ShotRecord
 from storymem_dist.artifacts.run_folder import FailureRecord
 from storymem_dist.diffusion.denoise import DenoiseState
+from storymem_dist.dispatch.gathering import Merge
 from storymem_dist.dispatch.graph import ShotGraph, ShotKey, shot_key
 from storymem_dist.dispatch.plan import BatchPart, PlannedShot
 from storymem_dist.dispatch.protocol import ShotHistory, ShotJob
@@ -26,8 +27,10 @@ from storymem_dist.story.modes import GIVEN, M2V
 _OUTCOMES = {"done": "finished", "stopped": "stopped", "failed": "failed"}
 
 
-def shot_started(job: ShotJob, part: BatchPart, history: ShotHistory) -> ShotStarted:
-    """An attempt begins."""
+def shot_started(
+    job: ShotJob, part: BatchPart, history: ShotHistory, merge: Merge | None = None, num_devices: int = 1
+) -> ShotStarted:
+    """An attempt begins, by a replica of ``num_devices`` or by those of ``merge``."""
     cost = shot_cost(part.cost, job.sampler, part.sampler)
     num_memory, is_given = 0, job.kind == GIVEN
     if job.kind == M2V:
@@ -50,6 +53,8 @@ def shot_started(job: ShotJob, part: BatchPart, history: ShotHistory) -> ShotSta
         num_tokens=0 if is_given else int(cost.num_tokens(num_memory)),
         tflop_per_step=tflop if cost.is_a14b and not is_given else None,
         why=job.why,
+        num_devices=num_devices * (1 if merge is None else merge.team.size),
+        replicas=() if merge is None else tuple(merge.team.replicas),
     )
 
 

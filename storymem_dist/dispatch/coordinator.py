@@ -12,25 +12,27 @@ Knows the queue, the run folder and the observers; nothing of ranks, models or h
 
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from storymem_dist.artifacts.shot_folder import new_attempt_id
 from storymem_dist.diffusion.denoise import DenoiseState
 from storymem_dist.dispatch import announcing
-from storymem_dist.dispatch.ending import Ending, unusable
+from storymem_dist.dispatch.ending import Ending, outcome_of, unusable
 from storymem_dist.dispatch.history import DamagedHistory, read_checkpoint, read_history
 from storymem_dist.dispatch.leases import Owner
 from storymem_dist.dispatch.opening import OpenBatch, open_batch, share, why_again
 from storymem_dist.dispatch.plan import BatchPart
-from storymem_dist.dispatch.protocol import Assignment, End, RenderedShot
+from storymem_dist.dispatch.protocol import Assignment, Called, End, RenderedShot, ShotJob
 from storymem_dist.dispatch.queue import Claim, ShotQueue, failure_at
 from storymem_dist.dispatch.saving import BackgroundSave, HeldShot, SaveEnd
 from storymem_dist.dispatch.settings import DispatchSettings
 from storymem_dist.dispatch.stop import StopSwitch
-from storymem_dist.dispatch.story_graph import ShotStatus, StoryGraph
+from storymem_dist.dispatch.story_ends import StoryEnds
+from storymem_dist.dispatch.story_graph import ShotStatus
 from storymem_dist.dispatch.story_video import StoryVideoMaker
-from storymem_dist.dispatch.summary import DONE, FAILED, STOPPED, BatchSummary, Replica, Tally
+from storymem_dist.dispatch.summary import STOPPED, BatchSummary, Replica, Tally
+from storymem_dist.dispatch.tail import ElasticTail, TeamRules
 from storymem_dist.errors import MachineError, RunFolderError
 from storymem_dist.events import ReplicaWaited, StopRequested, WarningIssued
 from storymem_dist.hardware import machine_fault
@@ -50,6 +52,7 @@ class Coordinator:
         replica: Replica,
         stop: StopSwitch,
         check_contents: bool,
+        team_rules: Callable[[], TeamRules] | None = None,
     ) -> None:
         self._parts = parts
         self._settings = settings
@@ -64,7 +67,8 @@ class Coordinator:
         self._next_lease_check = 0.0
         self._end: End | None = None
         self._announced_stop = False
-        self._announced: set[tuple[int, str]] = set()  # see ``announcing.ends_of``
+        self._ends = StoryEnds(parts)
+        self._tail = ElasticTail(team_rules, poll_seconds=settings.poll_seconds)
         self._tally = Tally()
         self._began = time.monotonic()
 
@@ -72,6 +76,7 @@ class Coordinator:
 
     def open(self) -> None:
         """Open the run folders and plan the batch. Raises as ``open_batch``."""
+        self._tail.open()
         self._stop.start_watching()  # changes nothing where the job has done so already
         self._batch = open_batch(
             self._parts,
@@ -83,7 +88,7 @@ class Coordinator:
         )
         self._stop.when_requested(self._batch.note_stopping)
         self._tally.num_skipped = self._batch.num_skipped
-        self._announced.update(*(announcing.ends_of(story) for story in self._queue.graph.stories))
+        self._ends.know(self._queue.graph.stories)
         if self._replica.index == 0:
             for part, leases in zip(self._parts, self._batch.leases, strict=True):
                 if not leases.others_working():
@@ -95,8 +100,7 @@ class Coordinator:
         The first replica then waits, for a while, for the others to stop, so that its summary is that of the whole job.
         Raises ``MachineError`` when ``stop.json`` cannot be written.
         """
-        assert self._batch is not None, "the coordinator is not open"
-        ending = Ending(parts=self._parts, batch=self._batch, end=end, tally=self._tally, began=self._began)
+        ending = Ending(parts=self._parts, batch=self._opened, end=end, tally=self._tally, began=self._began)
         fault = ending.report(self._owner)
         self.close()
         if fault is not None:
@@ -125,25 +129,28 @@ class Coordinator:
 
     # -- the next shot -------------------------------------------------------------------------------------------------
 
-    def next_assignment(self, loaded: str | None, lora_key: str = "") -> Assignment | End:
-        """Wait for a shot that this replica can render, or for the end. ``loaded``: the kind of its loaded experts.
+    def next_assignment(self, loaded: str | None, lora_key: str = "") -> Assignment | Called | End:
+        """Wait for a shot that this replica can render, alone or with others, or for the end.
 
-        ``lora_key``: the LoRAs of a shot that they have.
+        ``loaded``: the kind of its loaded experts, ``lora_key``: the LoRAs of a shot that they have.
 
         Raises ``MachineError`` when the run folder can no longer be used.
         """
         waited, pause = 0.0, self._settings.poll_seconds
         self._collect_saved()
         while self._end is None:
+            if (merge := self._tail.look_for_work(loaded)) is not None:
+                self._note_wait(waited)
+                return Called(merge=merge)
             if reason := self._stop.reason():
                 self._announce_stop(reason)
                 self._end = End(state=STOPPED, reason=reason)
                 break
             try:
-                claim = self._queue.claim(loaded, lora_key)
+                claim = self._queue.claim(loaded, lora_key, lambda shot: self._tail.instead(shot, self._queue))
                 for shot, failure in self._queue.take_given_up():
                     self._parts[shot.part].observers.notify(announcing.shot_failed(failure, ""))
-                    self._announce_blocked(self._queue.graph.story_of(shot))
+                    self._ends.announce_blocked(self._queue.graph.story_of(shot), self._queue.failures)
                 if claim is not None:
                     if (assignment := self._assign(claim)) is None:
                         continue
@@ -151,8 +158,8 @@ class Coordinator:
                     return assignment
                 if self._queue.graph.is_finished and self._make_missing_story_videos():
                     for story in share(self._queue.graph, self._replica):  # ended by failures on other replicas
-                        self._announce_if_failed(story)
-                    self._end = self._outcome()
+                        self._ends.announce_if_failed(story, self._queue.failures)
+                    self._end = outcome_of(self._opened)
                     break
             except OSError as error:
                 raise unusable(error) from error
@@ -161,9 +168,10 @@ class Coordinator:
                 self._collect_saved()
                 continue
             began = time.monotonic()
-            time.sleep(pause)
+            self._tail.wait(pause)
             waited += time.monotonic() - began
             pause = min(1.5 * pause, _LONGEST_PAUSE * self._settings.poll_seconds)
+        self._tail.end()
         self._collect_saved(wait=True)
         self._note_wait(waited)
         return self._end
@@ -183,19 +191,22 @@ class Coordinator:
         began, attempt_id = time.monotonic(), new_attempt_id(shot.fingerprint, self._owner.owner_id)
         why = why_again(part, shot)
         job = shot.job(attempt_id, why)
-        part.observers.notify(announcing.shot_started(job, part, history))
-        part.observers.notify(announcing.queue_sampled(self._queue.graph))
-        resume = None
+        resume, from_the_start = None, ""
         try:
             resume = read_checkpoint(part.run, shot)
         except RunFolderError as error:
-            self._warn(part, f"{error}; the shot starts at its first step", "resume")
+            from_the_start = f"{error}; the shot starts at its first step"
+        merge = self._tail.gather(claim, self._queue)  # last of what may fail: those called wait for this replica
+        part.observers.notify(announcing.shot_started(job, part, history, merge, self._replica.num_devices))
+        part.observers.notify(announcing.queue_sampled(self._queue.graph))
+        if from_the_start:
+            self._warn(part, from_the_start, "resume")
         resumed_at = None if resume is None else resume.step
-        self._running = HeldShot(claim=claim, attempt_id=attempt_id, resumed_at=resumed_at, began=began)
+        self._running = HeldShot(claim=claim, attempt_id=attempt_id, resumed_at=resumed_at, began=began, merge=merge)
         self._lost, self._next_lease_check = False, 0.0
         if resume is not None:
             part.observers.notify(announcing.shot_resumed(job, resume))
-        return Assignment(job=job, history=history, resume=resume, low_memory=claim.low_memory)
+        return Assignment(job=job, history=history, resume=resume, low_memory=claim.low_memory, merge=merge)
 
     # -- while a shot is rendered --------------------------------------------------------------------------------------
 
@@ -226,6 +237,10 @@ class Coordinator:
             if fault := machine_fault(error, while_writing=True):
                 raise fault from error
             self._warn(part, f"{error}; the render continues without this step checkpoint", "save")
+
+    def note_helping(self, job: ShotJob | None) -> None:
+        """This replica helps another to render ``job``; None: it does not any more."""
+        self._opened.note_helping(job, is_stopping=lambda: self._stop.reason() is not None)
 
     def note_prepared(self, elapsed_seconds: float, *, swapped: bool) -> None:
         """Note how long loading experts took; ``swapped``: whether they replaced others."""
@@ -258,7 +273,8 @@ class Coordinator:
             part=self._parts[held.shot.part],
             story=self._queue.graph.story_of(held.shot),
             story_videos=self._story_videos,
-            host={"replica": self._replica.index, "job_id": self._owner.job_id, "resumed_at_step": held.resumed_at},
+            host={"replica": self._replica.index, "job_id": self._owner.job_id, "resumed_at_step": held.resumed_at}
+            | ({} if held.merge is None else {"replicas": list(held.merge.team.replicas)}),
             may_publish=partial(self._queue.still_held, held.claim),
             release=partial(self._queue.release_lease, held.claim),
         )
@@ -284,9 +300,10 @@ class Coordinator:
                 self._tally.num_rendered += 1
                 self._tally.num_resumed += held.resumed_at is not None
                 self._tally.add_stages(saved.stage_seconds)
-                self._queue.note_rendered(held.shot, saved.elapsed_seconds)
+                if held.merge is None:
+                    self._queue.note_rendered(held.shot, saved.elapsed_seconds)
                 self._release(held, ShotStatus.COMMITTED)
-                self._announce_if_failed(self._queue.graph.story_of(held.shot))
+                self._ends.announce_if_failed(self._queue.graph.story_of(held.shot), self._queue.failures)
                 for shot in saved.damaged:
                     self._queue.mark_damaged(shot)
             case SaveEnd.LOST:
@@ -317,7 +334,7 @@ class Coordinator:
             raise unusable(error) from error
         self._release(held, ShotStatus.FAILED if failure.is_final else ShotStatus.WAITING)
         if failure.is_final:
-            self._announce_blocked(self._queue.graph.story_of(shot))
+            self._ends.announce_blocked(self._queue.graph.story_of(shot), self._queue.failures)
 
     def note_out_of_memory(self, assignment: Assignment, reason: str) -> None:
         """Record for the restart: retry the shot with less memory, or not at all if it already had less.
@@ -335,14 +352,17 @@ class Coordinator:
     # -- inside --------------------------------------------------------------------------------------------------------
 
     @property
-    def _queue(self) -> ShotQueue:
+    def _opened(self) -> OpenBatch:
         assert self._batch is not None, "the coordinator is not open"
-        return self._batch.queue
+        return self._batch
+
+    @property
+    def _queue(self) -> ShotQueue:
+        return self._opened.queue
 
     @property
     def _story_videos(self) -> StoryVideoMaker:
-        assert self._batch is not None, "the coordinator is not open"
-        return StoryVideoMaker(parts=self._parts, leases=self._batch.leases, check_contents=self._check_contents)
+        return StoryVideoMaker(parts=self._parts, leases=self._opened.leases, check_contents=self._check_contents)
 
     @property
     def _held(self) -> HeldShot:
@@ -364,18 +384,6 @@ class Coordinator:
         first = len(stories) * self._replica.index // self._replica.count  # each replica begins with other stories
         return self._story_videos.make_missing(stories[first:] + stories[:first], self._queue.mark_damaged)
 
-    def _announce_blocked(self, story: StoryGraph) -> None:
-        """Announce that a shot of ``story`` has failed and blocks others."""
-        for event in announcing.shots_blocked(story, self._announced):
-            self._parts[story.part].observers.notify(event)
-        self._announce_if_failed(story)
-
-    def _announce_if_failed(self, story: StoryGraph) -> None:
-        """Announce once that all that can be rendered of ``story`` is, and it is not complete."""
-        if story.is_failed and (story.number, "") not in self._announced:
-            self._announced.add((story.number, ""))
-            self._parts[story.part].observers.notify(announcing.story_failed(story, self._queue.failures))
-
     def _announce_stop(self, reason: str) -> None:
         if not self._announced_stop:
             self._announced_stop = True
@@ -390,10 +398,3 @@ class Coordinator:
 
     def _warn(self, part: BatchPart, message: str, source: str) -> None:
         part.observers.notify(WarningIssued(message=message, source=source))
-
-    def _outcome(self) -> End:
-        num_failed = sum(story.is_failed for story in self._queue.graph.stories)
-        num_failed += len(self._batch.rejected) if self._batch else 0
-        if not num_failed:
-            return End(state=DONE)
-        return End(state=FAILED, reason=f"{num_failed} stories could not be rendered completely")

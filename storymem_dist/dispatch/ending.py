@@ -12,7 +12,7 @@ from storymem_dist.dispatch.leases import Owner
 from storymem_dist.dispatch.opening import OpenBatch
 from storymem_dist.dispatch.plan import BatchPart
 from storymem_dist.dispatch.protocol import End
-from storymem_dist.dispatch.summary import BatchSummary, Tally, summarize
+from storymem_dist.dispatch.summary import DONE, FAILED, BatchSummary, Tally, summarize
 from storymem_dist.errors import MachineError
 from storymem_dist.events import WarningIssued
 from storymem_dist.hardware import machine_fault
@@ -78,6 +78,14 @@ class Ending:
             num_refused=sum(part.num_refused for part in parts),
             num_finished_before=self.batch.num_finished_before,
         )
+
+
+def outcome_of(batch: OpenBatch) -> End:
+    """Return how a batch ends whose shots have all been rendered or cannot be."""
+    num_failed = sum(story.is_failed for story in batch.queue.graph.stories) + len(batch.rejected)
+    if not num_failed:
+        return End(state=DONE)
+    return End(state=FAILED, reason=f"{num_failed} stories could not be rendered completely")
 
 
 def unusable(error: OSError) -> MachineError:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from storymem_dist.dispatch.plan import PlannedShot
 from storymem_dist.dispatch.story_graph import ShotStatus, StoryGraph
+from storymem_dist.story.modes import GIVEN
 
 _CRITICAL_SHOTS = 1.5
 """The longest path comes first when its slack is below this many times the cost of its next shot."""
@@ -131,9 +132,33 @@ class ShotGraph:
         story, position = self._by_key[shot_key(shot)]
         return self._cannot_wait(story.number, position, num_replicas)
 
+    def path_from(self, shot: PlannedShot) -> float:
+        """Return the TFLOP of the longest path from ``shot`` to the end of its story, itself included."""
+        story, position = self._by_key[shot_key(shot)]
+        return story.remaining[position]
+
     def num_ready(self, kind: str | None = None) -> int:
         """Return how many shots (of ``kind``) are ready."""
         return sum(self._num_ready.values()) if kind is None else self._num_ready.get(kind, 0)
+
+    def ready_to_render(self) -> list[PlannedShot]:
+        """Return the ready shots that are rendered, those of the longest paths first. Looks at all shots."""
+        places = [
+            (story.number, position)
+            for story, ready in zip(self.stories, self._ready, strict=True)
+            for position, is_ready in enumerate(ready)
+            if is_ready and story.shots[position].kind != GIVEN
+        ]
+        places.sort(key=lambda one: (-self.stories[one[0]].remaining[one[1]], one))
+        return [self._shot(one) for one in places]
+
+    def open_paths(self) -> list[float]:
+        """Return, for each story that is not over, the TFLOP of its longest path. Looks at all shots."""
+        longest = (
+            max((left for left, is_next in zip(story.remaining, nexts, strict=True) if is_next), default=0.0)
+            for story, nexts in zip(self.stories, self._next, strict=True)
+        )
+        return [path for path in longest if path]
 
     def leased(self) -> list[PlannedShot]:
         """Return the leased shots, those of the longest remaining paths first."""

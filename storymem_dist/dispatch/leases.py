@@ -4,6 +4,7 @@
     leases/<owner>.dead                      the ``.alive`` file, renamed once a peer finds its owner dead
     leases/<key>.<generation>.lease          made by an exclusive hard link; names its owner, counts deaths before it
     leases/<key>.<generation>.stopping       made when its holder is asked to stop: its death then does not count
+    leases/<key>.<generation>.*.helping      see ``helping``
 
 Correctness rests on two operations that file servers do atomically: exclusive ``link``, and ``unlink``. It needs no
 locks and no clocks of other machines: an owner counts as dead when its counter has stood still for ``lease_seconds`` on
@@ -11,8 +12,7 @@ the *observer's* monotonic clock, or at once when its process is known to be gon
 
 To take over a dead owner's lease, a process makes the next generation; only one process succeeds. No process removes or
 renames the lease of a living peer. The holder of a key is the owner of its highest generation; lower generations stay
-until the key is released. An owner that resumes after a long pause finds the higher
-generation (``is_held``) and gives up.
+until the key is released. An owner that resumes after a long pause finds the higher one, and gives up.
 
 Knows keys, owners and files; nothing of shots.
 """
@@ -29,6 +29,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from storymem_dist.dispatch.helping import marks_of_helpers
 from storymem_dist.files import canonical_json, create_exclusively, names_in, read_json
 from storymem_dist.hardware import boot_id, pid_namespace, process_start
 
@@ -37,7 +38,7 @@ WAITING = "waiting"
 HEARTBEATS_PER_LEASE = 6
 
 _LEASE_NAME = re.compile(r"(?P<key>.+)\.(?P<generation>\d+)\.lease")
-_FILE_OF_A_LEASE = re.compile(r"(?P<key>.+)\.\d+\.(lease|stopping)")
+_FILE_OF_A_LEASE = re.compile(r"(?P<key>.+)\.\d+\.(lease|stopping|\d+\.helping)")
 _ALIVE_SUFFIX = ".alive"
 _DEAD_SUFFIX = ".dead"
 
@@ -92,7 +93,7 @@ class Owner:
 class Lease:
     """A key that this process holds. ``generation``: number of earlier holders that lost it.
 
-    ``num_deaths``: how many of them died without having been asked to stop.
+    ``num_deaths``: for how many of them a process that rendered the shot died without having been asked to stop.
     """
 
     key: str
@@ -194,6 +195,8 @@ class LeaseFolder:
         self._held.pop(lease.key, None)
         with contextlib.suppress(OSError):
             if self.is_held(lease):
+                for mark in marks_of_helpers(self.folder, lease.key) if lease.generation else ():
+                    mark.unlink(missing_ok=True)
                 for generation in range(lease.generation + 1):  # its own last: until then the key is taken
                     self._stopping_path(lease.key, generation).unlink(missing_ok=True)
                     self._lease_path(lease.key, generation).unlink(missing_ok=True)
@@ -268,10 +271,7 @@ class LeaseFolder:
 
     def surely_working(self, owners: list[Owner]) -> Owner | None:
         """Return one of ``owners`` that is certainly alive (it runs on this machine, or its counter moved), or None."""
-        for owner in owners:
-            if owner.is_known_alive() or owner.owner_id in self._moved:
-                return owner
-        return None
+        return next((owner for owner in owners if owner.is_known_alive() or owner.owner_id in self._moved), None)
 
     def mark_dead_owners(self) -> None:
         """Rename the ``.alive`` file of each dead owner to ``.dead``: certainly gone, or silent and not known to run.
@@ -318,14 +318,15 @@ class LeaseFolder:
         return lease
 
     def _deaths_before(self, key: str, generation: int) -> int:
-        """How many holders of the generations below died without having been asked to stop."""
+        """For how many of the generations below the holder, or one that helped it, died without being asked to stop."""
         if generation == 0:
             return 0
         try:
             before = int(read_json(self._lease_path(key, generation - 1))["num_deaths"])
         except (OSError, ValueError, KeyError, TypeError):  # damaged, or of a version that did not count
             before = generation - 1
-        return before + (not self._stopping_path(key, generation - 1).exists())
+        was_asked = self._stopping_path(key, generation - 1).exists()
+        return before + (not was_asked or bool(marks_of_helpers(self.folder, key, generation - 1)))
 
     def _lease_path(self, key: str, generation: int) -> Path:
         return self.folder / f"{key}.{generation}.lease"

@@ -16,9 +16,11 @@ from storymem_dist.artifacts.run_folder import FailureRecord, RunFolder, shot_id
 from storymem_dist.dispatch.announcing import shots_blocked, story_failed
 from storymem_dist.dispatch.cleanup import clean_up
 from storymem_dist.dispatch.graph import ShotGraph
+from storymem_dist.dispatch.helping import Help
 from storymem_dist.dispatch.leases import WAITING, WORKING, LeaseFolder, Owner
 from storymem_dist.dispatch.plan import BatchPart, PlannedShot, plan_part
-from storymem_dist.dispatch.queue import ShotQueue
+from storymem_dist.dispatch.protocol import ShotJob
+from storymem_dist.dispatch.queue import ShotQueue, lease_key
 from storymem_dist.dispatch.settings import DispatchSettings
 from storymem_dist.dispatch.story_graph import ShotStatus, StoryGraph
 from storymem_dist.dispatch.story_video import has_story_video, notify_story_finished
@@ -35,7 +37,8 @@ class OpenBatch:
 
     ``runs``: the folders in which it works; none if it was asked to stop while it waited for its turn. ``rejected``:
     part index and failure of each story that could not be planned. ``num_skipped``: committed shots whose files this
-    replica has checked. ``num_finished_before``: shots of the batch that were committed at the start.
+    replica has checked. ``num_finished_before``: shots of the batch that were committed at the start. ``help``: what
+    this replica does for another.
     """
 
     queue: ShotQueue
@@ -44,14 +47,27 @@ class OpenBatch:
     rejected: Sequence[tuple[int, FailureRecord]]
     num_skipped: int
     num_finished_before: int
+    help: Help
+
+    def note_helping(self, job: ShotJob | None, *, is_stopping: Callable[[], bool]) -> None:
+        """Note that this replica helps another with ``job`` until the next call (see ``helping``). Never raises."""
+        self.help.end()
+        if job is not None:
+            leases, key = self.leases[job.part], lease_key(job)
+            self.help.begin(leases.folder, key, leases.generation_of(key) or 0)
+            if is_stopping():
+                self.help.end()
 
     def note_stopping(self) -> None:
         """Note at the leases that this process was asked to stop (see ``LeaseFolder.note_stopping``). Never raises."""
+        self.help.end()
         for leases in self.leases:
             leases.note_stopping()
 
     def leave(self, *, crashed: bool) -> None:
         """Release all leases (after a crash: only end the heartbeat); the last to leave cleans up. Never raises."""
+        if not crashed:
+            self.help.end()
         for leases in self.leases:
             leases.close(release=not crashed)
         with contextlib.suppress(OSError):  # the next process to open the folder cleans up as well
@@ -124,6 +140,7 @@ def open_batch(
         rejected=rejected,
         num_skipped=num_skipped,
         num_finished_before=num_finished,
+        help=Help(replica.index),
     )
 
 

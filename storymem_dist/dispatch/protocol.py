@@ -12,6 +12,7 @@ from torch import Tensor
 
 from storymem_dist.diffusion.denoise import DenoiseState, StepInfo
 from storymem_dist.diffusion.settings import SamplerSettings
+from storymem_dist.dispatch.gathering import Merge
 from storymem_dist.dispatch.needs import Needs
 from storymem_dist.memory.bank import Keyframe
 from storymem_dist.story.schema import Shot, Story
@@ -103,12 +104,20 @@ class RenderedShot:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Assignment:
-    """A shot for this replica, with everything that rendering it needs."""
+    """A shot for this replica, with everything that rendering it needs. ``merge``: idle replicas take part."""
 
     job: ShotJob
     history: ShotHistory
     resume: DenoiseState | None
     low_memory: bool
+    merge: Merge | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Called:
+    """This replica takes part in a shot of another one, which has the assignment."""
+
+    merge: Merge
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

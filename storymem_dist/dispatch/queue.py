@@ -128,14 +128,20 @@ class ShotQueue:
 
     # -- claiming ------------------------------------------------------------------------------------------------------
 
-    def claim(self, loaded: str | None, lora_key: str = "") -> Claim | None:
+    def claim(
+        self, loaded: str | None, lora_key: str = "", instead: Callable[[PlannedShot], PlannedShot | None] | None = None
+    ) -> Claim | None:
         """Claim the best shot for a replica that has loaded the experts of kind ``loaded`` with these LoRAs.
 
         None when no shot can be claimed now, or when the replica should wait for a shot after the one it is saving.
-        Raises ``OSError`` when the folder cannot be written.
+        ``instead`` returns the shot to claim in place of that one, or None to wait. Raises ``OSError`` when the folder
+        cannot be written.
         """
         self.scan()
-        while (shot := self._choose(loaded, lora_key)) is not None:
+        while (best := self._choose(loaded, lora_key)) is not None:
+            shot = best if instead is None else instead(best)
+            if shot is None:
+                return None
             key = shot_key(shot)
             leases = self._leases[shot.part]
             lease = leases.try_claim(lease_key(shot), self._generations.get(key))
@@ -214,10 +220,19 @@ class ShotQueue:
         """Note how long loading the experts of the other kind took."""
         self._swap_seconds = elapsed_seconds
 
+    @property
+    def swap_seconds(self) -> float:
+        """How long loading the experts of the other kind takes, as far as known."""
+        return self._swap_seconds
+
+    def seconds_after(self, shot: PlannedShot) -> float | None:
+        """Expected seconds of ``shot`` and the longest path after it, on one replica; None before the first shot."""
+        return None if self._seconds_per_tflop is None else self._seconds_per_tflop * self.graph.path_from(shot)
+
     # -- inside --------------------------------------------------------------------------------------------------------
 
     @property
-    def _num_sharing(self) -> int:
+    def num_sharing(self) -> int:
         """Replicas that share the work, as far as known."""
         return max(self._num_replicas, sum(leases.num_alive for leases in self._leases))
 
@@ -225,7 +240,7 @@ class ShotQueue:
         return choose_shot(
             self.graph,
             loaded,
-            num_replicas=self._num_sharing,
+            num_replicas=self.num_sharing,
             expected_wait=self._expected_wait,
             swap_seconds=self._swap_seconds,
             saving=self._saving,
@@ -335,7 +350,7 @@ class ShotQueue:
         self._turn += _OWNERS_PER_SCAN
 
 
-def lease_key(shot: PlannedShot) -> str:
+def lease_key(shot: PlannedShot | ShotJob) -> str:
     """Name of a shot's lease in its part's folder."""
     return f"{shot.story_id}.{shot.shot_id}.{shot.fingerprint[:16]}"
 

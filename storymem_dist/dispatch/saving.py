@@ -21,6 +21,7 @@ from typing import Any
 from storymem_dist.artifacts.records import ShotRecord, StoredKeyframe
 from storymem_dist.artifacts.shot_folder import ClipFiles, ShotFolder, keyframe_name, tail_name
 from storymem_dist.dispatch import announcing
+from storymem_dist.dispatch.gathering import Merge
 from storymem_dist.dispatch.plan import BatchPart, PlannedShot
 from storymem_dist.dispatch.protocol import RenderedShot
 from storymem_dist.dispatch.queue import Claim
@@ -38,12 +39,14 @@ class HeldShot:
     """A shot that this replica holds, and its attempt at it.
 
     ``resumed_at``: the denoising step from which it resumes, or None. ``began``: seconds on the monotonic clock.
+    ``merge``: the replicas that render it together, if they are several.
     """
 
     claim: Claim
     attempt_id: str
     resumed_at: int | None
     began: float
+    merge: Merge | None = None
 
     @property
     def shot(self) -> PlannedShot:

@@ -9,6 +9,7 @@ from storymem_dist.errors import ConfigError, require_between, require_one_of, s
 
 RESUME_RULES = ("continue", "strict")
 BUSY_RULES = ("join", "wait", "refuse")
+ELASTIC_TAIL = ("off", "auto", "always")
 _DAY = 24 * 3600.0
 _MAX_SHOT_NAME = 200  # in a request to render again
 
@@ -34,6 +35,10 @@ class DispatchSettings:
     other.
     ``max_attempts``: a shot is marked failed after this many processes were killed or crashed while rendering it.
     ``swap_seconds``: expected time to load the other experts, until it has been measured.
+    ``elastic_tail``: whether idle replicas of a node render the last shots together, when there are fewer ready shots
+    than replicas (``render.merged``). ``auto`` merges where the planner expects that the job ends sooner, ``always``
+    assumes that it does, ``off`` never merges. The process groups for it are opened when the job begins, and take some
+    device memory.
 
     Raises ``ConfigError`` for a value that is not allowed.
     """
@@ -48,10 +53,12 @@ class DispatchSettings:
     overlap_saving: bool = True
     max_attempts: int = 5
     swap_seconds: float = 60.0
+    elastic_tail: str = "off"
 
     def __post_init__(self) -> None:
         require_one_of("dispatch.resume", self.resume, RESUME_RULES)
         require_one_of("dispatch.on_busy", self.on_busy, BUSY_RULES)
+        require_one_of("dispatch.elastic_tail", self.elastic_tail, ELASTIC_TAIL)
         require_between("dispatch.checkpoint_every_steps", self.checkpoint_every_steps, 0, 1000)
         require_between("dispatch.lease_seconds", self.lease_seconds, 1.0, _DAY)
         require_between("dispatch.poll_seconds", self.poll_seconds, 0.0, 3600.0)

@@ -11,6 +11,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -21,13 +22,23 @@ from storymem_dist.dispatch.needs import story_needs
 from storymem_dist.dispatch.shot_check import check_shots
 from storymem_dist.dispatch.shot_loras import OpenedLoras, check_loras
 from storymem_dist.doctor.finding import Finding, ok, problem, warning
+from storymem_dist.doctor.scorer import scorer_bytes_if_known, scorer_words
 from storymem_dist.errors import ConfigError, StoryMemError, WeightsNotFound
 from storymem_dist.hardware import GIB
 from storymem_dist.models.quantized_linear import check_linears
+from storymem_dist.models.wan.dit import DiTConfig
 from storymem_dist.observe.run.format import count
 from storymem_dist.observe.wandb.process import check_settings, has_api_key
-from storymem_dist.parallel.layout import check_guidance
-from storymem_dist.parallel.weight_memory import WeightMemory, check_weight_memory, decide_experts, weight_memory
+from storymem_dist.parallel.layout import axes_that_fit, check_guidance
+from storymem_dist.parallel.settings import AUTO, ParallelSettings
+from storymem_dist.parallel.weight_memory import (
+    ON_DEVICE,
+    WeightMemory,
+    check_weight_memory,
+    decide_experts,
+    place_scorer,
+    weight_memory,
+)
 from storymem_dist.story.loading import StoryBatch, load_storyboards
 from storymem_dist.story.modes import KINDS, T2V
 from storymem_dist.story.schema import ShotOptions
@@ -35,6 +46,7 @@ from storymem_dist.weights.bundle import Weights, open_weights, with_generated_w
 from storymem_dist.weights.checkpoints import WanCheckpoint
 from storymem_dist.weights.prompt_lengths import check_prompt_lengths, cut_text_of
 from storymem_dist.weights.prompt_words import check_prompt_words
+from storymem_dist.weights.settings import ModelSettings
 
 _READ_BYTES = 512 * 2**20
 _READ_SECONDS = 2.0
@@ -187,20 +199,62 @@ def _check_memory(
     on_gpu = settings.parallel.device != "cpu" and torch.cuda.is_available()
     num_ranks = torch.cuda.device_count() if on_gpu else 1
     device, config, parallel = torch.device("cuda" if on_gpu else "cpu"), checkpoint.dit_config, settings.parallel
-    model = decide_experts(settings.model, parallel, config, device, adapters=adapters)
+    refused = None
+    try:
+        layouts = list(_layouts(parallel, num_ranks, config))
+    except StoryMemError as error:
+        yield problem("weights", f"{kind} fit", "no layout", str(error))
+        return
+    scored = scorer_bytes_if_known(settings)
+    for one in layouts:
+        model = decide_experts(settings.model, one, config, device, adapters=adapters, scorer_bytes=scored)
+        place = place_scorer(scored, model, one, config, device, adapters=adapters)
+        scorers_on_host = 0 if place == ON_DEVICE else scored * max(1, num_ranks // one.ranks_per_replica)
+        value = _memory_words(model, one, config, num_ranks, adapters) + scorer_words(scored, place)
+        if parallel.free and num_ranks > 1:
+            cfg, ring, ulysses = one.axes
+            value += f", for example with cfg {cfg} x ring {ring} x ulysses {ulysses}, weights {one.weights}"
+        try:
+            check_weight_memory(
+                model,
+                one,
+                config,
+                device=device,
+                ranks_per_node=num_ranks,
+                adapters=adapters,
+                scorers_on_host=scorers_on_host,
+            )
+        except StoryMemError as error:
+            refused = refused or problem("weights", f"{kind} fit", value, str(error))
+        else:
+            yield ok("weights", f"{kind} fit", value)
+            return
+    assert refused is not None, "there is a layout"
+    yield refused
+
+
+def _layouts(parallel: ParallelSettings, num_ranks: int, config: DiTConfig) -> Iterator[ParallelSettings]:
+    """The settings; or, where they leave something to the job, what it can choose from, narrowest first."""
+    if not parallel.free:
+        yield parallel
+        return
+    ways = ("replicated", "fsdp", "fsdp_offload") if parallel.weights == AUTO else (parallel.weights,)
+    for axes in axes_that_fit(parallel, world_size=num_ranks, num_heads=config.num_heads):
+        for weights in ways if axes.ranks_per_replica > 1 else ways[:1]:
+            yield replace(axes, weights=weights)
+
+
+def _memory_words(
+    model: ModelSettings, parallel: ParallelSettings, config: DiTConfig, num_ranks: int, adapters: WeightMemory
+) -> str:
     needed = weight_memory(model, parallel, config)
-    value = (
+    words = (
         f"experts={model.experts}: {needed.on_device / GIB:.1f} GiB on each device, "
         f"{needed.on_host * num_ranks / GIB:.1f} GiB on the host"
     )
     if adapters.on_device:
-        value += f", and {adapters.on_device / GIB:.1f} GiB on each device for the LoRAs of a shot"
-    try:
-        check_weight_memory(model, parallel, config, device=device, ranks_per_node=num_ranks, adapters=adapters)
-    except StoryMemError as error:
-        yield problem("weights", f"{kind} fit", value, str(error))
-    else:
-        yield ok("weights", f"{kind} fit", value)
+        words += f", and {adapters.on_device / GIB:.1f} GiB on each device for the LoRAs of a shot"
+    return words
 
 
 def check_output(settings: RenderConfig) -> Iterator[Finding]:

@@ -3,20 +3,30 @@
 Rendering code creates an event and passes it to an ``Observer``. The fan-out (``observe/observers.py``) adds wall time,
 writer, replica and sequence number in a ``StampedEvent``.
 
-``kinds`` defines the events, ``memory`` makes some of them from records, ``observing`` is the protocol that receives
-them, ``serialization`` their JSON lines. Nothing here knows of files, threads, torch or back ends.
+``job_kinds`` and ``kinds`` define the events, ``memory`` makes some of them from records, ``observing`` is the protocol
+that receives them, ``serialization`` their JSON lines. Nothing here knows of files, threads, torch or back ends.
 """
 
+from storymem_dist.events.job_kinds import (
+    Event,
+    JobFinished,
+    JobStarted,
+    LayoutChosen,
+    ReplicaHelped,
+    ReplicaWaited,
+    StopRequested,
+    StoryboardRejected,
+    SystemSampled,
+    ThroughputSampled,
+    WarningIssued,
+    WeightsProgress,
+)
 from storymem_dist.events.kinds import (
     EVENT_TYPES,
     MEMORY_VERDICTS,
     STAGES,
-    Event,
-    JobFinished,
-    JobStarted,
     LorasUsed,
     MemoryDecided,
-    ReplicaWaited,
     ShotFailed,
     ShotFinished,
     ShotResumed,
@@ -25,14 +35,8 @@ from storymem_dist.events.kinds import (
     StageFinished,
     StageStarted,
     StepFinished,
-    StopRequested,
-    StoryboardRejected,
     StoryFinished,
     StoryStarted,
-    SystemSampled,
-    ThroughputSampled,
-    WarningIssued,
-    WeightsProgress,
 )
 from storymem_dist.events.memory import memory_events
 from storymem_dist.events.observing import NullObserver, Observer, timed_stage
@@ -54,10 +58,12 @@ __all__ = [
     "Event",
     "JobFinished",
     "JobStarted",
+    "LayoutChosen",
     "LorasUsed",
     "MemoryDecided",
     "NullObserver",
     "Observer",
+    "ReplicaHelped",
     "ReplicaWaited",
     "ShotFailed",
     "ShotFinished",

@@ -5,7 +5,8 @@ import time
 from collections.abc import Iterator, MutableMapping
 from typing import Protocol
 
-from storymem_dist.events.kinds import STAGES, Event, StageFinished, StageStarted
+from storymem_dist.events.job_kinds import Event
+from storymem_dist.events.kinds import STAGES, StageFinished, StageStarted
 
 
 class Observer(Protocol):

@@ -22,7 +22,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from storymem_dist.events.kinds import EVENT_TYPES, Event
+from storymem_dist.events.job_kinds import Event
+from storymem_dist.events.kinds import EVENT_TYPES
 
 SCHEMA_VERSION = 1
 

@@ -1,31 +1,35 @@
 """What a job would do, and how long that may take: for ``launch.dry_run=true``.
 
-Plans as the render does, but writes nothing into run folders and starts nothing. The time is known only where shots of
-the same run folder were rendered before: their records say how long they took.
+Plans as the render does, but writes nothing into run folders and starts nothing. Where shots of the same run folder
+were rendered before, their records say how long they took; else the planner's constants do.
 """
 
+import os
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
+
+import torch
 
 from storymem_dist.artifacts.records import DamagedRecord
-from storymem_dist.artifacts.run_folder import RunFolder, shot_ids
-from storymem_dist.artifacts.video import VideoSettings
+from storymem_dist.artifacts.run_folder import RunFolder
 from storymem_dist.config.points import Point
+from storymem_dist.config.schema import RenderConfig
 from storymem_dist.dispatch.graph import ShotGraph
-from storymem_dist.dispatch.plan import BatchPart, PlannedShot, plan_part
-from storymem_dist.errors import RunFolderError, StoryboardError
+from storymem_dist.dispatch.plan import PlannedShot, plan_part
+from storymem_dist.errors import LayoutError, RunFolderError, StoryboardError
+from storymem_dist.hardware import GIB
 from storymem_dist.observe.run.format import count, duration
-from storymem_dist.render.check import check_job
-from storymem_dist.render.inputs import cost_model, pixel_inputs
+from storymem_dist.planner.hardware import HERE, Hardware, complete, hardware_here, with_given
+from storymem_dist.planner.plan import Option, Plan
+from storymem_dist.render.check import CheckedJob, check_job
+from storymem_dist.render.choice import best_of, layout_words, plan_of
+from storymem_dist.render.planning import untouched_part
 from storymem_dist.story.modes import GIVEN
 from storymem_dist.terminal.text import printable
 
 _RENDERING_STAGES = ("recall", "loras", "condition", "denoise", "decode", "keyframes", "save")
 _LONGEST = 1e9  # seconds of a stage; a record that says more is not a render's
-_NOT_DRAWN = 2**63
-"""Replaces a seed that the render will draw. No drawn seed is that large, so no shot is found rendered with it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,7 +37,8 @@ class Forecast:
     """What is left to render, of the stories that can be rendered. ``refused``: why each of the others cannot.
 
     ``warnings`` are those of their storyboards. ``longest_path_share``: of the work that is left, the part that can
-    only be done one shot after the other. ``device_seconds`` is None where nothing is known about times.
+    only be done one shot after the other. ``device_seconds`` is None where no shot of the run folders says how long it
+    took. ``checked`` and ``left``: the job, and its shots that are left, for a plan.
     """
 
     num_stories: int
@@ -43,28 +48,14 @@ class Forecast:
     warnings: Sequence[str] = ()
     longest_path_share: float
     device_seconds: float | None
+    checked: CheckedJob | None = None
+    left: Sequence[Sequence[PlannedShot]] = ()
 
     def elapsed_seconds(self, num_replicas: int) -> float | None:
         """Time of rendering alone (without loading weights) with ``num_replicas`` like those that rendered before."""
         if self.device_seconds is None:
             return None
         return self.device_seconds * max(1.0 / num_replicas, self.longest_path_share)
-
-
-class _UntouchedFolder(RunFolder):
-    """A run folder as a plan reads it before the job has begun: what the job will decide there is not written."""
-
-    def __init__(self, root: str | Path, *, rerender: Sequence[tuple[str, str]]) -> None:
-        super().__init__(root)
-        self._rerender = frozenset(rerender)
-
-    def drawn_seed(self, name: str) -> int:
-        seed = self.known_seed(name)
-        return _NOT_DRAWN if seed is None else seed
-
-    def rerender_generations(self) -> dict[tuple[str, str], int]:
-        generations = super().rerender_generations()
-        return generations | {shot: generations.get(shot, 0) + 1 for shot in self._rerender}
 
 
 def forecast(points: Sequence[Point]) -> Forecast:
@@ -84,16 +75,7 @@ def forecast(points: Sequence[Point]) -> Forecast:
         of_point = f"{point.name}: " if point.name else ""
         refused += [of_point + rejected.message for rejected in batch.rejected]
         warnings += [of_point + warning for warning in batch.all_warnings]
-        known = [(story.story_id, {shot.shot_id: shot.name for shot in story.shots}) for story in batch.stories]
-        part = BatchPart(
-            run=_UntouchedFolder(point.settings.output, rerender=shot_ids(rerender, known)),
-            stories=batch.stories,
-            sampler=point.settings.sampler,
-            inputs={kind: pixel_inputs(kind, point.settings, checked.weights) for kind in checked.weights.checkpoints},
-            video=VideoSettings(),
-            cost=cost_model(point.settings, checked.weights),
-            memory=point.settings.memory,
-        )
+        part = untouched_part(point, batch, checked.weights, rerender)
         for story, planned in plan_part(0, part):
             if isinstance(planned, StoryboardError):
                 refused.append(f"{of_point}{story.story_id}: {planned}")
@@ -120,15 +102,24 @@ def forecast(points: Sequence[Point]) -> Forecast:
         warnings=warnings,
         longest_path_share=graph.longest_path() / graph.work if graph.work else 0.0,
         device_seconds=graph.work * statistics.median(seconds_per_tflop) if seconds_per_tflop else None,
+        checked=checked,
+        left=left,
     )
 
 
-def describe(points: Sequence[Point], *, num_replicas: int | None = None) -> str:
-    """Return a few lines about what rendering ``points`` would do. ``num_replicas``: None where unknown."""
+def describe(points: Sequence[Point], *, num_replicas: int | None = None, hardware: Hardware | None = None) -> str:
+    """Return a few lines about what rendering ``points`` would do.
+
+    ``hardware``: what it would run on, for a plan; None where that is not known. ``num_replicas``: where there is no
+    plan; None: unknown, too. Raises ``StoryMemError`` as ``forecast`` does, and where no layout would fit.
+    """
     try:
         found = forecast(points)
     except OSError as error:
         raise RunFolderError(f"the run folder cannot be read: {error}") from error
+    planned = _planned(points, found, hardware)
+    if planned is not None:
+        num_replicas = planned.option.num_replicas
     left = found.num_shots - found.num_committed
     where = ", ".join(point.settings.output for point in points)
     stories = count(found.num_stories, "story", "stories")
@@ -136,12 +127,76 @@ def describe(points: Sequence[Point], *, num_replicas: int | None = None) -> str
         *(f"refused: {message}" for message in found.refused),
         *(f"warning: {message}" for message in found.warnings),
         f"{left} of {found.num_shots} shots are left to render, of {stories}, in {where}",
-        _time(found, num_replicas),
+        *(_layout(planned) if planned is not None else ()),
+        _time(found, num_replicas, planned),
     ]
     return "".join(f"{printable(line)}\n" for line in lines)
 
 
-def _time(found: Forecast, num_replicas: int | None) -> str:
+def hardware_of(settings: RenderConfig) -> Hardware | None:
+    """Return what a job would run on: ``hardware`` as it is set, or this machine; None for an unknown cluster.
+
+    The numbers of nodes and devices are those that ``launch`` sets, where it does. Figures of this machine that
+    ``hardware`` sets replace what is found.
+    """
+    launch, given = settings.launch, settings.hardware
+    is_slurm = launch.mode == "slurm"
+    nodes = (launch.slurm.tasks or launch.slurm.nodes) if is_slurm else launch.num_nodes
+    per_node = launch.processes_per_node or (launch.slurm.gpus_per_node if is_slurm else None)
+    if given.name != HERE:
+        nodes = given.nodes if nodes in (None, 1) else nodes
+        return complete(replace(given, nodes=nodes, gpus_per_node=per_node or given.gpus_per_node))
+    if is_slurm:  # a login node is no compute node
+        return None
+    on_gpu = settings.parallel.device != "cpu" and torch.cuda.is_available()
+    if launch.mode == "inline":
+        nodes, per_node = None, given.gpus_per_node or int(os.environ.get("WORLD_SIZE", "1"))
+    found = hardware_here(
+        torch.device("cuda" if on_gpu else "cpu"),
+        nodes=nodes or 1,
+        ranks_per_node=per_node or given.gpus_per_node or (torch.cuda.device_count() if on_gpu else 1),
+    )
+    return with_given(found, replace(given, nodes=given.nodes if nodes in (None, 1) else nodes, gpus_per_node=None))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Planned:
+    plan: Plan
+    option: Option
+
+
+def _planned(points: Sequence[Point], found: Forecast, hardware: Hardware | None) -> _Planned | None:
+    """The plan of the job; None where the hardware is not known or not right for it, or nothing is left to render."""
+    if (
+        hardware is None
+        or found.checked is None
+        or not any(shot.kind != GIVEN for shots in found.left for shot in shots)
+    ):
+        return None
+    parallel = points[0].settings.parallel
+    try:
+        plan = plan_of(points, found.checked, found.left, hardware, parallel)
+    except LayoutError:
+        if parallel.free:
+            raise
+        return None  # the layout is set, and this process is not the one that will start its ranks
+    return _Planned(plan=plan, option=best_of(plan, parallel))
+
+
+def _layout(planned: _Planned) -> list[str]:
+    memory = max(phase.memory.on_device for phase in planned.option.phases) / GIB
+    why = f": {planned.plan.reasons[0]}" if planned.plan.reasons else ""
+    hardware = planned.plan.hardware
+    return [
+        f"planned for {hardware.nodes} x {hardware.gpus_per_node} {hardware.device} ({hardware.name})",
+        f"layout: {layout_words(planned.option)}; {memory:.1f} GiB on each device{why}",
+    ]
+
+
+def _time(found: Forecast, num_replicas: int | None, planned: _Planned | None) -> str:
+    if found.device_seconds is None and planned is not None:
+        sources = f" ({'; '.join(planned.plan.sources)})" if planned.plan.sources else ""
+        return f"estimated time: {duration(planned.option.makespan_seconds)} by the planner's constants{sources}"
     if found.device_seconds is None:
         return "estimated time: not known, no shot of this run folder has been rendered with these settings"
     seconds = found.elapsed_seconds(num_replicas or 1)

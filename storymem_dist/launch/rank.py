@@ -13,6 +13,7 @@ from storymem_dist.errors import CollectiveFailed, MachineError, StoryMemError
 from storymem_dist.hardware import machine_fault
 from storymem_dist.launch.group_folder import GroupFolder
 from storymem_dist.parallel.launcher_watch import follow_launcher
+from storymem_dist.parallel.layout import Layout
 from storymem_dist.terminal.program import program
 from storymem_dist.terminal.streams import print_error
 
@@ -32,11 +33,10 @@ def _render() -> None:
     from storymem_dist.config.points import points_from_plain  # heavy imports only when there is something to do
     from storymem_dist.render.job import render_job
 
-    ranks_per_replica = 1
+    layouts: list[Layout] = []
     try:
         points, sweep = points_from_plain(folder.read_job())
-        ranks_per_replica = points[0].settings.parallel.ranks_per_replica
-        exit_code = render_job(points, sweep=sweep)
+        exit_code = render_job(points, sweep=sweep, on_start=layouts.append)
         if folder.root.exists():  # else the launcher is gone, and another one has cleaned up
             folder.write_end(rank, exit_code)
     except CollectiveFailed as error:
@@ -47,7 +47,8 @@ def _render() -> None:
         if known is None:
             raise
         _report(folder, known, rank)
-        if not (isinstance(known, MachineError) and ranks_per_replica == 1):
+        is_alone = bool(layouts) and layouts[0].ranks_per_replica == 1
+        if not (isinstance(known, MachineError) and is_alone):
             sys.exit(known.exit_code)  # not 0: the peers may be waiting for this rank in a collective
 
 

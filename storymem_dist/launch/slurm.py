@@ -16,7 +16,7 @@ from storymem_dist.config.launch import SlurmSettings
 from storymem_dist.config.points import Point
 from storymem_dist.errors import ConfigError
 from storymem_dist.launch.again import COMMAND_VARIABLE, command_again
-from storymem_dist.launch.forecast import describe
+from storymem_dist.launch.forecast import describe, hardware_of
 from storymem_dist.render.check import check_job
 from storymem_dist.resources import assets_folder
 from storymem_dist.terminal.streams import print_line, print_lines, print_text
@@ -42,7 +42,10 @@ def submit(points: Sequence[Point], arguments: Sequence[str]) -> int:
         print_lines(["would submit:", f"  {_shown(environment, command)}"])
         if launch.slurm.report:
             print_lines(["and, when it has ended:", f"  {_shown(environment, _report(report, 'JOB', output))}"])
-        print_text(describe(points, num_replicas=num_replicas(points[0])))
+        hardware = hardware_of(points[0].settings)
+        print_text(describe(points, num_replicas=num_replicas(points[0]), hardware=hardware))
+        if hardware is None and points[0].settings.parallel.free:
+            print_line("layout: decided when the job starts; name its devices for a plan, such as hardware=h100_80g")
         return 0
     check_job(points)
     if shutil.which("sbatch") is None:
@@ -119,11 +122,11 @@ def sweep_or_run_folder(points: Sequence[Point]) -> Path:
 
 
 def num_replicas(point: Point) -> int | None:
-    """Return how many replicas the job will have; None where only the template knows."""
+    """Return how many replicas the job will have; None where only the template or the job itself knows."""
     launch, parallel = point.settings.launch, point.settings.parallel
     num_nodes = launch.slurm.tasks or launch.slurm.nodes
     ranks_per_node = launch.processes_per_node or launch.slurm.gpus_per_node
-    if num_nodes is None or ranks_per_node is None:
+    if num_nodes is None or ranks_per_node is None or parallel.free:
         return None
     return max(1, num_nodes * ranks_per_node // parallel.ranks_per_replica)
 

@@ -32,7 +32,7 @@ from storymem_dist.hardware import machine_fault
 from storymem_dist.launch.environment import set_rank_environment
 from storymem_dist.launch.group_folder import GroupFolder, RankError
 from storymem_dist.launch.numa import numa_options
-from storymem_dist.parallel.layout import check_heads, plan_layout
+from storymem_dist.parallel.layout import axes_that_fit, check_heads, plan_layout
 from storymem_dist.parallel.session import choose_backend, choose_device
 from storymem_dist.parallel.settings import ParallelSettings
 from storymem_dist.render.check import check_job
@@ -85,7 +85,8 @@ def check_start(points: Sequence[Point]) -> int:
     num_gpus = torch.cuda.device_count()
     num_processes = launch.processes_per_node or max(1, num_gpus)
     num_nodes = launch.num_nodes if parallel.across_nodes else 1
-    plan_layout(parallel, world_size=num_processes * num_nodes, ranks_per_node=num_processes)
+    if not parallel.free:
+        plan_layout(parallel, world_size=num_processes * num_nodes, ranks_per_node=num_processes)
     if parallel.device == "cpu" or (parallel.device == "auto" and num_gpus == 0):
         choose_backend(parallel.backend, torch.device("cpu"))
     elif num_gpus == 0:
@@ -99,8 +100,9 @@ def check_start(points: Sequence[Point]) -> int:
     port = chosen_port(launch, parallel)
     if port is not None and launch.node_rank == 0:
         _check_port(port)
-    checked = check_job(points)
-    check_heads(parallel, checked.weights.any_checkpoint.dit_config.num_heads)
+    num_heads = check_job(points).weights.any_checkpoint.dit_config.num_heads
+    check_heads(parallel, num_heads)
+    axes_that_fit(parallel, world_size=num_processes * num_nodes, ranks_per_node=num_processes, num_heads=num_heads)
     return num_processes
 
 

@@ -6,13 +6,15 @@
    one's memory, which may not have those keyframes, the first chosen frame stays.)
 
 A frame is described once per size and scored only once, when its score is first needed (a score may cost a forward of a
-7B model). The search for the threshold uses cached similarities. Knows nothing about how scorers work or where
+7B model, so frames that will probably be candidates are scored together). The search for the threshold uses cached
+similarities. Knows nothing about how scorers work or where
 keyframes are stored.
 
 Shapes: F frames, C channels (3), H height, W width.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -87,6 +89,8 @@ def choose_keyframes(
     decisions = [_low_quality(index, candidates) for index in sorted(candidates.refused)]
     kept = []
     if not selected and (keeps_first or not len(bank)):
+        while not all(map(candidates.is_scored, range(len(clip_FCHW)))):
+            candidates.score_from(0, quality.at_once)
         best = max(range(len(clip_FCHW)), key=candidates.score)
         kept.append(keyframe(best, 0))
         decisions = [decision for decision in decisions if decision.frame_index != best]
@@ -129,36 +133,74 @@ class _Candidates:
         return self._rows[one][other]
 
     def score(self, index: int) -> float:
-        """The quality score; a score that is not a number counts as the worst."""
-        if index not in self._scores:
-            score = self.quality.score(self._frames[index])
-            self._scores[index] = -math.inf if math.isnan(score) else score
+        """The quality score of a frame that was scored; a score that is not a number counts as the worst."""
         return self._scores[index]
 
+    def is_scored(self, index: int) -> bool:
+        return index in self._scores
+
+    def score_some(self, indices: Sequence[int]) -> None:
+        """Score frames that were not scored."""
+        for index, score in zip(indices, self.quality.scores(self._frames[list(indices)]), strict=True):
+            self._scores[index] = -math.inf if math.isnan(score) else score
+
+    def score_from(self, start: int, count: int) -> None:
+        """Score the first ``count`` frames from ``start`` on that were not scored."""
+        if some := [index for index in range(start, len(self)) if index not in self._scores][:count]:
+            self.score_some(some)
+
     def passes(self, index: int) -> bool:
-        """Whether the frame passes the quality test; adds it to ``refused`` if not."""
-        passes = self.score(index) >= self.quality.threshold
-        if not passes:
-            self.refused.add(index)
-        return passes
+        """Whether a frame passes the quality test; one that was not scored does, for the time being."""
+        return self._scores.get(index, math.inf) >= self.quality.threshold
 
 
 def _select(candidates: _Candidates, settings: MemorySettings) -> tuple[list[int], float]:
     """Indices of the chosen frames, and the threshold that left at most ``max_per_shot`` of them."""
     threshold = settings.similarity_threshold
-    first = next(filter(candidates.passes, range(len(candidates))), None)
+    first = _first_that_passes(candidates)
     if first is None:
         return [], threshold
-    refused_before = set(candidates.refused)
+    refused_before = candidates.refused
     while True:
-        candidates.refused = set(refused_before)
-        selected = [first]
-        for index in range(FIRST_COMPARED_FRAME, len(candidates)):
-            if candidates.similarity(selected[-1], index) < threshold and candidates.passes(index):
-                selected.append(index)
+        selected, refused, unscored = _walk(candidates, first, threshold)
+        while unscored:
+            candidates.score_some(unscored)
+            selected, refused, unscored = _walk(candidates, first, threshold)
+        candidates.refused = refused_before | refused
         if len(selected) <= settings.max_per_shot:
             return selected, threshold
         threshold -= settings.threshold_step
+
+
+def _first_that_passes(candidates: _Candidates) -> int | None:
+    """The first frame that passes the quality test; those before it are refused. Most often it is frame 0."""
+    for index in range(len(candidates)):
+        if not candidates.is_scored(index):
+            candidates.score_from(index, candidates.quality.at_once if index else 1)
+        if candidates.passes(index):
+            return index
+        candidates.refused.add(index)
+    return None
+
+
+def _walk(candidates: _Candidates, first: int, threshold: float) -> tuple[list[int], set[int], list[int]]:
+    """The frames that are chosen at ``threshold``, the candidates that are refused, and those that must be scored.
+
+    As long as a frame has no score, it counts as chosen; the walk ends where enough of them can be scored together.
+    """
+    selected, refused, unscored = [first], set[int](), list[int]()
+    for index in range(FIRST_COMPARED_FRAME, len(candidates)):
+        if len(unscored) == candidates.quality.at_once:
+            break
+        if not candidates.similarity(selected[-1], index) < threshold:  # not a number: as if alike
+            continue
+        if not candidates.is_scored(index):
+            unscored.append(index)
+        if candidates.passes(index):
+            selected.append(index)
+        else:
+            refused.add(index)
+    return selected, refused, unscored
 
 
 def _similarities_to_bank(frames_NCHW: Tensor, bank: MemoryBank, similarity: Similarity) -> list[list[float]]:

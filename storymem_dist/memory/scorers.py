@@ -1,19 +1,21 @@
 """Scorers: the similarity of two frames (CLIP, HSV patches) and the quality of one (HPSv3, sharpness, none).
 
-A model is loaded once, when its scorer is built, from local files only. Knows nothing about selection rules.
+A model is loaded once, when its scorer is built, from local files only. HPSv3 itself comes from outside. Knows nothing
+about selection rules.
 
 Shapes: N frames, C channels (3, RGB), H height, W width, P patches, D values of a patch or embedding.
 """
 
 import json
 import math
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from storymem_dist.errors import CheckpointError, ExtraNotInstalled, WeightsNotFound
+from storymem_dist.errors import CheckpointError, WeightsNotFound
 from storymem_dist.memory.frames import PATCH, resize_for_selection
 from storymem_dist.memory.settings import DEFAULT_QUALITY_THRESHOLDS, SELECTION_KEYS, MemorySettings
 
@@ -23,8 +25,11 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 """CLIP's published preprocessing constants."""
 
 CLIP_BATCH = 32
-HPSV3_BASE_MODEL = "Qwen/Qwen2-VL-7B-Instruct"
-"""Named in hpsv3's own configuration."""
+HPSV3_BYTES = 15_504_596_168
+"""Of HPSv3 as published and held: bf16, the head in fp32, without the language model's output layer."""
+
+HPSV3_BATCH = 8
+"""Frames of one forward: 0.8 GB at its widest point, and enough of them for any device."""
 
 HSV_SIMILAR_COSINE = 0.7
 HSV_EMPTY_NORM = 0.01
@@ -46,14 +51,36 @@ class Similarity(Protocol):
 
 
 class Quality(Protocol):
-    """Scores single frames; a frame passes when its score is at least ``threshold`` (-inf: every frame passes)."""
+    """Scores frames; one passes when its score is at least ``threshold`` (-inf: every frame passes).
+
+    ``at_once``: as many frames should be scored together; some of them may turn out not to be needed.
+    """
 
     name: str
     threshold: float
+    at_once: int
+
+    def scores(self, frames_NCHW: Tensor) -> list[float]:
+        """Scores of ``uint8 [N, 3, H, W]`` frames at selection size; higher is better."""
+        ...
+
+
+class QualityOfOne(Protocol):
+    """A ``Quality`` that gains nothing from scoring frames together."""
+
+    at_once: int = 1
 
     def score(self, frame_CHW: Tensor) -> float:
-        """Score of a ``uint8 [3, H, W]`` frame at selection size; higher is better."""
+        """Score of a ``uint8 [3, H, W]`` frame."""
         ...
+
+    def scores(self, frames_NCHW: Tensor) -> list[float]:
+        """See ``Quality``."""
+        return [self.score(frame) for frame in frames_NCHW]
+
+
+LoadRating = Callable[[MemorySettings], Callable[[Tensor], list[float]]]
+"""Loads HPSv3 (``weights.hpsv3``) to where it has room; what it returns rates ``uint8 [N, 3, H, W]`` frames."""
 
 
 def build_similarity(settings: MemorySettings, device: torch.device) -> Similarity:
@@ -63,8 +90,8 @@ def build_similarity(settings: MemorySettings, device: torch.device) -> Similari
     return ClipSimilarity.from_pretrained(settings.clip_model, device)
 
 
-def build_quality(settings: MemorySettings, device: torch.device) -> Quality:
-    """The quality test that ``settings`` name. Raises ``ExtraNotInstalled`` or ``WeightsNotFound``."""
+def build_quality(settings: MemorySettings, load_hpsv3: LoadRating) -> Quality:
+    """The quality test that ``settings`` name. Raises what ``load_hpsv3`` raises."""
     if settings.quality == "none":
         return NoQuality()
     threshold = settings.quality_threshold
@@ -72,7 +99,7 @@ def build_quality(settings: MemorySettings, device: torch.device) -> Quality:
         threshold = DEFAULT_QUALITY_THRESHOLDS[settings.quality]
     if settings.quality == "sharpness":
         return SharpnessQuality(threshold)
-    return HpsV3Quality.load(settings, device, threshold)
+    return HpsV3Quality(load_hpsv3(settings), threshold)
 
 
 class ClipSimilarity:
@@ -198,7 +225,7 @@ def rgb_to_hsv(rgb_NCHW: Tensor) -> Tensor:
     return torch.stack([hue, saturation, value], dim=1).to(torch.uint8)
 
 
-class NoQuality:
+class NoQuality(QualityOfOne):
     """Every frame passes."""
 
     name = "none"
@@ -209,7 +236,7 @@ class NoQuality:
         return 0.0
 
 
-class SharpnessQuality:
+class SharpnessQuality(QualityOfOne):
     """Variance of the Laplacian of the luma (0..255): how much fine detail there is; needs no weights.
 
     A frame whose mean luma is below 10 or above 245 (faded out, blown out) scores 0. Smooth gradients score below 1, a
@@ -232,51 +259,21 @@ class SharpnessQuality:
 
 
 class HpsV3Quality:
-    """HPSv3's preference score of the frame with an empty prompt (7B parameters; optional package ``hpsv3``)."""
+    """HPSv3's preference for the frame with an empty prompt, by a model of 7B parameters."""
 
     name = "hpsv3"
+    at_once = HPSV3_BATCH
 
-    def __init__(self, inferencer: Any, threshold: float = DEFAULT_QUALITY_THRESHOLDS["hpsv3"]) -> None:
-        """``inferencer`` is an ``hpsv3.HPSv3RewardInferencer``."""
-        self._inferencer = inferencer
+    def __init__(
+        self, rate: Callable[[Tensor], list[float]], threshold: float = DEFAULT_QUALITY_THRESHOLDS["hpsv3"]
+    ) -> None:
+        """``rate`` returns the mean of the predicted preference of each of a few frames."""
+        self._rate = rate
         self.threshold = threshold
 
-    @classmethod
-    def load(cls, settings: MemorySettings, device: torch.device, threshold: float) -> "HpsV3Quality":
-        """Load the model from local files; never downloads. Raises ``ExtraNotInstalled`` or ``WeightsNotFound``."""
-        try:
-            from hpsv3 import HPSv3RewardInferencer
-        except ImportError as error:
-            raise ExtraNotInstalled(
-                f"memory.quality=hpsv3 needs the package hpsv3 ({error}); run: pip install hpsv3"
-                " (hpsv3 1.0 pins an older transformers; memory.quality=sharpness and none need nothing)"
-            ) from None
-        checkpoint = settings.hpsv3_checkpoint or _cached("MizzenAI/HPSv3", "HPSv3.safetensors")
-        _cached(HPSV3_BASE_MODEL, "config.json")
-        return cls(HPSv3RewardInferencer(checkpoint_path=checkpoint, device=str(device)), threshold)
-
-    @torch.no_grad()
-    def score(self, frame_CHW: Tensor) -> float:
-        """The mean of the predicted preference."""
-        from PIL import Image
-
-        image = Image.fromarray(frame_CHW.cpu().permute(1, 2, 0).contiguous().numpy())
-        rewards = self._inferencer.reward(image_paths=[image], prompts=[""])
-        return float(rewards[0][0])
-
-
-def _cached(repo_id: str, filename: str) -> str:
-    """Path of a file of the hub in the local cache."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    try:
-        return hf_hub_download(repo_id, filename, local_files_only=True)
-    except LocalEntryNotFoundError:
-        raise WeightsNotFound(
-            f"memory.quality=hpsv3 needs {filename} of {repo_id}, which is not in the local cache;"
-            f" run: hf download {repo_id} (or use memory.quality=sharpness, which needs no weights)"
-        ) from None
+    def scores(self, frames_NCHW: Tensor) -> list[float]:
+        """See ``Quality``."""
+        return self._rate(frames_NCHW)
 
 
 def _shortened(error: Exception) -> str:
@@ -286,15 +283,16 @@ def _shortened(error: Exception) -> str:
 class ScorerShelf:
     """Similarity and quality scorers, built once for each choice of settings."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, load_hpsv3: LoadRating) -> None:
         self._device = device
+        self._load_hpsv3 = load_hpsv3
         self._built: dict[str, tuple[Similarity, Quality]] = {}
 
     def __call__(self, memory: MemorySettings) -> tuple[Similarity, Quality]:
         """The scorers for ``memory``. Raises ``WeightsNotFound``, ``CheckpointError`` or ``ExtraNotInstalled``."""
         key = json.dumps({name: getattr(memory, name) for name in SELECTION_KEYS})
         if key not in self._built:
-            self._built[key] = build_similarity(memory, self._device), build_quality(memory, self._device)
+            self._built[key] = build_similarity(memory, self._device), build_quality(memory, self._load_hpsv3)
         return self._built[key]
 
     def check(self, memory: MemorySettings) -> None:

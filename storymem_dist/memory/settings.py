@@ -5,7 +5,7 @@ Knows nothing about the scorers behind the names.
 
 from dataclasses import dataclass
 
-from storymem_dist.errors import ConfigError, require_between, require_one_of, shown
+from storymem_dist.errors import ConfigError, require_between, require_one_of, require_whole, shown
 
 SIMILARITIES = ("clip", "hsv")
 QUALITIES = ("hpsv3", "sharpness", "none")
@@ -34,8 +34,8 @@ class MemorySettings:
     steps of ``threshold_step`` until at most ``max_per_shot`` frames remain), and a duplicate when it is more similar
     than this to any keyframe of the bank.
     ``quality_threshold``: the lowest score that passes; None means the default of the chosen ``quality``.
-    ``clip_model`` is a folder, or a hub id that is in the local cache. ``hpsv3_checkpoint`` is a file, or None for the
-    one in the local cache.
+    ``clip_model`` is a folder, or a hub id that is in the local cache. ``hpsv3_checkpoint`` is a folder that
+    ``storymem-weights download hpsv3`` made, or its file of weights; None: the local cache.
     """
 
     max_keyframes: int = 10
@@ -52,9 +52,9 @@ class MemorySettings:
 
     def __post_init__(self) -> None:
         """Raise ``ConfigError`` for the first setting that is not allowed."""
-        require_between("memory.max_keyframes", self.max_keyframes, 0, 1000)
-        require_between("memory.num_fixed", self.num_fixed, 0, 1000)
-        require_between("memory.max_per_shot", self.max_per_shot, 1, 1000)
+        require_whole("memory.max_keyframes", self.max_keyframes, 0, 1000)
+        require_whole("memory.num_fixed", self.num_fixed, 0, 1000)
+        require_whole("memory.max_per_shot", self.max_per_shot, 1, 1000)
         if self.num_fixed > self.max_keyframes:
             raise ConfigError(
                 f"memory.num_fixed={self.num_fixed} is not allowed;"

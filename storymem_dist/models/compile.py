@@ -50,6 +50,19 @@ def is_compiled(block: nn.Module) -> bool:
 
 
 @contextmanager
+def uncompiled(dit: WanDiT) -> Iterator[None]:
+    """Run the blocks of ``dit`` in eager mode while the body runs; what was compiled is used again afterwards."""
+    compiled = [(block, block._compiled_call_impl) for block in dit.blocks if is_compiled(block)]
+    for block, _ in compiled:
+        block._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        for block, call in compiled:
+            block._compiled_call_impl = call
+
+
+@contextmanager
 def compilations_marked(stage: Callable[[str], AbstractContextManager[object]]) -> Iterator[None]:
     """While the body runs, open ``stage("compile")`` whenever the compiler works; eager code never does."""
     dynamo = sys.modules.get("torch._dynamo")  # imported where blocks are compiled

@@ -53,6 +53,12 @@ def event_line(event: ev.Event, level: str) -> Text | None:
             compiles = f", compile {event.compile}" if event.compile else ""
             facts = f"{where}{layout}{attention}{compiles}"
             return _text(f"started: {', '.join(parts)}; this one has {facts}") if normal else None
+        case ev.LayoutChosen():
+            compiled = ", compiled" if event.compiled else ""
+            what = f"{event.layout}, weights {event.weights}, experts {event.experts}{compiled}"
+            total = f", about {fmt.duration(event.total_seconds)} for all shots" if event.total_seconds else ""
+            why = f": {event.reasons[0]}" if event.reasons else ""
+            return _text(f"chosen: {what}{total}{why}") if normal else None
         case ev.JobFinished():
             style = {"finished": "green", "stopped": "yellow"}.get(event.outcome, "red")
             return _text(f"{event.outcome}: {event.num_rendered} rendered, {event.num_failed} failed", style=style)
@@ -66,7 +72,9 @@ def event_line(event: ev.Event, level: str) -> Text | None:
                 return None
             memory = f", {fmt.count(event.num_memory, 'memory keyframe')}" if event.num_memory else ""
             why = f" ({event.why})" if event.why else ""
-            return _text(f"{event.story_id}/{event.shot_id} started: {event.mode}, seed {event.seed}{memory}{why}")
+            crew = f", {fmt.count(len(event.replicas), 'replica')} together" if event.replicas else ""
+            name = f"{event.story_id}/{event.shot_id}"
+            return _text(f"{name} started: {event.mode}, seed {event.seed}{memory}{crew}{why}")
         case ev.ShotFinished():
             stages = event.stage_seconds
             slow = sorted((name for name in stages if stages[name] >= 0.05), key=lambda name: -stages[name])[:3]
@@ -93,6 +101,9 @@ def event_line(event: ev.Event, level: str) -> Text | None:
             return _text(f"stopping after this step ({event.reason})", style="yellow")
         case ev.ReplicaWaited():
             return _text(f"waited {fmt.duration(event.elapsed_seconds)}: {event.reason}") if verbose else None
+        case ev.ReplicaHelped():
+            what = f"helped replica {event.leader} with {event.story_id}/{event.shot_id}"
+            return _text(f"{what} for {fmt.duration(event.elapsed_seconds)}", style="dim") if verbose else None
         case ev.StageFinished():
             shot = f"{event.story_id}/{event.shot_id} " if event.shot_id else ""
             return _text(f"{shot}{event.stage} {fmt.duration(event.elapsed_seconds)}", style="dim") if verbose else None

@@ -36,7 +36,7 @@ def clip_memory(
 ) -> ClipMemory:
     """Return the least that one shot needs. Ranks of a replica share the tokens of a forward; each decodes a part."""
     grid = LatentGrid(num_frames=sampler.num_frames, height=sampler.height, width=sampler.width)
-    tokens = -(-grid.num_tokens // (parallel.ring * parallel.ulysses))
+    tokens = -(-grid.num_tokens // parallel.sequence)
     hidden = max(3 * config.dim, config.ffn_dim)  # queries, keys and values; or the hidden layer of the feed-forward
     values = 3 * sampler.num_frames * sampler.height * sampler.width
     return ClipMemory(

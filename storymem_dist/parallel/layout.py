@@ -5,11 +5,12 @@ last axis fastest, so that ranks that communicate most are neighbours. Nothing h
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from storymem_dist.diffusion.settings import SamplerSettings
 from storymem_dist.errors import LayoutError
-from storymem_dist.parallel.settings import ParallelSettings
+from storymem_dist.parallel.settings import AUTO, ParallelSettings
 
 AXES = ("replica", "cfg", "ring", "ulysses")
 
@@ -73,11 +74,12 @@ class Layout:
 def plan_layout(settings: ParallelSettings, *, world_size: int, ranks_per_node: int | None = None) -> Layout:
     """Fit the settings to ``world_size`` started ranks, ``ranks_per_node`` of them on each node (None: all).
 
-    Raises ``LayoutError`` with the wrong number and one that would work.
+    Raises ``LayoutError`` with the wrong number and one that would work, and ``ConfigError`` for axes that are "auto".
     """
     per_node = ranks_per_node or world_size
+    cfg, ring, ulysses = settings.axes
     per_replica = settings.ranks_per_replica
-    axes = f"parallel.cfg={settings.cfg} x ring={settings.ring} x ulysses={settings.ulysses}"
+    axes = f"parallel.cfg={cfg} x ring={ring} x ulysses={ulysses}"
     needs = f"{axes} needs {_counted(per_replica)} per replica"
     if world_size % per_node:
         raise LayoutError(
@@ -107,14 +109,48 @@ def plan_layout(settings: ParallelSettings, *, world_size: int, ranks_per_node: 
             f"{world_size} ranks were started over {world_size // per_node} nodes of {per_node}. "
             f"{_advice_over_nodes(needs, per_replica, per_node)}"
         )
-    return Layout(
-        replica=num_replicas, cfg=settings.cfg, ring=settings.ring, ulysses=settings.ulysses, ranks_per_node=per_node
-    )
+    return Layout(replica=num_replicas, cfg=cfg, ring=ring, ulysses=ulysses, ranks_per_node=per_node)
+
+
+def axes_that_fit(
+    settings: ParallelSettings, *, world_size: int, ranks_per_node: int | None = None, num_heads: int
+) -> list[ParallelSettings]:
+    """Return ``settings`` once for each choice of its free axes that the started ranks can form, narrowest first.
+
+    Where no axis is free, that is ``settings`` alone. Replicas over several nodes are formed only with
+    ``across_nodes``. ``weights`` stays as it is.
+
+    Raises ``LayoutError`` when no choice fits: it names what is pinned, and what would fit.
+    """
+    per_node = ranks_per_node or world_size
+    names = [name for name in ("cfg", "ring", "ulysses") if name in settings.free]
+    ones: dict[str, Any] = dict.fromkeys(names, 1)
+    pinned = replace(settings, **ones)
+    found, refused = [], None
+    for axes in layouts_for(world_size, num_heads=num_heads):
+        if any(getattr(axes, name) != 1 for name in names) and settings.weights == "zero3":
+            continue
+        one = replace(pinned, **{name: getattr(axes, name) for name in names})
+        if one.axes != axes.axes:
+            continue
+        try:
+            plan_layout(one, world_size=world_size, ranks_per_node=per_node)
+        except LayoutError as error:
+            refused = refused or error
+        else:
+            found.append(one)
+    if found:
+        return found
+    if refused is not None:
+        raise refused
+    check_heads(pinned, num_heads)
+    plan_layout(pinned, world_size=world_size, ranks_per_node=per_node)
+    return [pinned]
 
 
 def check_heads(settings: ParallelSettings, num_heads: int) -> None:
-    """Raise ``LayoutError`` unless the ``ulysses`` axis divides the model's attention heads."""
-    if num_heads % settings.ulysses:
+    """Raise ``LayoutError`` unless the ``ulysses`` axis divides the model's attention heads, or is free."""
+    if settings.ulysses != AUTO and num_heads % int(settings.ulysses):
         raise LayoutError(
             f"parallel.ulysses={settings.ulysses} does not divide the model's {num_heads} attention heads; use "
             f"{_listed(_divisors(num_heads), 'or')}, and parallel.ring for the rest"
@@ -127,7 +163,7 @@ def check_guidance(settings: ParallelSettings, sampler: SamplerSettings) -> None
     With a scale of 1 there is no unconditional pass: half of the ranks would idle, and their share of the sharded
     weights would never be gathered.
     """
-    if settings.cfg == 1:
+    if settings.cfg != 2:
         return
     if sampler.guidance_interval:
         raise LayoutError(

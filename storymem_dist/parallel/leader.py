@@ -22,18 +22,19 @@ _ALIVE = b""  # an empty message: the leader is still working
 
 
 class LeaderDecides:
-    """``decide(fn)`` runs ``fn`` on the first rank of ``group`` and sends its outcome to all of them.
+    """``decide(fn)`` runs ``fn`` on the leader of ``group`` and sends its outcome to all of its ranks.
 
     The value must survive pickling, and tensors in it must be on the CPU. A value that cannot be pickled fails the call
     on every rank. An exception arrives as it was raised, or as ``MachineError`` if the machine caused it (causes do not
     survive pickling); one that cannot be pickled arrives as ``RuntimeError`` with its type and text.
     """
 
-    def __init__(self, group: dist.ProcessGroup, *, keep_alive_seconds: float) -> None:
-        """``group``: a gloo group, the leader its rank 0. ``keep_alive_seconds``: pause between two signs of life."""
+    def __init__(self, group: dist.ProcessGroup, *, keep_alive_seconds: float, leader: int = 0) -> None:
+        """``group``: a gloo group, ``leader`` a rank of it. ``keep_alive_seconds``: pause between two signs of life."""
         self._group = group
         self._keep_alive_seconds = keep_alive_seconds
-        self._is_leader = group.rank() == 0
+        self._leader = leader
+        self._is_leader = group.rank() == leader
 
     def __call__(self, fn: Callable[[], T]) -> T:
         """Return the leader's ``fn()``, or raise its exception. Collective over the group."""
@@ -68,16 +69,17 @@ class LeaderDecides:
             thread.join()  # collectives of one group must not interleave
 
     def _send(self, message: bytes) -> None:
-        dist.broadcast(torch.tensor([len(message)]), group=self._group, group_src=0)
+        dist.broadcast(torch.tensor([len(message)]), group=self._group, group_src=self._leader)
         if message:
-            dist.broadcast(torch.frombuffer(bytearray(message), dtype=torch.uint8), group=self._group, group_src=0)
+            content = torch.frombuffer(bytearray(message), dtype=torch.uint8)
+            dist.broadcast(content, group=self._group, group_src=self._leader)
 
     def _receive(self) -> bytes:
         size = torch.zeros(1, dtype=torch.int64)
         while not size:
-            dist.broadcast(size, group=self._group, group_src=0)
+            dist.broadcast(size, group=self._group, group_src=self._leader)
         message = torch.empty(int(size), dtype=torch.uint8)
-        dist.broadcast(message, group=self._group, group_src=0)
+        dist.broadcast(message, group=self._group, group_src=self._leader)
         return message.numpy().tobytes()
 
 

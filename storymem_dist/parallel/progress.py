@@ -7,7 +7,16 @@ work. Knows events; nothing of other ranks, clocks or the watch that reads it.
 
 from dataclasses import dataclass, replace
 
-from storymem_dist.events import Event, Observer, ShotFailed, StageFinished, StageStarted, StepFinished, WarningIssued
+from storymem_dist.events import (
+    Event,
+    NullObserver,
+    Observer,
+    ShotFailed,
+    StageFinished,
+    StageStarted,
+    StepFinished,
+    WarningIssued,
+)
 
 LEADER_STAGES = ("save", "join")
 """Stages that only the leader runs, outside the lock step."""
@@ -48,6 +57,10 @@ class ProgressBoard:
     def watching(self, observer: Observer) -> Observer:
         """Return an observer that notes every event and passes it on to ``observer``."""
         return _Noting(self, observer)
+
+    def silent(self) -> Observer:
+        """Return an observer that notes every event and passes none on: another rank reports them."""
+        return _Noting(self, NullObserver())
 
     def sign(self) -> None:
         """Note a sign of life without an event: a look for work. Ignored during leader stages, which may hang."""

@@ -13,6 +13,8 @@ Legend: B batch, L tokens of the whole sequence, l tokens per rank, N heads, n h
 R ring size, U ulysses size.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -34,9 +36,18 @@ class TokenSplit:
     """
 
     def __init__(self, mesh: ReplicaMesh) -> None:
-        self.ring, self.ulysses, self.sequence = mesh.ring, mesh.ulysses, mesh.sequence
+        self.use((mesh.ring, mesh.ulysses, mesh.sequence))
         self.num_tokens = 0
         self.all_tokens_L0 = torch.empty(0, 0)
+
+    def use(self, axes: tuple[Axis, Axis, Axis]) -> None:
+        """Spread the tokens of later forwards over these axes: ``ring``, ``ulysses``, ``sequence``."""
+        self.ring, self.ulysses, self.sequence = axes
+
+    @property
+    def axes(self) -> tuple[Axis, Axis, Axis]:
+        """The axes of ``use``."""
+        return self.ring, self.ulysses, self.sequence
 
     def start(self, tokens_BLD: Tensor) -> None:
         """Set the number of tokens to that of ``tokens_BLD``."""
@@ -116,13 +127,14 @@ class SequenceParallelAttend(Attend):
         return _pad_rows(ring_attention(q, k, v, ring, lengths, self.backend), num_rows)
 
 
-def apply_sequence_parallel(dit: WanDiT, mesh: ReplicaMesh) -> None:
+def apply_sequence_parallel(dit: WanDiT, mesh: ReplicaMesh) -> Callable[[], None]:
     """Spread the tokens of every later forward of ``dit`` over the ``sequence`` axis (of size 1: do nothing).
 
-    Parameter names do not change. Raises ``LayoutError`` when ulysses does not divide the heads.
+    Parameter names do not change. Returns a function that undoes it. Raises ``LayoutError`` when ulysses does not
+    divide the heads.
     """
     if mesh.sequence.size == 1:
-        return
+        return lambda: None
     if dit.config.num_heads % mesh.ulysses.size:
         raise LayoutError(f"ulysses={mesh.ulysses.size} does not divide the model's {dit.config.num_heads} heads")
     split = TokenSplit(mesh)
@@ -138,12 +150,28 @@ def apply_sequence_parallel(dit: WanDiT, mesh: ReplicaMesh) -> None:
     def join_values(_module: nn.Module, _args: tuple[Tensor, ...], values_BlX: Tensor) -> Tensor:
         return split.join(values_BlX)
 
-    dit.patch_embedding.register_forward_hook(cut_tokens)
-    dit.blocks.register_forward_pre_hook(cut_tables)
-    dit.head.register_forward_hook(join_values)
-    for module in dit.blocks.modules():
-        if isinstance(module, SelfAttention):
-            module.attend = SequenceParallelAttend(module.attend, split)
+    hooks = [
+        dit.patch_embedding.register_forward_hook(cut_tokens),
+        dit.blocks.register_forward_pre_hook(cut_tables),
+        dit.head.register_forward_hook(join_values),
+    ]
+    attentions = [(module, module.attend) for module in dit.blocks.modules() if isinstance(module, SelfAttention)]
+    for module, attend in attentions:
+        module.attend = SequenceParallelAttend(attend, split)
+
+    def undo() -> None:
+        for hook in hooks:
+            hook.remove()
+        for module, attend in attentions:
+            module.attend = attend
+
+    return undo
+
+
+def token_split_of(dit: WanDiT) -> TokenSplit | None:
+    """Return how the tokens of ``dit`` are spread over ranks; None where they are not."""
+    splits = (module.split for module in dit.blocks.modules() if isinstance(module, SequenceParallelAttend))
+    return next(splits, None)
 
 
 def _pad_rows(x_BLNH: Tensor, num_rows: int) -> Tensor:

@@ -16,14 +16,15 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from storymem_dist.errors import ExtraNotInstalled, LayoutError
+from storymem_dist.errors import ConfigError, ExtraNotInstalled, LayoutError
 from storymem_dist.hardware import set_allocator_defaults
+from storymem_dist.parallel.choice import Choice, Choose, gather_facts
 from storymem_dist.parallel.clock import CollectiveClock
 from storymem_dist.parallel.interfaces import set_gloo_interface
-from storymem_dist.parallel.layout import Layout, check_heads, plan_layout
+from storymem_dist.parallel.layout import Layout, axes_that_fit, check_heads, plan_layout
 from storymem_dist.parallel.leader import LeaderDecides, all_or_none, decide_alone
 from storymem_dist.parallel.mesh import ReplicaMesh, build_mesh, lone_mesh
-from storymem_dist.parallel.settings import ParallelSettings
+from storymem_dist.parallel.settings import AUTO, ParallelSettings
 
 T = TypeVar("T")
 _SIGNS_OF_LIFE_PER_TIMEOUT = 6
@@ -46,7 +47,7 @@ class Session:
     ``backend`` is that of ``mesh``'s collectives, None when no process group was started. ``team`` are the ranks of
     this replica. ``readers`` are the ranks of this node that need the same part of the weights, which one of them may
     read for all; ``readers_group`` is their group for device tensors (``parallel.loading``). ``limits_its_end``: a
-    process that hangs after an error is ended.
+    process that hangs after an error is ended. ``choice``: what was chosen for the job, where ``start_session`` asked.
     """
 
     rank: int
@@ -60,6 +61,7 @@ class Session:
     readers_group: dist.ProcessGroup | None
     owns_default_group: bool
     limits_its_end: bool = True
+    choice: Choice | None = None
 
     @property
     def world_size(self) -> int:
@@ -125,29 +127,52 @@ class Session:
         self.close(error)
 
 
-def start_session(settings: ParallelSettings, *, num_heads: int | None = None) -> Session:
+def start_session(
+    settings: ParallelSettings,
+    *,
+    num_heads: int | None = None,
+    choose: Choose | None = None,
+    device: torch.device | None = None,
+) -> Session:
     """Create this rank's session. Collective over all started ranks.
 
     The ranks are those of the environment (``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, ``LOCAL_WORLD_SIZE``,
     ``MASTER_ADDR``, ``MASTER_PORT``: torchrun and accelerate set them), or this process alone. An existing default
     process group is used, and outlives ``close``. ``num_heads``: the model's attention heads, where known.
+    ``choose`` decides the layout: the first rank calls it with what all ranks report, and every rank follows. It is
+    needed where ``settings`` leave an axis or ``weights`` to the job ("auto"). With ``device``, this process is alone
+    on it: neither the environment nor ``settings.device`` is asked, and nothing of the process is set.
 
-    Raises ``LayoutError`` when the layout does not fit the ranks, or device and backend do not fit the machine, and
-    ``ExtraNotInstalled`` when ``weights=zero3`` and DeepSpeed is not installed.
+    Raises ``LayoutError`` when the layout does not fit the ranks, or device and backend do not fit the machine,
+    ``ConfigError`` where something is "auto" and there is no ``choose``, ``ExtraNotInstalled`` when ``weights=zero3``
+    and DeepSpeed is not installed, and what ``choose`` raises.
     """
-    place = _place_from_environment()
-    layout = plan_layout(settings, world_size=place.world_size, ranks_per_node=place.ranks_per_node)
-    if num_heads is not None:
-        check_heads(settings, num_heads)
-    if settings.weights == "zero3":
-        _require_deepspeed()
-    device = choose_device(settings.device, local_rank=place.local_rank)
-    if device.type == "cpu":
+    is_guest = device is not None
+    place = (
+        _StartedRank(rank=0, world_size=1, local_rank=0, ranks_per_node=1) if is_guest else _place_from_environment()
+    )
+    _check_axes(settings, place, num_heads, may_be_free=choose is not None)
+    device = device or choose_device(settings.device, local_rank=place.local_rank)
+    if device.type == "cpu" and not is_guest:
         torch.set_num_threads(settings.cpu_threads)
     backend = choose_backend(settings.backend, device)
+    collective_timeout = timedelta(seconds=settings.collective_timeout_seconds)
+    owns_default_group = not dist.is_initialized()
+    has_default_group = place.world_size > 1
+    if has_default_group and owns_default_group:
+        _start_default_group(place, backend, device, collective_timeout)
+    choice = None
+    if choose is not None:
+        try:
+            choice = _chosen(choose, place, device, timedelta(seconds=settings.leader_timeout_seconds))
+        except BaseException:
+            if has_default_group and owns_default_group:
+                dist.destroy_process_group()
+            raise
+        settings = choice.parallel
+    layout = plan_layout(settings, world_size=place.world_size, ranks_per_node=place.ranks_per_node)
     sharded = settings.weights != "replicated" and not settings.streams_blocks
-    needs_group = layout.world_size > 1 or sharded
-    if not needs_group:
+    if not has_default_group and not sharded:
         return Session(
             rank=0,
             local_rank=place.local_rank,
@@ -159,10 +184,14 @@ def start_session(settings: ParallelSettings, *, num_heads: int | None = None) -
             readers=Team(),
             readers_group=None,
             owns_default_group=False,
+            choice=choice,
         )
-    owns_default_group = not dist.is_initialized()
-    collective_timeout = timedelta(seconds=settings.collective_timeout_seconds)
-    if owns_default_group:
+    if is_guest:
+        raise ConfigError(
+            f"parallel.weights={settings.weights} needs process groups, which are not started in another program's "
+            "process; use replicated, or fsdp_offload, which streams the weights on one device"
+        )
+    if not has_default_group and owns_default_group:
         _start_default_group(place, backend, device, collective_timeout)
     replicas = [layout.ranks_of_replica(replica) for replica in range(layout.replica)]
     readers = layout.reading_teams(settings.weight_shards)
@@ -180,7 +209,34 @@ def start_session(settings: ParallelSettings, *, num_heads: int | None = None) -
         readers_group=_join_group(readers, collective_timeout),
         owns_default_group=owns_default_group,
         limits_its_end=settings.stall_timeout_seconds is not None,
+        choice=choice,
     )
+
+
+def _check_axes(settings: ParallelSettings, place: "_StartedRank", num_heads: int | None, *, may_be_free: bool) -> None:
+    """Raise unless the started ranks can form the axes, or some choice of those that are free."""
+    if not may_be_free and settings.weights == AUTO:
+        raise ConfigError("parallel.weights=auto is decided by a render job when its ranks have started")
+    if may_be_free and settings.free and num_heads is not None:
+        axes_that_fit(settings, world_size=place.world_size, ranks_per_node=place.ranks_per_node, num_heads=num_heads)
+    elif not may_be_free or not settings.free:
+        plan_layout(settings, world_size=place.world_size, ranks_per_node=place.ranks_per_node)
+    if num_heads is not None:
+        check_heads(settings, num_heads)
+    if settings.weights == "zero3":
+        _require_deepspeed()
+
+
+def _chosen(choose: Choose, place: "_StartedRank", device: torch.device, timeout: timedelta) -> Choice:
+    """What the first rank chooses, on all ranks. Collective over them."""
+    team = _join_team([list(range(place.world_size))], timeout)
+    try:
+        ranks = gather_facts(device, ranks_per_node=place.ranks_per_node, control=team.control)
+        choice: Choice = team.decide(lambda: choose(ranks))
+        return choice
+    finally:
+        if team.control is not None and team.control is not dist.group.WORLD:
+            dist.destroy_process_group(team.control)
 
 
 def choose_device(choice: str, *, local_rank: int) -> torch.device:

@@ -5,8 +5,15 @@ started ranks; nothing here looks at the machine.
 """
 
 from dataclasses import dataclass
+from typing import cast
 
-from storymem_dist.errors import ConfigError, require_between, require_one_of
+from storymem_dist.errors import ConfigError, require_between, require_one_of, shown
+
+AUTO = "auto"
+"""Of an axis or of ``weights``: free, the planner chooses. A value is pinned."""
+
+FREE = ("cfg", "ring", "ulysses", "weights")
+"""The settings that may be ``AUTO``, besides ``compile``."""
 
 WEIGHTS = ("replicated", "fsdp", "fsdp_offload", "zero3")
 SHARDED = ("fsdp", "fsdp_offload")  # by FSDP2
@@ -27,6 +34,8 @@ class ParallelSettings:
     Layout: ``num_replicas`` (None: as many as the started ranks hold), and the axes inside a replica, outermost first:
     ``cfg`` (2 runs the conditional and the unconditional pass in parallel), ``ring`` and ``ulysses`` (sequence
     parallel; ``ulysses`` must divide the number of attention heads). ``across_nodes`` allows one replica to span nodes.
+    An axis, and ``weights``, may be "auto": a job then decides it when its ranks have started (``render.choice``), and
+    all else here needs numbers.
 
     Weights: ``replicated`` (every rank holds them whole), ``fsdp`` (FSDP2 shards over all ranks of the replica),
     ``fsdp_offload`` (the shards live in host memory; on one rank, as ``model.experts=stream``), ``zero3`` (DeepSpeed
@@ -51,9 +60,9 @@ class ParallelSettings:
     """
 
     num_replicas: int | None = None
-    cfg: int = 1
-    ring: int = 1
-    ulysses: int = 1
+    cfg: int | str = 1
+    ring: int | str = 1
+    ulysses: int | str = 1
     across_nodes: bool = False
     weights: str = "replicated"
     shard_over: str = "replica"
@@ -72,11 +81,9 @@ class ParallelSettings:
     def __post_init__(self) -> None:
         if self.num_replicas is not None:
             require_between("parallel.num_replicas", self.num_replicas, 1, _MAX_RANKS)
-        require_between("parallel.cfg", self.cfg, 1, 2)
-        require_one_of("parallel.cfg", self.cfg, (1, 2))
-        require_between("parallel.ring", self.ring, 1, _MAX_RANKS)
-        require_between("parallel.ulysses", self.ulysses, 1, _MAX_RANKS)
-        require_one_of("parallel.weights", self.weights, WEIGHTS)
+        for name, most in (("cfg", 2), ("ring", _MAX_RANKS), ("ulysses", _MAX_RANKS)):
+            _check_axis(f"parallel.{name}", getattr(self, name), most)
+        require_one_of("parallel.weights", self.weights, (*WEIGHTS, AUTO))
         require_one_of("parallel.shard_over", self.shard_over, SHARD_OVER)
         require_between("parallel.prefetch_blocks", self.prefetch_blocks, 0, 1000)
         if self.zero3_offload == "nvme":
@@ -108,16 +115,37 @@ class ParallelSettings:
         return self.compile is not False
 
     @property
+    def free(self) -> tuple[str, ...]:
+        """The names of the settings that are "auto", of those that make up the layout."""
+        return tuple(name for name in FREE if getattr(self, name) == AUTO)
+
+    @property
+    def axes(self) -> tuple[int, int, int]:
+        """``cfg``, ``ring`` and ``ulysses``. Raises ``ConfigError`` while one of them is "auto"."""
+        for name in ("cfg", "ring", "ulysses"):
+            if getattr(self, name) == AUTO:
+                raise ConfigError(
+                    f"parallel.{name}=auto is decided by a render job when its ranks have started; give a number here"
+                )
+        return cast(tuple[int, int, int], (self.cfg, self.ring, self.ulysses))
+
+    @property
+    def sequence(self) -> int:
+        """Number of ranks that share the tokens of one forward."""
+        _, ring, ulysses = self.axes
+        return ring * ulysses
+
+    @property
     def ranks_per_replica(self) -> int:
         """Number of ranks that render one shot together."""
-        return self.cfg * self.ring * self.ulysses
+        return self.axes[0] * self.sequence
 
     @property
     def weight_shards(self) -> int:
         """Number of parts that the weights of an expert are cut into; each rank holds one of them."""
         if self.weights not in SHARDED:
             return 1
-        return self.ring * self.ulysses if self.shard_over == "sequence" else self.ranks_per_replica
+        return self.sequence if self.shard_over == "sequence" else self.ranks_per_replica
 
     @property
     def streams_blocks(self) -> bool:
@@ -125,10 +153,18 @@ class ParallelSettings:
         return self.weights == "fsdp_offload" and self.weight_shards == 1
 
     def _check_zero3(self) -> None:
-        if self.ranks_per_replica > 1:
+        if any(axis not in (1, AUTO) for axis in (self.cfg, self.ring, self.ulysses)):
             raise ConfigError(
                 f"parallel.weights=zero3 needs cfg=1, ring=1 and ulysses=1; got cfg={self.cfg}, ring={self.ring}, "
                 f"ulysses={self.ulysses}. Use parallel.weights=fsdp_offload to split a forward and offload its weights"
             )
         if self.compile is True:
             raise ConfigError("parallel.weights=zero3 runs in eager mode only; set parallel.compile=false")
+
+
+def _check_axis(name: str, value: object, most: int) -> None:
+    if value == AUTO:
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ConfigError(f"{name}={shown(value)} is not allowed; use a whole number from 1 to {most}, or auto")
+    require_between(name, value, 1, most)

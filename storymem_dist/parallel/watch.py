@@ -19,18 +19,19 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
-from datetime import timedelta
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch.distributed as dist
 
 from storymem_dist.errors import CollectiveFailed
 from storymem_dist.parallel.ending import end_within
 from storymem_dist.parallel.hangs import Sighting, Verdict, judge
+from storymem_dist.parallel.job_store import own_connection
 from storymem_dist.parallel.session import Session
 from storymem_dist.parallel.settings import ParallelSettings
 from storymem_dist.terminal.streams import print_error
@@ -84,10 +85,11 @@ class Watch:
         tell: Callable[[str], None],
     ) -> None:
         self._rank = session.rank
-        self._replica = session.replica
         self._end_may_hang = session.end_may_hang
         self._peers = [rank for rank in session.layout.ranks_of_replica(session.replica) if rank != session.rank]
-        self._store = _own_connection() if self._peers else None
+        self._store = own_connection(_STORE_SECONDS) if self._peers else None
+        self._crew, self._first_number = f"replica {session.replica}", 0
+        self._lock = threading.Lock()
         self._collective_seconds = settings.collective_timeout_seconds
         self._stall_seconds = settings.stall_timeout_seconds
         shortest = min(self._collective_seconds, self._stall_seconds or self._collective_seconds)
@@ -121,6 +123,30 @@ class Watch:
         self._thread.start()
         return self
 
+    @contextmanager
+    def among(self, ranks: Sequence[int], crew: str) -> Iterator[None]:
+        """While the body runs, this rank's peers are ``ranks``, which all begin it at equal positions.
+
+        ``crew`` names these ranks at this time. If a collective fails, they stay its peers, to explain that.
+        """
+        before = self._crew, self._peers, self._first_number
+        if self._store is None:
+            with suppress(dist.DistError):  # the process that held it may have ended
+                self._store = own_connection(_STORE_SECONDS)
+        self._join(crew, [rank for rank in ranks if rank != self._rank], self._look().number)
+        try:
+            yield
+        except BaseException as error:
+            if not _is_of_a_collective(error):
+                self._join(*before)
+            raise
+        self._join(*before)
+
+    def _join(self, crew: str, peers: list[int], first_number: int) -> None:
+        with self._lock:
+            self._crew, self._peers, self._first_number = crew, peers, first_number
+            self._seen, self._received = {}, {}
+
     def note(self, error: BaseException) -> None:
         """Let the other ranks know that ``error`` ends this one, before its clean-up, which may take a while."""
         self._error = self._error or error
@@ -144,9 +170,7 @@ class Watch:
         if reporter != self._rank:
             why = f"a collective failed; rank {reporter} reports why"
             raise CollectiveFailed(f"rank {self._rank} ends: {why}") from error
-        message = (
-            f"replica {self._replica} ends, a collective failed: {verdict.text} (torch reports: {_first_line(error)})"
-        )
+        message = f"{self._crew} ends, a collective failed: {verdict.text} (torch reports: {_first_line(error)})"
         self._tell(message)
         raise CollectiveFailed(message) from error
 
@@ -154,7 +178,8 @@ class Watch:
 
     def _run(self) -> None:
         while not self._closing.wait(self._interval):
-            self._tick()
+            with self._lock:
+                self._tick()
 
     def _tick(self) -> None:
         self._arm_for_a_stuck_interpreter()
@@ -202,11 +227,11 @@ class Watch:
         self._num_signs = progress.num_signs
         self._own = replace(
             own,
-            number=progress.number,
+            number=progress.number - self._first_number,
             where=progress.where,
             line=line,
             waits=waits,
-            here_seconds=own.here_seconds + elapsed if progress.number == own.number else 0.0,
+            here_seconds=own.here_seconds + elapsed if progress.number - self._first_number == own.number else 0.0,
             silent_seconds=0.0 if is_alive else own.silent_seconds + elapsed,
             patience=_SLOW_PATIENCE if progress.is_slow else 1.0,
         )
@@ -214,14 +239,17 @@ class Watch:
     def _exchange_through_store(self) -> None:
         if self._store is None:
             return
-        self._store.set(_key(self._rank), json.dumps({"beat": self._beat, **asdict(self._own)}))
+        if not self._peers:
+            return
+        message = {"beat": self._beat, "crew": self._crew, **asdict(self._own)}
+        self._store.set(_key(self._rank), json.dumps(message))
         keys = [_key(rank) for rank in self._peers]
         if not self._store.check(keys):  # a peer has not begun
             return
-        for rank, message in zip(self._peers, self._store.multi_get(keys), strict=True):
-            fields = json.loads(message)
-            beat = fields.pop("beat")
-            if self._received.get(rank) != beat:
+        for rank, received in zip(self._peers, self._store.multi_get(keys), strict=True):
+            fields = json.loads(received)
+            beat, crew = fields.pop("beat"), fields.pop("crew")
+            if crew == self._crew and self._received.get(rank) != beat:
                 self._received[rank] = beat
                 self._seen[rank] = Sighting(**fields)
 
@@ -247,7 +275,7 @@ class Watch:
         if still > _REPORT_RATIO * self._collective_seconds * culprit.patience:
             self._reported_at = self._own.number
             limit = f"collectives fail after {self._collective_seconds:g} s (parallel.collective_timeout_seconds)"
-            self._report(f"replica {self._replica} is stuck; {limit}: {verdict.text}")
+            self._report(f"{self._crew} is stuck; {limit}: {verdict.text}")
 
     def _end(self, failure: str) -> None:
         """End this process, since its rank cannot: print the reason and the stack."""
@@ -255,7 +283,7 @@ class Watch:
         self._exchange()
         verdict, reporter = self._verdict()
         if self._rank in verdict.culprits or reporter == self._rank:
-            self._report(f"replica {self._replica} ends: {verdict.text}")
+            self._report(f"{self._crew} ends: {verdict.text}")
         if self._rank in verdict.culprits and sys.__stderr__ is not None:
             faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
         if not self._alarm_seconds:
@@ -282,15 +310,6 @@ class Watch:
         if self._last_tick - self._armed_at > self._stall_seconds / 4:
             self._armed_at = self._last_tick
             faulthandler.dump_traceback_later(2 * self._stall_seconds, exit=True, file=sys.__stderr__)
-
-
-def _own_connection() -> Any:
-    """Connect to the job's store; no other thread waits for this connection. Torch's stubs lack the class."""
-    assert dist.group.WORLD is not None
-    store: Any = dist.group.WORLD.get_group_store()
-    connection = store.clone()
-    connection.set_timeout(timedelta(seconds=_STORE_SECONDS))
-    return connection
 
 
 def _key(rank: int) -> str:

@@ -15,6 +15,7 @@ To resume, make the same call again: it skips committed shots and continues a st
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -24,6 +25,7 @@ from storymem_dist.dispatch.coordinator import Coordinator
 from storymem_dist.dispatch.plan import BatchPart
 from storymem_dist.dispatch.protocol import (
     Assignment,
+    Called,
     End,
     LeaderDecides,
     RenderedShot,
@@ -35,8 +37,9 @@ from storymem_dist.dispatch.settings import DispatchSettings
 from storymem_dist.dispatch.stop import StopSwitch
 from storymem_dist.dispatch.summary import BatchSummary, Replica
 from storymem_dist.errors import StoryMemError
-from storymem_dist.events import StepFinished, timed_stage
+from storymem_dist.events import ReplicaHelped, StepFinished, timed_stage
 from storymem_dist.hardware import current_device, device_memory, machine_fault
+from storymem_dist.render.crew import Crew, Crews
 from storymem_dist.story.modes import GIVEN
 
 
@@ -50,13 +53,15 @@ def render_batch(
     leader_decides: LeaderDecides = alone,
     check_contents: bool = False,
     loaded: str | None = None,
+    crews: Crews | None = None,
     on_crash: Callable[[BaseException], None] = lambda error: None,
 ) -> BatchSummary:
     """Render all shots of all ``parts`` that are not committed, together with the other replicas and jobs.
 
     ``check_contents`` compares the contents of all files of a resumed run with their records, not only their sizes.
-    ``loaded`` is the kind of experts that the renderer has already loaded. ``on_crash`` is called with an unexpected
-    error that ends the batch, before the wait for a shot that is being saved. All ranks return the same summary.
+    ``loaded`` is the kind of experts that the renderer has already loaded. ``crews`` lets this replica render shots
+    together with idle ones. ``on_crash`` is called with an unexpected error that ends the batch, before the wait for a
+    shot that is being saved. All ranks return the same summary.
 
     Raises ``RunFolderError`` and other ``StoryMemError`` when the batch cannot begin, ``MachineError`` when the machine
     fails (no shot is then marked as failed), and any error of the renderer that is not the fault of one shot; a restart
@@ -68,24 +73,42 @@ def render_batch(
         replica=replica or Replica(),
         stop=stop or StopSwitch([part.run.stop_file for part in parts]),
         check_contents=check_contents,
+        team_rules=None if crews is None else crews.rules,
     )
+    alone = Crew(parts=parts, renderer=renderer, leader_decides=leader_decides)
     try:
         leader_decides(coordinator.open)
         lora_key = ""
         while True:
-            assignment = leader_decides(partial(coordinator.next_assignment, loaded, lora_key))
-            if isinstance(assignment, End):
-                return leader_decides(partial(coordinator.finish, assignment))
-            kind = assignment.job.kind
-            if kind not in (loaded, GIVEN):
-                began = time.monotonic()
-                with timed_stage(parts[assignment.job.part].observers, "load"):
-                    renderer.prepare(kind)
-                elapsed = time.monotonic() - began
-                leader_decides(partial(coordinator.note_prepared, elapsed, swapped=loaded is not None))
-                loaded = kind
-            lora_key = lora_key if kind == GIVEN else assignment.job.lora_key
-            _render_shot(assignment, parts[assignment.job.part], renderer, coordinator, settings, leader_decides)
+            found = leader_decides(partial(coordinator.next_assignment, loaded, lora_key))
+            if isinstance(found, End):
+                return leader_decides(partial(coordinator.finish, found))
+            began = time.monotonic()
+            with nullcontext(alone) if found.merge is None or crews is None else crews.crew(found.merge) as crew:
+                assignment = _of_leader(found, crew)
+                job, kind = assignment.job, assignment.job.kind
+                if isinstance(found, Called):
+                    leader_decides(partial(coordinator.note_helping, job))
+                if kind not in (loaded, GIVEN) or found.merge is not None:  # a crew loads together what some lack
+                    began_loading = time.monotonic()
+                    with timed_stage(parts[job.part].observers, "load"):
+                        crew.renderer.prepare(kind)
+                    if kind not in (loaded, GIVEN):
+                        elapsed = time.monotonic() - began_loading
+                        leader_decides(partial(coordinator.note_prepared, elapsed, swapped=loaded is not None))
+                        loaded = kind
+                lora_key = lora_key if kind == GIVEN else job.lora_key
+                _render_shot(assignment, crew, coordinator, settings)
+            if isinstance(found, Called):
+                leader_decides(partial(coordinator.note_helping, None))
+                parts[job.part].observers.notify(
+                    ReplicaHelped(
+                        story_id=job.story_id,
+                        shot_id=job.shot_id,
+                        leader=found.merge.leader,
+                        elapsed_seconds=time.monotonic() - began,
+                    )
+                )
     except StoryMemError:  # from the coordinator or from loading experts; an error of a shot stays in _render_shot
         coordinator.close()
         raise
@@ -101,17 +124,21 @@ def render_batch(
         raise
 
 
-def _render_shot(
-    assignment: Assignment,
-    part: BatchPart,
-    renderer: ShotRenderer,
-    coordinator: Coordinator,
-    settings: DispatchSettings,
-    leader_decides: LeaderDecides,
-) -> None:
-    """Render one shot and pass the result, or why there is none, to the coordinator."""
+def _of_leader(found: Assignment | Called, crew: Crew) -> Assignment:
+    """The assignment of the replica that leads the crew."""
+    if found.merge is None:
+        assert isinstance(found, Assignment), "only other replicas call"
+        return found
+    of_leader = crew.leader_decides(lambda: found)
+    assert isinstance(of_leader, Assignment), "the leader was not called"
+    return of_leader
+
+
+def _render_shot(assignment: Assignment, crew: Crew, coordinator: Coordinator, settings: DispatchSettings) -> None:
+    """Render one shot and pass the result, or why there is none, to the coordinator of the replica that leads."""
+    renderer, leader_decides = crew.renderer, crew.leader_decides
     try:
-        rendered = _attempt(assignment, part, renderer, coordinator, settings, leader_decides)
+        rendered = _attempt(assignment, crew, coordinator, settings)
     except DenoiseStopped as stopped:
         leader_decides(partial(coordinator.shot_stopped, stopped.state))
     except ShotStopped:
@@ -132,15 +159,9 @@ def _render_shot(
         leader_decides(partial(coordinator.shot_rendered, rendered))
 
 
-def _attempt(
-    assignment: Assignment,
-    part: BatchPart,
-    renderer: ShotRenderer,
-    coordinator: Coordinator,
-    settings: DispatchSettings,
-    leader_decides: LeaderDecides,
-) -> RenderedShot:
-    job = assignment.job
+def _attempt(assignment: Assignment, crew: Crew, coordinator: Coordinator, settings: DispatchSettings) -> RenderedShot:
+    job, leader_decides = assignment.job, crew.leader_decides
+    part = crew.parts[job.part]
 
     def on_step(info: StepInfo) -> None:
         part.observers.notify(
@@ -160,7 +181,7 @@ def _attempt(
     def on_checkpoint(state: DenoiseState) -> None:
         leader_decides(partial(coordinator.save_checkpoint, state))
 
-    return renderer.render(
+    return crew.renderer.render(
         job,
         assignment.history,
         resume=assignment.resume,

@@ -22,15 +22,26 @@ from storymem_dist.models.quantized_linear import check_linears
 from storymem_dist.models.wan.dit import WanDiT
 from storymem_dist.models.wan.presets import EXPERTS, HIGH_NOISE, LOW_NOISE
 from storymem_dist.models.wan.text_encoder import TextEncoder
+from storymem_dist.models.wan.vae import WanVae
 from storymem_dist.parallel.guidance import make_guidance
 from storymem_dist.parallel.layout import check_guidance
 from storymem_dist.parallel.loading import build_expert, place_experts
+from storymem_dist.parallel.merging import replicas_per_node
+from storymem_dist.parallel.mesh import ReplicaMesh
 from storymem_dist.parallel.session import Session, start_session
 from storymem_dist.parallel.settings import ParallelSettings
-from storymem_dist.parallel.vae import parallelize_vae
-from storymem_dist.parallel.weight_memory import WeightMemory, check_weight_memory, decide_experts, host_has_room
+from storymem_dist.parallel.vae import SpatialParallelVae, parallelize_vae
+from storymem_dist.parallel.weight_memory import (
+    ON_CPU,
+    ON_DEVICE,
+    WeightMemory,
+    check_weight_memory,
+    decide_experts,
+    host_has_room,
+    place_scorer,
+)
 from storymem_dist.render.clip import ClipSampler
-from storymem_dist.render.loras import KEPT_AT_LEAST, LoraShelf
+from storymem_dist.render.loras import LoraShelf, adapter_memory
 from storymem_dist.weights.bundle import Weights
 from storymem_dist.weights.loading import LoadReport
 from storymem_dist.weights.settings import ModelSettings
@@ -69,6 +80,10 @@ class ExpertLoader:
         self._on_read = on_read
         self._reads_together = False
         self.num_loads: dict[str, int] = {}
+
+    def report_to(self, progress: LoadProgress | None, on_read: BytesRead | None) -> None:
+        """Report later loads to these."""
+        self._progress, self._on_read = progress, on_read
 
     def __call__(self, kind: str) -> ExpertPair:
         """Return the experts of ``kind`` ("t2v" or "m2v"), ready to run. Collective over the replica."""
@@ -151,9 +166,13 @@ class Engine:
     session: Session
     clips: ClipSampler
     experts: ExpertLoader
+    loras: LoraShelf
+    vae: WanVae
+    scorer_place: str = ON_CPU
     _model: ModelSettings
     _weights: Weights
     _text_encoder: TextEncoder | None = field(default=None)
+    _vae_split: SpatialParallelVae | None = field(default=None)
 
     @classmethod
     def start(
@@ -168,11 +187,13 @@ class Engine:
         on_read: BytesRead | None = None,
         loras: OpenedLoras | None = None,
         num_tokens: int = 0,
+        scorer_bytes: int = 0,
     ) -> "Engine":
         """Start the ranks (unless ``session`` is given) and load the VAE. Collective over all started ranks.
 
         ``loras`` has opened those of the shots that will be rendered, which the experts must leave room for, and
-        ``num_tokens`` are those of a forward of the longest shot, where it is known.
+        ``num_tokens`` are those of a forward of the longest shot, where it is known. ``scorer_bytes`` are the weights
+        of a scorer of keyframes that the leader will load; ``scorer_place`` then says where to.
 
         Raises, before weights are read, ``LayoutError`` when layout, ranks and guidance do not fit together, and
         ``ConfigError`` when the experts do not fit, or the attention kernel or the linear layers cannot be used.
@@ -180,8 +201,7 @@ class Engine:
         check_guidance(parallel, sampler)
         session = session or start_session(parallel, num_heads=weights.any_checkpoint.dit_config.num_heads)
         loras = loras or OpenedLoras(weights, getattr(torch, model.dtype))
-        of_a_shot = loras.most_bytes(compiled=parallel.may_compile)
-        adapters = WeightMemory(on_device=of_a_shot.on_device, on_host=KEPT_AT_LEAST * of_a_shot.on_host)
+        adapters = adapter_memory(loras, compiled=parallel.may_compile)
         model = decide_experts(
             model,
             parallel,
@@ -189,13 +209,22 @@ class Engine:
             session.device,
             adapters=adapters,
             num_tokens=num_tokens,
+            scorer_bytes=scorer_bytes,
         )
-        session.all_or_none(partial(_check_start, model, weights, parallel, session, adapters))
+        place = place_scorer(
+            scorer_bytes,
+            model,
+            parallel,
+            weights.any_checkpoint.dit_config,
+            session.device,
+            adapters=adapters,
+            num_tokens=num_tokens,
+        )
+        on_host = 0 if place == ON_DEVICE else scorer_bytes * max(1, replicas_per_node(session.layout))
+        session.all_or_none(partial(_check_start, model, weights, parallel, session, adapters, on_host))
         set_fp32_precision(convolutions=model.vae_precision)
         vae = load_vae(weights.any_checkpoint.vae_path, session.device, vae_dtype(model.vae_precision))
-        if session.mesh.shard.size > 1:
-            assert session.mesh.shard.group is not None
-            parallelize_vae(vae, session.mesh.shard.group, session.mesh.clock)
+        shelf = LoraShelf(loras, session.all_or_none, ranks_per_node=session.layout.ranks_per_node)
         experts = ExpertLoader(model, weights, parallel, sampler, session, progress, on_read)
         clips = ClipSampler(
             load_experts=experts,
@@ -203,9 +232,48 @@ class Engine:
             vae=vae,
             device=session.device,
             is_alone=session.mesh.shard.size == 1,
-            read_loras=LoraShelf(loras, session.all_or_none, ranks_per_node=session.layout.ranks_per_node),
+            read_loras=shelf,
         )
-        return cls(session=session, clips=clips, experts=experts, _model=model, _weights=weights)
+        engine = cls(
+            session=session,
+            clips=clips,
+            experts=experts,
+            loras=shelf,
+            vae=vae,
+            scorer_place=place,
+            _model=model,
+            _weights=weights,
+        )
+        engine._spread_vae(session.mesh)
+        return engine
+
+    def serve(
+        self, loras: OpenedLoras, *, progress: LoadProgress | None = None, on_read: BytesRead | None = None
+    ) -> None:
+        """Take part in another job with the same settings: with its LoRAs of shots, and its reports of loads."""
+        self.experts.report_to(progress, on_read)
+        self.loras.open_with(loras)
+
+    @property
+    def model(self) -> ModelSettings:
+        """The settings, with everything decided that they left open."""
+        return self._model
+
+    @contextmanager
+    def vae_over(self, mesh: ReplicaMesh) -> Iterator[None]:
+        """Let the VAE work over the ranks of ``mesh`` while the body runs, not over those of this replica."""
+        self._spread_vae(mesh)
+        try:
+            yield
+        finally:
+            self._spread_vae(self.session.mesh)
+
+    def _spread_vae(self, mesh: ReplicaMesh) -> None:
+        if self._vae_split is not None:
+            self._vae_split.remove()
+        self._vae_split = None
+        if mesh.shard.group is not None:
+            self._vae_split = parallelize_vae(self.vae, mesh.shard.group, mesh.clock)
 
     def measure(self) -> ThroughputSampled:
         """Return this process's device memory (GiB) now and its seconds in collectives since the last call."""
@@ -222,7 +290,9 @@ class Engine:
         return getattr(torch, self._model.text_encoder_dtype)
 
     def load_text_encoder(self) -> TextEncoder:
-        """Load the text encoder onto the device that the settings name."""
+        """Load the text encoder onto the device that the settings name; a rank alone makes room for it there."""
+        if self.session.team.size == 1:
+            self.make_room_for_text_encoder()
         return load_text_encoder(self._weights.any_checkpoint, self._text_device, self.text_dtype)
 
     def make_room_for_text_encoder(self) -> None:
@@ -263,12 +333,23 @@ class Engine:
 
 
 def _check_start(
-    model: ModelSettings, weights: Weights, parallel: ParallelSettings, session: Session, adapters: WeightMemory
+    model: ModelSettings,
+    weights: Weights,
+    parallel: ParallelSettings,
+    session: Session,
+    adapters: WeightMemory,
+    scorers_on_host: int,
 ) -> None:
     """Raise ``ConfigError`` unless the experts fit this rank, and the kernels that the settings name work on it."""
     config, device = weights.any_checkpoint.dit_config, session.device
     check_weight_memory(
-        model, parallel, config, device=device, ranks_per_node=session.layout.ranks_per_node, adapters=adapters
+        model,
+        parallel,
+        config,
+        device=device,
+        ranks_per_node=session.layout.ranks_per_node,
+        adapters=adapters,
+        scorers_on_host=scorers_on_host,
     )
     start_backend(model.attention, device=device, dtype=getattr(torch, model.dtype), head_dim=config.head_dim)
     check_linears(model.linears, device)

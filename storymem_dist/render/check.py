@@ -18,8 +18,10 @@ from storymem_dist.dispatch.shot_loras import OpenedLoras, check_loras
 from storymem_dist.errors import StoryboardError
 from storymem_dist.observe.wandb.process import check_settings
 from storymem_dist.parallel.clip_memory import check_clip_memory
-from storymem_dist.parallel.layout import check_guidance
+from storymem_dist.parallel.layout import axes_that_fit, check_guidance
+from storymem_dist.parallel.settings import ParallelSettings
 from storymem_dist.render.inputs import choose_stories, kinds_of, most_tokens
+from storymem_dist.render.scoring import OpenedScorers, open_scorers
 from storymem_dist.story.loading import StoryBatch, load_storyboards
 from storymem_dist.story.modes import KINDS
 from storymem_dist.weights.bundle import Weights, open_weights, with_generated_weights
@@ -33,6 +35,7 @@ class CheckedJob:
     """A job whose storyboards are read and whose weights are found, not loaded. ``batches`` has one for each point.
 
     ``loras`` are those of single shots. ``num_tokens``: of a forward of the longest shot, with a full memory.
+    ``scorers``: those of keyframes that have large weights.
     """
 
     batches: Sequence[StoryBatch]
@@ -40,6 +43,12 @@ class CheckedJob:
     weights: Weights
     loras: OpenedLoras
     num_tokens: int
+    scorers: OpenedScorers
+
+    @property
+    def scorer_bytes(self) -> int:
+        """Weights of the scorers of keyframes."""
+        return sum(files.num_bytes() for files in self.scorers.values())
 
 
 def check_job(points: Sequence[Point]) -> CheckedJob:
@@ -63,6 +72,7 @@ def check_job(points: Sequence[Point]) -> CheckedJob:
     model = with_generated_weights(settings.model)
     kinds = [kind for kind in KINDS if kind in needed]
     weights = open_weights(model, kinds, settings.sampler.continuation)
+    scorers = open_scorers([point.settings.memory for point in points])
     for point in points:
         _check_memory(point.settings, weights, point.settings.sampler)
     batches = [
@@ -94,7 +104,9 @@ def check_job(points: Sequence[Point]) -> CheckedJob:
     num_tokens = max(
         most_tokens(point.settings, batch.stories, weights) for point, batch in zip(points, batches, strict=True)
     )
-    return CheckedJob(batches=batches, model=model, weights=weights, loras=loras, num_tokens=num_tokens)
+    return CheckedJob(
+        batches=batches, model=model, weights=weights, loras=loras, num_tokens=num_tokens, scorers=scorers
+    )
 
 
 def _check_sampler(settings: RenderConfig, weights: Weights, sampler: SamplerSettings) -> None:
@@ -107,14 +119,30 @@ def _check_memory(settings: RenderConfig, weights: Weights, sampler: SamplerSett
         return
     on_gpu = settings.parallel.device != "cpu" and torch.cuda.is_available()
     started = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
+    per_node = started or settings.launch.processes_per_node or (torch.cuda.device_count() if on_gpu else 1)
     check_clip_memory(
         sampler,
-        settings.parallel,
+        _least_demanding(settings, per_node, weights),
         weights.any_checkpoint.dit_config,
         getattr(torch, settings.model.dtype),
         device=torch.device("cuda" if on_gpu else "cpu"),
-        ranks_per_node=started or settings.launch.processes_per_node or (torch.cuda.device_count() if on_gpu else 1),
+        ranks_per_node=per_node,
     )
+
+
+def _least_demanding(settings: RenderConfig, ranks_per_node: int, weights: Weights) -> ParallelSettings:
+    """The layout that needs the least memory for a shot, of those that the settings leave to the job."""
+    parallel, launch = settings.parallel, settings.launch
+    if not parallel.free:
+        return parallel
+    num_nodes = launch.num_nodes if parallel.across_nodes else 1
+    choices = axes_that_fit(
+        parallel,
+        world_size=int(os.environ.get("WORLD_SIZE", "0")) or ranks_per_node * num_nodes,
+        ranks_per_node=ranks_per_node,
+        num_heads=weights.any_checkpoint.dit_config.num_heads,
+    )
+    return max(choices, key=lambda one: (one.sequence, one.ranks_per_replica))
 
 
 def _require_stories(batch: StoryBatch) -> None:

@@ -91,7 +91,8 @@ class ClipSampler:
     """Turns requests into pixels, with one base model's experts in memory at a time.
 
     ``load_experts(kind)`` loads the experts of "t2v" or "m2v"; the previous ones are released first. ``read_loras`` is
-    needed for requests with LoRAs. ``is_alone``: no other rank takes part in these clips.
+    needed for requests with LoRAs. ``is_alone``: no other rank takes part in these clips. ``conditions`` keeps what was
+    encoded for other samplers of the same ranks.
     """
 
     def __init__(
@@ -103,13 +104,14 @@ class ClipSampler:
         device: torch.device | str,
         read_loras: ReadLoras | None = None,
         is_alone: bool = True,
+        conditions: ConditionBuilder | None = None,
     ) -> None:
         self._load_experts = load_experts
         self._guidance = guidance
         self._vae = vae
         self._device = torch.device(device)
         self._is_alone = is_alone
-        self._conditions = ConditionBuilder(vae, device)
+        self._conditions = conditions or ConditionBuilder(vae, device)
         self._read_loras, self._had_read = read_loras, False
         self._experts: ExpertPair | None = None
         self.kind: str | None = None

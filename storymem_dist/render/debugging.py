@@ -24,10 +24,13 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def debugging(settings: DebugSettings) -> Iterator[None]:
-    """Apply the settings to this process, one rank of a job; restore the earlier state at the end."""
+def debugging(settings: DebugSettings, *, writes_log: bool = True) -> Iterator[None]:
+    """Apply the settings to this process, one rank of a job; restore the earlier state at the end.
+
+    ``writes_log``: write the log lines; the process of another program has handlers of its own.
+    """
     with (
-        _log_lines(settings.log_level, rank=os.environ.get("RANK", "0")),
+        _log_lines(settings.log_level, rank=os.environ.get("RANK", "0")) if writes_log else nullcontext(),
         _repeatable_kernels() if settings.deterministic else nullcontext(),
     ):
         yield

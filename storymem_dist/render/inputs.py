@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 from storymem_dist.config.schema import RenderConfig, StoriesSettings
@@ -28,12 +29,17 @@ _RECALL_KEYS = ("max_keyframes", "num_fixed")
 
 
 def choose_stories(batch: StoryBatch, settings: StoriesSettings) -> StoryBatch:
-    """Cut the batch to ``max_stories`` stories, those of the lowest priority, of ``max_shots`` shots."""
+    """Cut the batch to ``max_stories`` stories, those of the lowest priority, of ``max_shots`` shots.
+
+    The pictures of ``settings.references`` come before each story's own reference images.
+    """
     first = sorted(batch.stories, key=lambda story: story.priority)[: settings.max_stories]
     chosen = {story.story_id for story in first}
     stories = tuple(story for story in batch.stories if story.story_id in chosen)
     if settings.max_shots is not None:
         stories = tuple(first_shots(story, settings.max_shots) for story in stories)
+    if given := tuple(Path(path).absolute() for path in settings.references):
+        stories = tuple(replace(story, reference_images=(*given, *story.reference_images)) for story in stories)
     return replace(batch, stories=stories)
 
 

@@ -7,10 +7,11 @@ Knows how the parts fit together, not how they work.
 import json
 import logging
 import os
-from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 from storymem_dist.artifacts.prompt_cache import PromptCache
 from storymem_dist.artifacts.run_folder import RunFolder
@@ -18,15 +19,18 @@ from storymem_dist.config.points import Point
 from storymem_dist.dispatch.graph import ShotGraph
 from storymem_dist.dispatch.plan import BatchPart
 from storymem_dist.dispatch.stop import StopSwitch, own_stop_files
-from storymem_dist.dispatch.summary import BatchSummary, Replica
+from storymem_dist.dispatch.summary import STOPPED, BatchSummary, Replica
 from storymem_dist.errors import StoryboardError
+from storymem_dist.evaluation.on_finish import score_finished_run
 from storymem_dist.events import Observer, ThroughputSampled, WarningIssued, timed_stage
 from storymem_dist.hardware import machine_fault
-from storymem_dist.memory.scorers import ScorerShelf
 from storymem_dist.models.attention import cudnn_attention_off
 from storymem_dist.observe.settings import TrackingSettings
 from storymem_dist.observe.start import RankInfo, start_observers
+from storymem_dist.parallel.choice import Choice
 from storymem_dist.parallel.ending import ending_after_error
+from storymem_dist.parallel.layout import Layout
+from storymem_dist.parallel.merging import Teams
 from storymem_dist.parallel.progress import ProgressBoard
 from storymem_dist.parallel.session import Session, start_session
 from storymem_dist.parallel.settings import ParallelSettings
@@ -35,12 +39,17 @@ from storymem_dist.render.attention import decide_attention
 from storymem_dist.render.batch import render_batch
 from storymem_dist.render.build import Engine
 from storymem_dist.render.check import CheckedJob, check_job
-from storymem_dist.render.compilation import decide_compile
+from storymem_dist.render.choice import chooser
+from storymem_dist.render.compilation import keep_compiled_code
 from storymem_dist.render.debugging import debugging, logged
+from storymem_dist.render.feedback import feedback_of
 from storymem_dist.render.identity import device_name, group_identity, job_identity, package_versions
 from storymem_dist.render.inputs import config_hash, cost_model, pixel_inputs
+from storymem_dist.render.merged import MergedCrews, opened_teams, speedups_of
 from storymem_dist.render.outcome import announce, print_outcome, report_loading
-from storymem_dist.render.prompts import CachedPrompts, prompts_left, shots_left, work_left
+from storymem_dist.render.process import JobProcess, Unwatched
+from storymem_dist.render.prompts import CachedPrompts, prompts_left, shots_left
+from storymem_dist.render.scoring import scorer_shelf
 from storymem_dist.render.shot import ShotRules, StoryShotRenderer, negative_prompts
 from storymem_dist.story.loading import StoryBatch
 from storymem_dist.story.modes import KINDS
@@ -50,35 +59,84 @@ from storymem_dist.weights.text_encoder import text_encoder_identity
 logger = logging.getLogger(__name__)
 
 
-def render_job(points: Sequence[Point], *, sweep: str | None = None) -> int:
+def render_job(
+    points: Sequence[Point], *, sweep: str | None = None, on_start: Callable[[Layout], None] = lambda layout: None
+) -> int:
     """Render everything that ``points`` ask for on this rank, together with the other ranks; return the exit code.
 
     Several points must share weights and layout (``can_join``). They become parts of one job, each with its own run
     folder, stories, sampler, memory, video and tracking; all other settings are those of the first point. ``sweep`` is
-    the name of their sweep.
+    the name of their sweep. ``on_start`` is called with the layout when it is known.
 
     Raises ``StoryMemError`` for what is wrong with the job, and ``MachineError`` for faults of the machine. Most
     mistakes are found before weights are read; scorers and the contents of the run folders are checked after that.
     """
-    board = ProgressBoard()
+    outcome = run_job(points, sweep=sweep, on_start=on_start)
+    print_outcome(points, outcome.batches, outcome.summary, outcome.session)
+    if outcome.session.is_leader and outcome.summary.state != STOPPED:
+        for settings in (point.settings for point in points):
+            score_finished_run(Path(settings.output), settings.evaluation, settings.tracking)
+    return outcome.exit_code
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobOutcome:
+    """How a job ended on this rank. ``batches`` has the stories of each point; ``session`` is closed."""
+
+    batches: Sequence[StoryBatch]
+    summary: BatchSummary
+    session: Session
+
+    @property
+    def exit_code(self) -> int:
+        """That of the command: stories that could not be read count, too."""
+        rejected = any(batch.rejected for batch in self.batches)
+        return self.summary.exit_code or (StoryboardError.exit_code if rejected else 0)
+
+
+def run_job(
+    points: Sequence[Point],
+    *,
+    sweep: str | None = None,
+    on_start: Callable[[Layout], None] = lambda layout: None,
+    process: JobProcess | None = None,
+) -> JobOutcome:
+    """Do the same as ``render_job``, printing no outcome, in ``process``: by default, one that is the job's own."""
+    process, board = process or JobProcess(), ProgressBoard()
     try:
-        with _stop_switch(points, board).listening() as stop:
-            return _render_job(points, sweep, stop, board)
+        stop = _stop_switch(points, board, process)
+        with stop.listening() if process.is_own else nullcontext():
+            return _run_job(points, sweep, stop, board, on_start, process)
     except Exception as error:
         if fault := machine_fault(error):
             raise fault from error
         raise
 
 
-def _render_job(points: Sequence[Point], sweep: str | None, stop: StopSwitch, board: ProgressBoard) -> int:
+def _run_job(
+    points: Sequence[Point],
+    sweep: str | None,
+    stop: StopSwitch,
+    board: ProgressBoard,
+    on_start: Callable[[Layout], None],
+    process: JobProcess,
+) -> JobOutcome:
     checked = check_job(points)
     settings, weights = points[0].settings, checked.weights
     with (
-        debugging(settings.debug),
-        start_session(settings.parallel, num_heads=weights.any_checkpoint.dit_config.num_heads) as session,
+        debugging(settings.debug, writes_log=process.is_own),
+        start_session(
+            settings.parallel,
+            num_heads=weights.any_checkpoint.dit_config.num_heads,
+            choose=chooser(points, checked),
+            device=process.device,
+        ) as session,
         ending_after_error(may_hang=session.end_may_hang),
         ExitStack() as closing,
     ):
+        choice = session.choice
+        assert choice is not None, "start_session asked for it"
+        on_start(session.layout)
         runs = [RunFolder(point.settings.output) for point in points]
         run_ids = session.leader_decides(lambda: [run.open() for run in runs])
         rank_info = RankInfo(
@@ -97,25 +155,26 @@ def _render_job(points: Sequence[Point], sweep: str | None, stop: StopSwitch, bo
             session.backend,
             session.layout,
         )
+        if choice.parallel.compile:
+            keep_compiled_code()
         model, attention = decide_attention(
-            checked.model,
+            replace(checked.model, experts=choice.experts),
             session,
             weights.any_checkpoint.dit_config,
             num_tokens=checked.num_tokens,
         )
         checked = replace(checked, model=model)
         parts, all_observers = [], []
+        feedback = feedback_of(points, checked, session, choice) if process.is_own else None
         for point, batch, run in zip(points, checked.batches, runs, strict=True):
             tracking = tracking_of_part(point.settings.tracking, num_parts=len(points))
             observers = closing.enter_context(start_observers(tracking, run.root, rank_info, sweep=sweep))
             all_observers.append(observers)
-            parts.append(_part(point, batch, run, weights, board.watching(logged(observers.observer)), session))
-        parallel, compiles = decide_compile(
-            settings.parallel, session, weights.any_checkpoint.dit_config, partial(work_left, parts)
-        )
-        parts = [replace(part, host={**part.host, "compile": compiles}) for part in parts]
+            observer = board.watching(process.observed(logged(observers.observer)))
+            observer = observer if feedback is None else feedback.watching(observer)
+            parts.append(_part(point, batch, run, weights, observer, session, choice))
         for part, batch, run_id in zip(parts, checked.batches, run_ids, strict=True):
-            announce(part, batch, run_id, session, attention=attention, compiles=compiles)
+            announce(part, batch, run_id, session, choice, attention=attention)
             for message in weights.lora_warnings() if session.rank == 0 else ():
                 part.observers.notify(WarningIssued(message=message, source="weights"))
             if session.rank == 0 and model.attention != "sdpa_cudnn" and (slower := cudnn_attention_off()):
@@ -125,11 +184,16 @@ def _render_job(points: Sequence[Point], sweep: str | None, stop: StopSwitch, bo
             for observers in all_observers:
                 observers.warn(message, "parallel")
 
-        with Watch(session, settings.parallel, look=board.look, tell=warn) as watch:
-            summary = _render_parts(parts, points, checked, parallel, session, stop, watch)
-    print_outcome(points, checked.batches, summary, session)
-    rejected = any(batch.rejected for batch in checked.batches)
-    return summary.exit_code or (StoryboardError.exit_code if rejected else 0)
+        with (
+            opened_teams(points, checked, session, choice.parallel, warn, board) as teams,
+            process.watch(session, choice.parallel, board, warn) as watch,
+        ):
+            summary = _render_parts(
+                parts, points, checked, choice.parallel, session, stop, watch, process.start_engine, teams
+            )
+        if feedback is not None:
+            feedback.close()
+    return JobOutcome(batches=checked.batches, summary=summary, session=session)
 
 
 def tracking_of_part(tracking: TrackingSettings, *, num_parts: int) -> TrackingSettings:
@@ -139,17 +203,29 @@ def tracking_of_part(tracking: TrackingSettings, *, num_parts: int) -> TrackingS
     return replace(tracking, console=replace(tracking.console, mode="plain"))
 
 
-def _stop_switch(points: Sequence[Point], board: ProgressBoard) -> StopSwitch:
+def _stop_switch(points: Sequence[Point], board: ProgressBoard, process: JobProcess) -> StopSwitch:
     """What asks this job to stop. Made before weights are read: a stop file that appears meanwhile counts."""
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    restarted = process.is_own and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     files = [RunFolder(point.settings.output).stop_file for point in points]
-    stop = StopSwitch(files, own_files=own_stop_files(), restarted=restarted, on_ask=board.sign)
+
+    def on_ask() -> None:
+        board.sign()
+        process.ask(stop)
+
+    own_files = own_stop_files() if process.is_own else ()
+    stop = StopSwitch(files, own_files=own_files, restarted=restarted, on_ask=on_ask)
     stop.start_watching()
     return stop
 
 
 def _part(
-    point: Point, batch: StoryBatch, run: RunFolder, weights: Weights, observer: Observer, session: Session
+    point: Point,
+    batch: StoryBatch,
+    run: RunFolder,
+    weights: Weights,
+    observer: Observer,
+    session: Session,
+    choice: Choice,
 ) -> BatchPart:
     settings = point.settings
     return BatchPart(
@@ -167,6 +243,9 @@ def _part(
             "versions": package_versions(),
             "device": device_name(session.device),
             "layout": str(session.layout),
+            "weights": choice.parallel.weights,
+            "experts": choice.experts,
+            "compile": choice.compile_reason,
             "loras": weights.lora_facts(),
         },
         num_refused=len(batch.rejected),
@@ -180,10 +259,12 @@ def _render_parts(
     parallel: ParallelSettings,
     session: Session,
     stop: StopSwitch,
-    watch: Watch,
+    watch: Watch | Unwatched,
+    start_engine: Callable[..., Engine],
+    teams: Teams | None,
 ) -> BatchSummary:
     settings, weights = points[0].settings, checked.weights
-    engine = Engine.start(
+    engine = start_engine(
         checked.model,
         weights,
         parallel,
@@ -193,12 +274,18 @@ def _render_parts(
         on_read=lambda num_bytes: parts[0].observers.notify(ThroughputSampled(bytes_read=num_bytes)),
         loras=checked.loras,
         num_tokens=checked.num_tokens,
+        scorer_bytes=checked.scorer_bytes,
     )
     rules = [
         ShotRules(sampler=part.sampler, memory=point.settings.memory, observer=part.observers)
         for part, point in zip(parts, points, strict=True)
     ]
-    scorers = ScorerShelf(session.device)
+
+    def warn(message: str) -> None:
+        for part in parts:
+            part.observers.notify(WarningIssued(message=message, source="memory"))
+
+    scorers = scorer_shelf(session.device, checked.scorers, place=engine.scorer_place, warn=warn)
     for rule in rules:
         session.leader_decides(partial(scorers.check, rule.memory))
     cache = parts[0].run.cache_folder / "prompts"
@@ -222,6 +309,19 @@ def _render_parts(
         retries_in_place=session.layout.ranks_per_replica == 1,
     )
     loaded = _load_together(parts, engine, session, stop, share_reads=settings.parallel.share_reads)
+    crews = None
+    if teams is not None:
+        crews = MergedCrews(
+            teams=teams,
+            engine=engine,
+            prompts=prompts,
+            scorers=scorers,
+            parts=parts,
+            shot_rules=rules,
+            renderer=renderer,
+            peers=watch,
+            speedups=speedups_of(teams, settings, checked, session, parallel),
+        )
     return render_batch(
         parts=parts,
         renderer=renderer,
@@ -236,6 +336,7 @@ def _render_parts(
         leader_decides=session.leader_decides,
         check_contents=settings.debug.verify_checksums,
         loaded=loaded,
+        crews=crews,
         on_crash=watch.note,
     )
 

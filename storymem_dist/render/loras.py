@@ -3,6 +3,7 @@
 The experts never change for them (see ``models.adapters``). Knows nothing of queues or devices.
 """
 
+import copy
 import logging
 import time
 from collections import OrderedDict
@@ -13,6 +14,7 @@ from storymem_dist.errors import ShotError
 from storymem_dist.hardware import GIB, host_memory_bytes
 from storymem_dist.models.adapters import Adapters
 from storymem_dist.models.wan.presets import EXPERTS
+from storymem_dist.parallel.weight_memory import WeightMemory
 from storymem_dist.weights.lora import lora_inputs, lora_key, read_adapters
 
 logger = logging.getLogger(__name__)
@@ -22,6 +24,12 @@ KEPT_AT_LEAST = 2
 
 _KEPT_BYTES = 8 * GIB
 _KEPT_PART_OF_HOST = 8
+
+
+def adapter_memory(opened: OpenedLoras, *, compiled: bool) -> WeightMemory:
+    """Return what the LoRAs of a shot need at most next to the experts, on a rank."""
+    of_a_shot = opened.most_bytes(compiled=compiled)
+    return WeightMemory(on_device=of_a_shot.on_device, on_host=KEPT_AT_LEAST * of_a_shot.on_host)
 
 
 class LoraShelf:
@@ -42,6 +50,18 @@ class LoraShelf:
         self._max_bytes = min(_KEPT_BYTES, host_memory_bytes() // (_KEPT_PART_OF_HOST * ranks_per_node))
         self._kept: OrderedDict[tuple[str, str], Mapping[str, Adapters]] = OrderedDict()
         self.num_reads = 0
+
+    def among(
+        self, all_or_none: Callable[[Callable[[], Mapping[str, Adapters]]], Mapping[str, Adapters]]
+    ) -> "LoraShelf":
+        """Return this shelf, with what it keeps, for other ranks: they read and fail together by ``all_or_none``."""
+        shelf = copy.copy(self)
+        shelf._all_or_none = all_or_none
+        return shelf
+
+    def open_with(self, opened: OpenedLoras) -> None:
+        """Open the LoRAs of later shots with ``opened``: that of another job on the same experts."""
+        self._opened = opened
 
     def __call__(self, kind: str, loras: Loras, key: str) -> Mapping[str, Adapters]:
         """The adapters of the experts of ``kind`` for these LoRAs, by expert. Collective over the replica.

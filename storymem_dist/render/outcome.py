@@ -14,9 +14,10 @@ from storymem_dist.artifacts.run_folder import RunFolder
 from storymem_dist.config.points import Point
 from storymem_dist.dispatch.plan import BatchPart
 from storymem_dist.dispatch.summary import BatchSummary
-from storymem_dist.events import JobStarted, Observer, StoryboardRejected, WarningIssued, WeightsProgress
+from storymem_dist.events import JobStarted, LayoutChosen, Observer, StoryboardRejected, WarningIssued, WeightsProgress
 from storymem_dist.hardware import peak_tflops
 from storymem_dist.observe.run.format import count
+from storymem_dist.parallel.choice import Choice
 from storymem_dist.parallel.session import Session
 from storymem_dist.render.identity import device_name, group_identity, package_versions
 from storymem_dist.story.loading import StoryBatch
@@ -27,11 +28,11 @@ _PROGRESS_SECONDS = 0.25
 
 
 def announce(
-    part: BatchPart, batch: StoryBatch, run_id: str, session: Session, *, attention: str, compiles: str
+    part: BatchPart, batch: StoryBatch, run_id: str, session: Session, choice: Choice, *, attention: str
 ) -> None:
     """Report the start of the job to the observers of one part, and the storyboards that it cannot render.
 
-    The first rank also reports the warnings of all stories.
+    The first rank also reports what was chosen for all ranks, and the warnings of all stories.
     """
     part.observers.notify(
         JobStarted(
@@ -45,13 +46,28 @@ def announce(
             device=device_name(session.device),
             layout=str(session.layout),
             attention=attention,
-            compile=compiles,
+            compile=choice.compile_reason,
             host=socket.gethostname(),
             process_id=os.getpid(),
             peak_tflops=peak_tflops(device_name(session.device)),
             versions=package_versions(),
         )
     )
+    if session.rank == 0 and choice.is_planned:
+        part.observers.notify(
+            LayoutChosen(
+                layout=str(session.layout),
+                weights=choice.parallel.weights,
+                experts=choice.experts,
+                compiled=bool(choice.parallel.compile),
+                reasons=choice.reasons,
+                considered=choice.considered,
+                memory_gib=dict(choice.memory_gib),
+                seconds_per_step=choice.seconds_per_step,
+                seconds_per_shot=choice.seconds_per_shot,
+                total_seconds=choice.total_seconds,
+            )
+        )
     for rejected in batch.rejected:
         part.observers.notify(StoryboardRejected(source=one_line(str(rejected.source)), message=rejected.message))
     if session.rank == 0:

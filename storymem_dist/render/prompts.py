@@ -12,6 +12,7 @@ loaded for every shot. So prompts are encoded in groups, in the order in which s
 Knows nothing of experts; ``make_room`` frees their memory where the encoder does not fit next to them.
 """
 
+import copy
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -79,6 +80,12 @@ class CachedPrompts:
             first = [*negative, *self._order[: FIRST_PER_RANK * world.world_size]]
             encode_prompts(first, self._cache, self._load_encoder, place=world, group=group)
 
+    def among(self, team: Team) -> "CachedPrompts":
+        """Return the same prompts for the ranks of ``team``; what this rank alone has kept is read again."""
+        prompts = copy.copy(self)
+        prompts._team, prompts._kept = team, {}
+        return prompts
+
     def embeds(self, prompt: str, stage: Stage = no_stage) -> Tensor:
         """See ``PromptSource.embeds``. Collective over the replica: only its leader reads the run folder."""
         if prompt in self._kept:
@@ -141,11 +148,6 @@ def shots_left(parts: Sequence[BatchPart]) -> list[list[PlannedShot]]:
             if of_story:
                 left.append(of_story)
     return left
-
-
-def work_left(parts: Sequence[BatchPart]) -> float:
-    """Return the work of all shots that are not committed, in TFLOP of A14B."""
-    return sum(shot.cost for shots in shots_left(parts) for shot in shots)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -38,6 +38,10 @@ NUM_TAIL_FRAMES = max(NUM_GIVEN_FRAMES.values())
 """Last frames of a clip that are kept: the most that any continuation needs."""
 
 
+Scorers = Callable[[MemorySettings], tuple[Similarity, Quality]]
+"""Returns similarity and quality for memory settings."""
+
+
 class PromptSource(Protocol):
     """Text embeddings by prompt."""
 
@@ -70,7 +74,7 @@ class StoryShotRenderer:
         *,
         clips: ClipSampler,
         prompts: PromptSource,
-        scorers: Callable[[MemorySettings], tuple[Similarity, Quality]],
+        scorers: Scorers,
         rules: Sequence[ShotRules],
         leader_decides: LeaderDecides,
         measure: Callable[[], ThroughputSampled],

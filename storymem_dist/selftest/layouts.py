@@ -73,7 +73,7 @@ class SelfTest:
                 self._run_quantized(widest, linears)
             block = Reference(one_block(block_dim), torch.bfloat16, self._world.device, tolerance=BLOCK_TOLERANCE)
             for axes in widest:
-                if block.config.num_heads % axes.ulysses == 0:
+                if block.config.num_heads % axes.axes[2] == 0:
                     self._run(axes, "fsdp", block)
         except _OutOfStep:
             pass

@@ -8,6 +8,8 @@ that a ``story_id`` is used as a folder name.
 import glob
 import hashlib
 import os
+import re
+import tempfile
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -27,6 +29,8 @@ MAX_STORY_ID_BYTES = 96
 """Leaves room in a file name's 255 bytes for prefixes and suffixes."""
 
 _MAX_NAMED = 5
+_TYPED = "the storyboard text"
+_FENCED = re.compile(r"\s*```\w*[ \t]*\n(.*?)\n?[ \t]*```\s*", re.DOTALL)
 _PATTERNS = ", ".join(f"*{suffix}" for suffix in STORYBOARD_SUFFIXES)
 
 
@@ -65,6 +69,38 @@ def load_storyboard(path: str | os.PathLike[str]) -> Story:
         return stories[0].load()
     except StoryboardError as error:
         raise StoryboardError(one_line(str(error))) from None
+
+
+def load_storyboard_text(text: str, *, folder: Path, name: str = "story") -> Story:
+    """Read a storyboard that somebody typed or pasted: JSON (also in a Markdown fence), YAML, or a single prompt.
+
+    Relative paths are searched in ``folder``. ``name`` is its name if it has none of its own, and gives the story's id.
+    The story has no source. Raises ``StoryboardError``, which calls it the storyboard text.
+    """
+    text = text.removeprefix("\ufeff")
+    if fenced := _FENCED.fullmatch(text):
+        text = f"\n{fenced[1]}"  # with its first line, so that messages count as the writer does
+    with tempfile.TemporaryDirectory(prefix="storymem-") as scratch:
+        file = Path(scratch) / f"{story_id_from(name)}{_suffix_of(text)}"
+        file.write_text(text, encoding="utf-8", errors="surrogatepass")
+        try:
+            stories = _stories_in(file)
+            if len(stories) > 1:
+                form = " (each line of plain text is one; write scenes with video_prompts for one story)"
+                hint = form if file.suffix == PROMPTS_SUFFIX else ""
+                raise StoryboardError(f"{file}: {len(stories)} stories; give one{hint}")
+            story = replace(stories[0], file=folder / file.name).load()
+        except StoryboardError as error:
+            raise StoryboardError(one_line(str(error).replace(str(file), _TYPED))) from None
+    warnings = tuple(warning.replace(str(file), _TYPED) for warning in story.warnings)
+    return replace(story, source=None, story_id=story_id_from(name), warnings=warnings)
+
+
+def _suffix_of(text: str) -> str:
+    """The suffix of the form in which ``text`` is written."""
+    if text.lstrip().startswith(("{", "[", "//", "/*")):
+        return ".json"
+    return ".yaml" if re.search(r"^\s*(scenes|shots|story_name)\s*:", text, re.MULTILINE) else PROMPTS_SUFFIX
 
 
 def load_storyboards(spec: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> StoryBatch:

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Protocol
 
 from huggingface_hub import HfApi, constants, hf_hub_url
 from huggingface_hub.errors import (
@@ -95,6 +96,23 @@ class DownloadPlan:
     state: DownloadState
     files: tuple[RemoteFile, ...]
     num_bytes_to_fetch: int
+
+
+class Source(Protocol):
+    """Where published files come from. ``endpoint``: its address, for messages."""
+
+    @property
+    def endpoint(self) -> str:
+        """Address of the server."""
+        ...
+
+    def list_files(self, repo: str, revision: str) -> DownloadState:
+        """The commit that ``revision`` names now, and its files. Raises ``WeightsNotFound``."""
+        ...
+
+    def fetch(self, state: DownloadState, file: RemoteFile, partial: Path, on_bytes: Callable[[int], None]) -> None:
+        """Fetch the bytes of ``file`` that ``partial`` lacks. Raises ``WeightsNotFound``."""
+        ...
 
 
 class Hub:
@@ -217,31 +235,42 @@ class _Counting:
 
 
 def plan_download(
-    hub: Hub, repo: str, revision: str, root: Path, *, only: Sequence[str] = (), expected_bytes: int | None = None
+    hub: Source,
+    repo: str,
+    revision: str,
+    root: Path,
+    *,
+    files: Sequence[str] = (),
+    only: Sequence[str] = (),
+    expected_bytes: int | None = None,
 ) -> DownloadPlan:
     """List what is missing in ``root``; fetches only the list of files.
 
     A folder begun with the same repository and revision keeps its commit.
 
     Args:
-        only: patterns of paths (``high_noise_model/*``); empty: everything.
-        expected_bytes: about the total size of all files, if known.
+        files: patterns of paths; those of the repository that are of use. The rest counts as not there.
+        only: patterns of paths (``high_noise_model/*``), for a part of them. Both: empty means everything.
+        expected_bytes: about the total size of all ``files``, if known.
 
     Raises:
-        WeightsNotFound: the hub cannot be reached, or does not have the repository or all of it.
+        WeightsNotFound: the hub cannot be reached, or does not have the repository or all of ``files``.
         ConfigError: ``only`` matches no file, or ``root`` is a copy of another repository.
     """
     begun = read_state(root)
     if begun is not None and begun.repo != repo:
         raise ConfigError(f"{root}: holds a download of {begun.repo}; give another folder for {repo}")
     state = begun if begun is not None and begun.revision == revision else hub.list_files(repo, revision)
+    if absent := [pattern for pattern in files if not _matching(state.files, [pattern])]:
+        raise WeightsNotFound(f"{repo}@{state.commit[:12]}: {hub.endpoint} lists no {', no '.join(absent)}")
+    state.files = _matching(state.files, files)
     total = sum(file.num_bytes for file in state.files)
     if expected_bytes is not None and total < expected_bytes // 2:
         raise WeightsNotFound(
             f"{repo}@{state.commit[:12]}: {hub.endpoint} lists {total:,} bytes, expected about {expected_bytes:,}; "
             "the mirror is incomplete"
         )
-    chosen = [file for file in state.files if not only or any(fnmatch(file.path, pattern) for pattern in only)]
+    chosen = _matching(state.files, only)
     if not chosen:
         names = ", ".join(sorted(file.path for file in state.files)[:5])
         raise ConfigError(f"--only {' '.join(only)}: no file of {repo} matches; it holds: {names}, ...")
@@ -252,6 +281,10 @@ def plan_download(
         if _size(root / file.path) != file.num_bytes
     )
     return DownloadPlan(root=root, state=state, files=wanted, num_bytes_to_fetch=to_fetch)
+
+
+def _matching(files: Sequence[RemoteFile], patterns: Sequence[str]) -> list[RemoteFile]:
+    return [file for file in files if not patterns or any(fnmatch(file.path, pattern) for pattern in patterns)]
 
 
 def check_space(plan: DownloadPlan) -> None:
@@ -266,7 +299,7 @@ def check_space(plan: DownloadPlan) -> None:
 
 
 def download(
-    hub: Hub, plan: DownloadPlan, *, num_workers: int = 4, on_bytes: Callable[[int], None] | None = None
+    hub: Source, plan: DownloadPlan, *, num_workers: int = 4, on_bytes: Callable[[int], None] | None = None
 ) -> None:
     """Carry out a plan. ``on_bytes`` is called with counts of fetched bytes, from several threads.
 
@@ -325,7 +358,7 @@ def verify_hashes(root: Path, state: DownloadState, on_file: Callable[[RemoteFil
     return absent
 
 
-def _fetch_and_check(hub: Hub, plan: DownloadPlan, file: RemoteFile, on_bytes: Callable[[int], None]) -> int:
+def _fetch_and_check(hub: Source, plan: DownloadPlan, file: RemoteFile, on_bytes: Callable[[int], None]) -> int:
     """Fetch one file unless it has the right content already; returns its modification time (ns)."""
     target = plan.root / file.path
     if not (target.is_file() and file.matches(target)):

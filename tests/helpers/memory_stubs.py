@@ -3,8 +3,10 @@
 import torch
 from torch import Tensor
 
+from storymem_dist.memory.scorers import QualityOfOne
 
-class MeanBrightness:
+
+class MeanBrightness(QualityOfOne):
     """The fixtures' quality: a frame is low when the mean of its 8-bit values is below 10."""
 
     name = "mean"

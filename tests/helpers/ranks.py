@@ -32,6 +32,8 @@ PRELOADED = (
     "storymem_dist.parallel.session",
     "storymem_dist.parallel.text",
     "storymem_dist.parallel.vae",
+    "storymem_dist.cli.render",
+    "storymem_dist.render.job",
 )
 GRACE_SECONDS = 3.0
 

@@ -3,8 +3,6 @@
 import logging
 import os
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ import torch
 
 from storymem_dist.render import job
 from storymem_dist.render.debugging import PACKAGE, WORKSPACE_VARIABLE
+from tests.helpers.commands import run_in_fork
 from tests.helpers.small_job import SMALL, media_bytes, records, render_small, write_storyboard
 
 LOG_LINE = re.compile(r"^\[rank (\d+)\] \d{4}-\S+ \S+ (DEBUG|INFO|WARNING) storymem_dist\.\S+: (\w+)", re.MULTILINE)
@@ -114,14 +113,7 @@ def test_all_ranks_write_log_lines(tmp_path: Path) -> None:
     board = write_storyboard(tmp_path / "fox.json", [[True]])
     given = [f"stories.path='{board}'", f"output='{tmp_path / 'run'}'", "parallel.ulysses=2", "debug.log_level=debug"]
     ranks = ["launch=torchrun", "launch.processes_per_node=2"]
-    done = subprocess.run(
-        [sys.executable, "-m", "storymem_dist.cli", *SMALL, *given, *ranks],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
+    done = run_in_fork([*SMALL, *given, *ranks], env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     steps = [rank for rank, _, word in LOG_LINE.findall(done.stderr) if word == "StepFinished"]
     assert sorted(steps) == ["0"] * 3 + ["1"] * 3

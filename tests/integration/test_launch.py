@@ -14,11 +14,14 @@ from torch import Tensor
 
 from storymem_dist.artifacts.video import read_png
 from storymem_dist.files import read_json
+from tests.helpers.commands import run_in_fork
+from tests.helpers.ranks import run_ranks
 from tests.helpers.small_job import SMALL, media_bytes, records, render_small, write_storyboard
 
 ROOT = Path(__file__).parents[2]
 RENDER = ("-m", "storymem_dist.cli")
 LOCAL_STEPS = "sampler.num_inference_steps=2"
+REPLICAS = "parallel=replicas"
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +42,8 @@ def alone(stories: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run_python(arguments: Sequence[str], *, seconds: float = 200, **variables: str) -> subprocess.CompletedProcess[str]:
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("STORYMEM_JOB", "SLURM_"))}
     environment |= {"OMP_NUM_THREADS": "1", **variables}
+    if tuple(arguments[:2]) == RENDER:
+        return run_in_fork(arguments[2:], module=RENDER[1], cwd=ROOT, env=environment, seconds=seconds)
     return subprocess.run(
         [sys.executable, *arguments],
         cwd=ROOT,
@@ -58,7 +63,7 @@ def test_torchrun_with_two_replicas_renders_the_bytes_of_one_process(
     stories: Path, alone: Path, tmp_path: Path
 ) -> None:
     done = run_python(
-        [*RENDER, *overrides(stories, tmp_path / "run", "launch=torchrun", "launch.processes_per_node=2")]
+        [*RENDER, *overrides(stories, tmp_path / "run", "launch=torchrun", "launch.processes_per_node=2", REPLICAS)]
     )
     assert done.returncode == 0, done.stderr
     assert media_bytes(tmp_path / "run") == media_bytes(alone)
@@ -68,9 +73,7 @@ def test_torchrun_with_two_replicas_renders_the_bytes_of_one_process(
 
 def test_four_replicas_for_two_stories_render_the_same_and_end(stories: Path, alone: Path, tmp_path: Path) -> None:
     """Two of them never get a shot: they load with the others and then do not wait for a peer."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4", *RENDER]
-    done = run_python([*torchrun, *overrides(stories, tmp_path / "run")])
-    assert done.returncode == 0, done.stderr
+    assert run_ranks(render_small, 4, (stories, tmp_path / "run", LOCAL_STEPS, REPLICAS)) == [0] * 4
     assert media_bytes(tmp_path / "run") == media_bytes(alone)
 
 
@@ -95,9 +98,8 @@ def test_a_split_layout_renders_the_same_memory(
 
     That their latents agree within 1e-5 is shown over ranks in ``tests/distributed``.
     """
-    given = overrides(stories, tmp_path / "run", "launch=torchrun", f"launch.processes_per_node={ranks}")
-    done = run_python([*RENDER, *given, *layout, "stories.max_stories=1"])
-    assert done.returncode == 0, done.stderr
+    given = (stories, tmp_path / "run", LOCAL_STEPS, *layout, "stories.max_stories=1")
+    assert run_ranks(render_small, ranks, given) == [0] * ranks
     here, there = records(tmp_path / "run"), records(alone)
     assert here
     for shot, record in here.items():

@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from storymem_dist.events import StageFinished
 from storymem_dist.observe.journal import read_journal
 from storymem_dist.render import job
 from storymem_dist.story.modes import NUM_GIVEN_FRAMES
+from tests.helpers.commands import run_in_fork
 from tests.helpers.small_job import SMALL, media_bytes, records, render_small, write_storyboard
 
 CUTS = ((True, False), (True,))
@@ -195,9 +195,7 @@ def test_waiting_experts_and_a_resumed_run_in_strict_mode_change_nothing(rendere
 
 
 def run_command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "storymem_dist.cli", *SMALL, *arguments], capture_output=True, text=True, timeout=120
-    )
+    return run_in_fork([*SMALL, *arguments], seconds=120)
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,8 @@ LAYOUTS = {
     "ulysses": ["parallel.ulysses=2"],
     "fsdp": ["parallel=fsdp_2gpu"],
     "fsdp_cfg": ["parallel.cfg=2", "parallel.weights=fsdp"],
+    "auto": [],
+    "auto_together": ["parallel.num_replicas=1"],
 }
 
 
@@ -85,6 +87,7 @@ def alone() -> Iterator[tuple[Path, Tensor]]:
         (("single", 1), ("fsdp", 2), 7),
         (("ulysses", 2), ("single", 1), 5),
         (("fsdp_cfg", 2), ("ring", 2), 4),
+        (("auto_together", 2), ("auto_together", 4), 6),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else str(value),
 )
@@ -114,3 +117,22 @@ def test_a_job_that_was_stopped_inside_a_shot_continues_there_in_another_layout(
     for _, latents in resumed:
         assert largest_error(latents, expected) <= TOLERANCE
         assert torch.isfinite(latents).all()
+
+
+def test_ranks_that_choose_for_themselves_render_the_same_and_say_what_they_chose(
+    alone: tuple[Path, Tensor], tmp_path: Path
+) -> None:
+    folder, expected = alone
+    run = tmp_path / "run"
+    done = run_ranks(render, 2, (folder / "fox.json", run, "auto"))
+    assert [code for code, _ in done] == [0, 0]
+    assert {name: record["fingerprint"] for name, record in records(run).items()} == {
+        name: record["fingerprint"] for name, record in records(folder / "run").items()
+    }
+    assert max(largest_error(latents, expected) for _, latents in done if latents is not None) <= TOLERANCE
+    (chosen,) = events(run, "LayoutChosen")
+    started = events(run, "JobStarted")
+    assert {event["layout"] for event in started} == {chosen["layout"]}
+    assert chosen["reasons"] and chosen["considered"] and chosen["total_seconds"] > 0
+    assert json.loads((run / f"stories/{SHOT}.json").read_text())["host"]["layout"] == chosen["layout"]
+    assert not events(folder / "run", "LayoutChosen"), "a preset leaves nothing to choose"

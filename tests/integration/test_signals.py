@@ -123,7 +123,7 @@ def test_ranks_end_when_their_launcher_is_killed_and_leave_nothing(tmp_path: Pat
     for name in ("fox", "owl"):
         write_storyboard(tmp_path / "stories" / f"{name}.json", [[True]])
     steps = ["sampler.num_inference_steps=900", "sampler.solver=euler"]
-    given = [*SMALL, f"stories.path='{tmp_path / 'stories'}'", f"output='{run}'", *steps]
+    given = [*SMALL, "parallel=replicas", f"stories.path='{tmp_path / 'stories'}'", f"output='{run}'", *steps]
     if launcher == "torchrun":
         start = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "storymem_dist"]
     else:
@@ -155,7 +155,7 @@ def test_a_full_disk_under_several_ranks_ends_all_with_5_without_restarts(tmp_pa
     write_storyboard(tmp_path / "stories" / "owl.json", [[True]])
     run = tmp_path / "run"
     assert render_small(tmp_path / "stories", tmp_path / "whole") == 0  # and the weights are made
-    given = [*SMALL, f"stories.path='{tmp_path / 'stories'}'", f"output='{run}'"]
+    given = [*SMALL, "parallel=replicas", f"stories.path='{tmp_path / 'stories'}'", f"output='{run}'"]
     command = [sys.executable, "-m", "storymem_dist", *given, "launch=torchrun", "launch.processes_per_node=2"]
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("STORYMEM_", "SLURM_"))}
     began = time.monotonic()

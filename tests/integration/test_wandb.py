@@ -12,12 +12,14 @@ from typing import Any
 import pytest
 
 import storymem_dist.events as ev
+from storymem_dist.artifacts.scores import RunScores, write_scores
 from storymem_dist.errors import RunFolderError
 from storymem_dist.files import hold_lock
 from storymem_dist.observe.journal import read_journal
 from storymem_dist.observe.settings import WandbSettings
 from storymem_dist.observe.wandb.folder import own_folder, supersede_offline_runs
 from storymem_dist.observe.wandb.process import WandbProcess, feed_by_hand
+from tests.helpers.commands import run_in_fork
 from tests.helpers.fake_run import START_TIME, FakeRun
 from tests.helpers.wandb_file import WandbRun, memory_rows_of_events, read_segments
 
@@ -63,6 +65,7 @@ def two_replicas(root: Path) -> FakeRun:
 @pytest.fixture(scope="module")
 def fed(tmp_path_factory: pytest.TempPathFactory) -> tuple[FakeRun, WandbRun]:
     run = two_replicas(tmp_path_factory.mktemp("wandb") / "night")
+    write_scores(run.root, RunScores(run_id=run.run_id, written=0.0, values={"consistency_top10": 0.5337}, stories={}))
     feed(run.root, mode="offline", project="films", group="sweep-3", tags=["tiny"], num_shot_videos=5)
     (segment,) = read_segments(run.root / "wandb")
     return run, segment
@@ -70,6 +73,10 @@ def fed(tmp_path_factory: pytest.TempPathFactory) -> tuple[FakeRun, WandbRun]:
 
 def events_of(run: FakeRun, cls: type[ev.Event]) -> list[Any]:
     return [stamped.event for stamped in read_journal(run.root / "events") if isinstance(stamped.event, cls)]
+
+
+def test_the_summary_has_the_scores(fed: tuple[FakeRun, WandbRun]) -> None:
+    assert fed[1].summary["score/consistency_top10"] == 0.5337
 
 
 def test_the_run_has_the_folders_id_and_the_names_of_the_settings(fed: tuple[FakeRun, WandbRun]) -> None:
@@ -226,8 +233,7 @@ def test_the_command_feeds_a_run_again_and_names_the_next_one(
     run.folder.write_config("c0ffef", json.dumps({"tracking": {"wandb": {"project": "films", "tags": ["night"]}}}))
     feed(run.root, mode="offline")
     (before,) = read_segments(run.root / "wandb")
-    command = [sys.executable, "-m", "storymem_dist.cli.report", str(run.root), "--wandb", "offline"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = run_in_fork([str(run.root), "--wandb", "offline"], module="storymem_dist.cli.report", seconds=120)
     assert done.returncode == 0, done.stderr
     (segment,) = read_segments(run.root / "wandb")
     assert segment.folder != before.folder and (segment.project, segment.tags) == ("films", ["night"])
@@ -251,9 +257,8 @@ def test_the_command_says_why_the_server_has_no_run_and_keeps_what_there_is(
     starts[0]()
     run.folder.write_config("c0ffef", json.dumps({"tracking": {"wandb": {"init_timeout_seconds": 2.0}}}))
     feed(run.root, mode="offline")
-    command = [sys.executable, "-m", "storymem_dist.cli.report", str(run.root), "--wandb", mode]
     away = {**os.environ, "NETRC": "/nonexistent", **environment}
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, env=away)
+    done = run_in_fork([str(run.root), "--wandb", mode], module="storymem_dist.cli.report", seconds=120, env=away)
     assert (done.returncode, done.stdout) == (code, "")
     assert words in done.stderr and "Traceback" not in done.stderr
     (segment,) = read_segments(run.root / "wandb")

@@ -294,7 +294,7 @@ def test_clips_of_the_pipeline_are_on_the_device_and_can_be_remembered(
 ) -> None:
     rendering = Rendering(crossings, monkeypatch)
     encoder: Any = SimpleNamespace(encode=lambda texts: [torch.empty(5, TINY.t2v.text_dim, device=CUDA) for _ in texts])
-    parts: Any = dict.fromkeys(("session", "experts", "_model", "_weights"))
+    parts: Any = dict.fromkeys(("session", "experts", "loras", "vae", "_model", "_weights"))
     engine = Engine(clips=rendering.sampler, _text_encoder=encoder, **parts)
     monkeypatch.setattr(StoryMemPipeline, "_engine_for", lambda *_: engine)
     pipeline = StoryMemPipeline(None, None, enable_offload=False)

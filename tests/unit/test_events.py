@@ -26,6 +26,8 @@ def example(cls: type[ev.Event]) -> ev.Event:
             filled[field.name] = {"denoise": 2.5}
         elif "tuple[tuple[int" in hint:
             filled[field.name] = ((), (0,), (0, 1))
+        elif "tuple[int" in hint:
+            filled[field.name] = (0, 1)
         elif "tuple" in hint:
             filled[field.name] = ("a.png", "b.png")
         else:

@@ -20,6 +20,12 @@ TEMPORAL_STRIDE = 4
 SPATIAL_STRIDE = 8
 
 
+def untrained_vae(*, base_dim: int, z_dim: int, dtype: torch.dtype) -> "WanVae":
+    """Return a VAE with random weights on the default device, for measurements."""
+    autoencoder: Any = AutoencoderKLWan(base_dim=base_dim, z_dim=z_dim)
+    return WanVae(autoencoder.to(dtype))
+
+
 class WanVae:
     """Encodes one clip or image at a time; every result is normalized (latents) or clamped to [-1, 1] (pixels)."""
 

@@ -11,6 +11,7 @@ from storymem_dist.observe.report.assets import Assets
 from storymem_dist.observe.report.html import anchor, chip, document, esc, table
 from storymem_dist.observe.report.model import RunView, ShotView, StoryView
 from storymem_dist.observe.report.page import STATUS_KINDS, footer, read_asset, shot_card, theme_button
+from storymem_dist.observe.report.scores import compared_figures, compared_stories
 from storymem_dist.observe.run import format as fmt
 from storymem_dist.observe.run.files import parse_config
 from storymem_dist.observe.run.rates import rates
@@ -20,6 +21,7 @@ def comparison_page(left: RunView, right: RunView, left_assets: Assets, right_as
     """Return the page that compares two runs."""
     sections = [
         ("figures", "Figures", _figures(left, right)),
+        ("scores", "Scores", compared_stories(left, right)),
         ("differences", "Settings that differ", _differences(left, right)),
         ("stories", "Shots", _stories(left, right, left_assets, right_assets)),
     ]
@@ -61,10 +63,12 @@ def _figures(left: RunView, right: RunView) -> str:
             ("keyframes kept", float(kept)),
         ]
 
-    rows = []
+    measured = []
     for (name, a), (_, b) in zip(figures(left), figures(right), strict=True):
+        measured.append((name, a, b, 0 if (a or 0.0).is_integer() and (b or 0.0).is_integer() else 2))
+    rows = []
+    for name, a, b, digits in [*measured, *compared_figures(left, right)]:
         change = f"{100 * (b / a - 1):+.1f} %" if a and b is not None else ""
-        digits = 0 if (a or 0.0).is_integer() and (b or 0.0).is_integer() else 2
         rows.append((esc(name), fmt.number(a, digits), fmt.number(b, digits), change))
     return table("Figures of both runs", ("", "A", "B", "B against A"), rows, numeric=(1, 2, 3), compact=True)
 

@@ -5,12 +5,14 @@ its type here, whatever the files hold. Knows nothing of HTML.
 """
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import storymem_dist.events as ev
 from storymem_dist.artifacts.records import ShotRecord
+from storymem_dist.artifacts.scores import RunScores, read_scores
 from storymem_dist.observe.journal import JournalTail, read_journal
 from storymem_dist.observe.run.files import RunFiles, StoryFiles
 from storymem_dist.observe.run.state import RunState
@@ -57,7 +59,7 @@ class ShotView:
     """One shot. ``status``: ``finished``, ``running``, ``failed``, ``blocked`` or ``waiting``.
 
     ``decisions`` are those of the current record, or of the newest attempt where there is no record. ``own``: what the
-    storyboard sets for this shot alone.
+    storyboard sets for this shot alone. ``scores``: what it was scored, by measure.
     """
 
     shot_id: str
@@ -84,6 +86,7 @@ class ShotView:
     why: str
     decisions: tuple[ev.MemoryDecided, ...]
     own: dict[str, Any] = field(default_factory=dict)
+    scores: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def recalled(self) -> tuple[ev.MemoryDecided, ...]:
@@ -117,7 +120,8 @@ class StoryView:
 class RunView:
     """Everything a report shows. ``status``: ``finished``, ``running``, ``stopped``, ``incomplete`` or ``empty``.
 
-    ``left_out`` names files that could not be used, and why.
+    ``left_out`` names files that could not be used, and why. ``scores`` are those of the clips as they are; None where
+    the run is not scored.
     """
 
     root: Path
@@ -131,6 +135,7 @@ class RunView:
     config_hash: str
     config: str
     left_out: tuple[str, ...]
+    scores: RunScores | None = None
 
     @property
     def shots(self) -> tuple[ShotView, ...]:
@@ -156,6 +161,12 @@ def read_run(root: Path, *, now: float | None = None) -> RunView:
     moment = time.time() if now is None else now
     config_hash, config = files.newest_config()
     unreadable = [f"events: {tail.num_unreadable} lines are no events"] if tail.num_unreadable else []
+    try:
+        scores = _current(read_scores(root), folders)
+    except (OSError, ValueError) as error:
+        scores = None
+        unreadable.append(f"scores.json: {str(error)[:300]}")
+    stories = tuple(_with_scores(story, scores) for story in stories)
     return RunView(
         root=root,
         name=root.resolve().name,
@@ -168,7 +179,29 @@ def read_run(root: Path, *, now: float | None = None) -> RunView:
         config_hash=config_hash,
         config=config,
         left_out=(*files.left_out, *unreadable),
+        scores=scores,
     )
+
+
+def _current(scores: RunScores | None, folders: dict[str, StoryFiles]) -> RunScores | None:
+    """Scores without those of shots that were rendered again, which are named in the notes."""
+    if scores is None:
+        return None
+    stories, stale = {}, []
+    for story_id, story in scores.stories.items():
+        records = folders[story_id].records if story_id in folders else {}
+        clips = {shot_id: record.files[record.clip].sha256 for shot_id, record in records.items()}
+        stale += [f"{story_id}/{key}" for key, shot in story.shots.items() if clips.get(key) != shot.clip]
+        shots = {key: shot for key, shot in story.shots.items() if clips.get(key) == shot.clip}
+        stories[story_id] = replace(story, shots=shots)
+    note = f"older than the clips of {', '.join(stale[:5])}{', ...' * (len(stale) > 5)}: score the run again"
+    return replace(scores, stories=stories, notes=[*([note] if stale else []), *scores.notes])
+
+
+def _with_scores(story: StoryView, scores: RunScores | None) -> StoryView:
+    found = scores.stories[story.story_id].shots if scores is not None and story.story_id in scores.stories else {}
+    shots = (replace(s, scores=found[s.shot_id].values) if s.shot_id in found else s for s in story.shots)
+    return replace(story, shots=tuple(shots))
 
 
 def _status(state: RunState, stories: tuple[StoryView, ...], now: float) -> str:

@@ -8,10 +8,12 @@ from importlib import resources
 from typing import Any
 
 from storymem_dist.observe.report.assets import Assets
+from storymem_dist.observe.report.chosen import chosen
 from storymem_dist.observe.report.html import anchor, chip, details, document, esc, table, tile
 from storymem_dist.observe.report.lineage import lineage
 from storymem_dist.observe.report.model import RunView, ShotView, StoryView
 from storymem_dist.observe.report.needs import needs_picture
+from storymem_dist.observe.report.scores import scores_section, shot_scores
 from storymem_dist.observe.report.timeline import timeline
 from storymem_dist.observe.run import format as fmt
 from storymem_dist.observe.run.rates import rates, seconds_left
@@ -36,6 +38,7 @@ def run_page(run: RunView, assets: Assets) -> str:
     """Return the whole page."""
     sections = [
         ("stories", "Stories", _stories(run, assets)),
+        ("scores", "Scores", scores_section(run)),
         ("memory", "Memory", _memory(run, assets)),
         ("timeline", "Timeline", timeline(run.state)),
         ("throughput", "Throughput", _throughput(run)),
@@ -152,6 +155,7 @@ def shot_card(story: StoryView, shot: ShotView, assets: Assets, *, run: str = ""
     reason = f'<p class="trouble">{esc(shot.reason)}</p>' if shot.reason else ""
     why = f'<p class="quiet">rendered again: {esc(shot.why)}</p>' if shot.why else ""
     own = f'<p class="quiet">{esc(_own_words(shot.own))}</p>' if shot.own else ""
+    own += f'<p class="quiet">{esc(shot_scores(shot))}</p>' if shot.scores else ""
     return (
         f'<li class="card" id="{identity}">{_screen(story, shot, assets, name)}'
         f'<h4>{esc(name)} {marks}</h4><p class="facts">{esc(" · ".join(facts))}</p>'
@@ -323,7 +327,9 @@ def _failures(run: RunView) -> str:
 
 def _settings(run: RunView) -> str:
     rows = [(esc(name), esc(version)) for name, version in sorted(run.state.versions.items())]
-    parts = [table("Versions", ("package", "version"), rows, compact=True)] if rows else []
+    parts = [chosen(run.state.choices)] if run.state.choices else []
+    if rows:
+        parts.append(table("Versions", ("package", "version"), rows, compact=True))
     if run.config:
         scroll = 'role="region" aria-label="Configuration" tabindex="0"'
         parts.append(

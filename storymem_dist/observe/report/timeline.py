@@ -18,7 +18,9 @@ SMALLEST_SHARE = 0.0004
 CHARACTERS_ACROSS = 95
 """Characters of a label that fit across the whole picture at its smallest width."""
 
-SPAN_KINDS = (*STAGES, "wait")
+SPAN_KINDS = (*STAGES, "helping", "wait")
+"""``helping``: the replica renders a shot together with others, one of which reports it."""
+
 MAX_ROWS = 64
 
 

@@ -32,14 +32,14 @@ def rates(state: RunState, key: RowKey | None = None) -> Rates:
 
 
 def seconds_left(state: RunState) -> float | None:
-    """Estimate the seconds until the batch is done; None before the first clip.
+    """Estimate the seconds until the batch is done; None where nothing is known.
 
     The larger of: all remaining shots spread over the live replicas, and the longest path of shots that wait for each
-    other, both at the mean time of the clips so far.
+    other, both at the mean time of the clips so far. Before the first clip: what the newest plan predicts.
     """
     seconds_per_clip = rates(state).seconds_per_clip
     if seconds_per_clip is None:
-        return None
+        return _planned_seconds_left(state)
     over = state.count("finished") + state.count("failed") + state.count("blocked")
     remaining = max(0, state.num_shots - over)
     paths = [story.longest_left for story in state.stories.values()]
@@ -54,6 +54,14 @@ def seconds_left(state: RunState) -> float | None:
     return seconds_per_clip * max(spread, longest)
 
 
+def _planned_seconds_left(state: RunState) -> float | None:
+    planned = [(when, event.total_seconds) for when, event in state.choices if event.total_seconds is not None]
+    if not planned:
+        return None
+    when, total = max(planned)
+    return max(0.0, total - (state.last_time - when))
+
+
 def _flop_utilisation(state: RunState, timed: list[Attempt]) -> float | None:
     done, possible = 0.0, 0.0
     for attempt in timed:
@@ -62,7 +70,8 @@ def _flop_utilisation(state: RunState, timed: list[Attempt]) -> float | None:
         if start is None or start.job.peak_tflops is None or attempt.started.tflop_per_step is None:
             continue
         done += attempt.started.tflop_per_step * (attempt.num_timed_steps - attempt.num_reused_steps)
-        possible += attempt.step_seconds * start.job.peak_tflops * start.job.num_devices
+        num_devices = attempt.started.num_devices or start.job.num_devices
+        possible += attempt.step_seconds * start.job.peak_tflops * num_devices
     return done / possible if possible > 0 else None
 
 

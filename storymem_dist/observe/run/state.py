@@ -25,6 +25,7 @@ class RunState:
         self.failures: list[Failure] = []
         self.warnings: list[tuple[float, str]] = []
         self.stops: list[tuple[float, str]] = []
+        self.choices: list[tuple[float, ev.LayoutChosen]] = []
         self.versions: dict[str, str] = {}
         self.config_hashes: list[str] = []
         self.announced_shots = 0
@@ -145,10 +146,15 @@ class RunState:
             case ev.ReplicaWaited():
                 row.waited_seconds += event.elapsed_seconds
                 row.spans.append(Span(kind="wait", start=now - event.elapsed_seconds, end=now))
+            case ev.ReplicaHelped():
+                began = now - event.elapsed_seconds
+                row.spans.append(Span("helping", began, now, event.story_id, event.shot_id))
             case ev.StoryboardRejected():
                 self.failures.append(Failure(wall_time=now, story_id=event.source, shot_id="", reason=event.message))
             case ev.StopRequested():
                 self.stops.append((now, event.reason))
+            case ev.LayoutChosen():
+                self.choices.append((now, event))
 
     def _row(self, stamped: ev.StampedEvent) -> Row:
         key = self._row_of_writer.setdefault(stamped.writer, ("", stamped.replica))

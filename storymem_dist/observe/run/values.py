@@ -17,9 +17,12 @@ RowKey = tuple[str, int]
 """Job name and replica number. The name distinguishes jobs that share the folder; it is empty for the first one."""
 
 
-@dataclass(kw_only=True, slots=True)
+@dataclass(slots=True)
 class Span:
-    """A piece of a row's time: a stage, or ``wait``. Wall times in seconds; ``end`` is None while it lasts."""
+    """A piece of a row's time: a stage, ``wait``, or ``helping`` with a shot of another row.
+
+    Wall times in seconds; ``end`` is None while it lasts.
+    """
 
     kind: str
     start: float

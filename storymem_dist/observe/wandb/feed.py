@@ -17,6 +17,7 @@ Knows W&B and the events; ``process`` decides when and where it runs, ``media`` 
 import os
 import re
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +25,7 @@ from typing import Any, Literal
 import wandb
 
 import storymem_dist.events as ev
+from storymem_dist.artifacts.scores import read_scores
 from storymem_dist.observe.journal import JournalTail
 from storymem_dist.observe.run.files import RunFiles, parse_config
 from storymem_dist.observe.run.rates import rates
@@ -213,6 +215,8 @@ class WandbFeed:
         match event:
             case ev.JobStarted():
                 self._job_started(event)
+            case ev.LayoutChosen():
+                self._run.config.update({"chosen": ev.event_to_dict(event)}, allow_val_change=True)
             case ev.StepFinished():
                 self._log(self._step_values(event, stamped, replica))
             case ev.ShotFinished():
@@ -341,6 +345,14 @@ class WandbFeed:
         values["story/video"] = self._media.video("story", self._settings.num_story_videos, event.video, caption)
         self._log(values)
 
+    def _scores(self) -> Mapping[str, float]:
+        """What the run was scored, by measure; nothing where it was not, or where its scores cannot be read."""
+        try:
+            scores = read_scores(self._run_folder)
+        except (OSError, ValueError):
+            return {}
+        return scores.values if scores is not None else {}
+
     def finish(self) -> None:
         """Log what is only known at the end, and end the W&B run (uploads may take the configured time)."""
         self.poll()
@@ -355,5 +367,6 @@ class WandbFeed:
         speed = asdict(rates(self._state))
         self._run.summary.update({f"total/{key}": value for key, value in speed.items() if value is not None})
         self._run.summary["total/num_failures"] = len(self._state.failures)
+        self._run.summary.update({f"score/{key}": value for key, value in self._scores().items()})
         save_progress(self._run_folder, self._progress)
         self._run.finish()

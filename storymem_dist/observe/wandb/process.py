@@ -29,7 +29,7 @@ from storymem_dist.observe.journal import JournalWriter, new_writer_id
 from storymem_dist.observe.observers import Observers
 from storymem_dist.observe.run.files import RunFiles, parse_config
 from storymem_dist.observe.settings import WandbSettings
-from storymem_dist.observe.wandb.folder import offline_runs, own_folder
+from storymem_dist.observe.wandb.folder import load_progress, offline_runs, own_folder
 from storymem_dist.observe.wandb.limits import check_with_package
 from storymem_dist.resources import PACKAGE_FOLDER
 from storymem_dist.terminal.program import Parser, program
@@ -222,6 +222,22 @@ def feed_by_hand(run_folder: Path, mode: str) -> str:
     Raises ``RunFolderError`` when the folder or its settings cannot be used, a feeder is at work there, or the server
     did not take it; ``ConfigError`` where an environment variable of W&B is not accepted.
     """
+    return _feed_once(run_folder, mode, by_hand=True)
+
+
+def feed_again(run_folder: Path, mode: str = "auto") -> str:
+    """Feed what is new, scores among it, to the run that the folder was fed to before; return a line about it.
+
+    ``mode``: ``auto`` is the mode it was fed in; where it never was, nothing is fed and the line is empty. Raises as
+    ``feed_by_hand``.
+    """
+    if mode == "auto":
+        target = load_progress(run_folder, ()).target
+        mode = target[0] if target and target[0] in ("online", "offline") else "off"
+    return "" if mode == "off" else _feed_once(run_folder, mode, by_hand=False)
+
+
+def _feed_once(run_folder: Path, mode: str, *, by_hand: bool) -> str:
     tracking = parse_config(RunFiles(run_folder).newest_config()[1]).get("tracking")
     given = tracking.get("wandb") if isinstance(tracking, dict) else None
     kept = {f.name: given[f.name] for f in fields(WandbSettings) if isinstance(given, dict) and f.name in given}
@@ -233,7 +249,7 @@ def feed_by_hand(run_folder: Path, mode: str) -> str:
     finished = threading.Event()
     finished.set()
     try:
-        return feed(run_folder, settings, should_finish=finished, by_hand=True)
+        return feed(run_folder, settings, should_finish=finished, by_hand=by_hand)
     except OSError as error:
         raise RunFolderError(f"{run_folder} cannot be fed to Weights & Biases: {error}") from error
 

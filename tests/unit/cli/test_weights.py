@@ -3,7 +3,9 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub.constants
 import pytest
@@ -12,13 +14,16 @@ from safetensors.torch import load_file, save_file
 
 from storymem_dist.cli import weights as weights_cli
 from storymem_dist.cli.weights import Published, main, published_weights
-from storymem_dist.errors import ConfigError
+from storymem_dist.errors import ConfigError, WeightsNotFound
 from storymem_dist.models.wan.dit import WanDiT
 from storymem_dist.weights.checkpoints import open_checkpoint
+from storymem_dist.weights.hpsv3 import open_hpsv3
+from storymem_dist.weights.hub import DownloadState, Hub, plan_download
 from storymem_dist.weights.loading import load_dit_weights
 from storymem_dist.weights.tiny_checkpoint import ModelFolders, generate_tiny_checkpoint
 from tests.helpers.checkpoints import truncate
 from tests.helpers.hub_server import FakeHub, serve
+from tests.helpers.tiny_hpsv3 import BASE_NAME, WEIGHTS_NAME, write_package, write_tiny_hpsv3
 
 MI2V, MM2V = "Wan2.2-MI2V-A14B", "Wan2.2-MM2V-A14B"
 SHARD_4 = "low_noise_model/diffusion_pytorch_model-00004-of-00006.safetensors"
@@ -198,6 +203,51 @@ def test_a_downloaded_checkpoint_loads_and_its_hashes_are_right(
     assert f"{len(files)} hashes are right, 0 files are missing" in capsys.readouterr().out
 
 
+def test_hpsv3_is_downloaded_with_the_small_files_of_its_base_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = write_tiny_hpsv3(tmp_path / "there")
+    published = published_weights()
+    own, base = (replace(published[name], num_bytes=None) for name in ("hpsv3", "hpsv3_base"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.syspath_prepend(str(write_package(tmp_path / "site")))
+    files = {path.name: path.read_bytes() for path in (root / BASE_NAME).iterdir()}
+    others = {"model-00001-of-00005.safetensors": b"x" * 5000, "vocab.json": b"{}"}
+    weights = FakeHub(own.repo, {WEIGHTS_NAME: (root / WEIGHTS_NAME).read_bytes(), "README.md": b"read me"})
+    with serve(weights), serve(FakeHub(base.repo, files | others)) as small:
+        monkeypatch.setattr(weights_cli, "Hub", lambda endpoint: OfTwo(weights.endpoint, small))
+        monkeypatch.setattr(weights_cli, "published_weights", lambda: {"hpsv3": own, "hpsv3_base": base})
+        main(["download", "hpsv3", "--to", str(tmp_path / "weights")])
+    said = capsys.readouterr().out
+    assert "hpsv3: complete and checked in" in said and "hpsv3_base: complete and checked in" in said
+    here = tmp_path / "weights" / "HPSv3"
+    seen = {path.name for path in here.iterdir() if not path.name.startswith(".")}
+    assert seen == {WEIGHTS_NAME, BASE_NAME, "storymem_download.json"}
+    assert {path.name for path in (here / BASE_NAME).iterdir()} == {*files, "storymem_download.json"}
+    assert open_hpsv3(str(here)).num_bytes() == open_hpsv3(str(root)).num_bytes()
+
+
+class OfTwo(Hub):
+    """Two hubs of one repository each."""
+
+    def __init__(self, endpoint: str, other: FakeHub) -> None:
+        super().__init__(endpoint)
+        self._other = other
+
+    def list_files(self, repo: str, revision: str) -> DownloadState:
+        return (Hub(self._other.endpoint) if repo == self._other.repo else super()).list_files(repo, revision)
+
+    def fetch(self, state: DownloadState, *others: Any) -> None:
+        (Hub(self._other.endpoint) if state.repo == self._other.repo else super()).fetch(state, *others)
+
+
+def test_a_file_that_is_needed_and_not_listed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    needed, message = ["config.json", "tokenizer.json", "x*"], r"a/b@c0ffee0.* lists no tokenizer\.json, no x\*$"
+    with serve(FakeHub("a/b", {"config.json": b"{}"})) as fake, pytest.raises(WeightsNotFound, match=message):
+        plan_download(Hub(fake.endpoint), "a/b", "main", tmp_path, files=needed)
+
+
 def test_the_published_list_has_what_a_renderer_needs() -> None:
     published = published_weights()
     assert {name: published[name].repo for name in weights_cli.DEFAULT_NAMES} == {
@@ -209,5 +259,5 @@ def test_the_published_list_has_what_a_renderer_needs() -> None:
 
 def test_a_published_list_with_a_wrong_key_is_refused(tmp_path: Path) -> None:
     (tmp_path / "p.yaml").write_text("t2v: {repo: a/b, branch: main}")
-    with pytest.raises(ConfigError, match="each entry has exactly: repo, revision, folder, num_bytes, purpose"):
+    with pytest.raises(ConfigError, match="the keys of an entry are: repo, revision, folder, num_bytes, purpose"):
         published_weights(tmp_path / "p.yaml")

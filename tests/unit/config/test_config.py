@@ -12,7 +12,7 @@ from storymem_dist.errors import ConfigError
 from storymem_dist.resources import config_folder
 
 CONF = config_folder()
-GROUPS = ("model", "sampler", "memory", "stories", "parallel", "tracking", "debug", "launch")
+GROUPS = ("model", "sampler", "memory", "stories", "parallel", "tracking", "debug", "launch", "evaluation")
 
 
 def compose_settings(*overrides: str) -> RenderConfig:

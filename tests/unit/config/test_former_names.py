@@ -1,7 +1,6 @@
 """Former names of presets go on working wherever a name can be given, and are listed nowhere."""
 
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,7 @@ from storymem_dist.config.composing import compose_settings, register_schema, to
 from storymem_dist.config.former_names import FORMER_KEYS, FORMER_NAMES, with_present_keys
 from storymem_dist.parallel.settings import ParallelSettings
 from storymem_dist.resources import config_folder
+from tests.helpers.commands import run_in_fork
 
 BEFORE = {
     "cfg2": ParallelSettings(cfg=2),
@@ -39,8 +39,7 @@ BEFORE = {
 
 
 def run_command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "storymem_dist.cli", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    return run_in_fork(arguments, seconds=120)
 
 
 @pytest.mark.parametrize("name", BEFORE)
@@ -79,7 +78,7 @@ def test_help_lists_the_entries_of_conf_and_nothing_else() -> None:
         for folder in config_folder().iterdir()
         if folder.is_dir()
     }
-    assert listed == lying and len(lying["parallel"]) == 9
+    assert listed == lying and len(lying["parallel"]) == 10
     assert not set(BEFORE) & set(listed["parallel"]) - {"replicas", "single"}
 
 

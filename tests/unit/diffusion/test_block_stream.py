@@ -285,7 +285,7 @@ def test_blocks_fit_into_what_a_forward_leaves_free(free_gib: Callable[[float], 
     block_bytes = bytes_of(module.blocks[0])
     tokens = torch.zeros(1, 45, DEEP.dim)
     assert blocks_that_fit(module, tokens) == 0, "a CPU's memory holds the weights in any case"
-    work = forward_bytes(DEEP, 45) - tokens.nbytes + RESERVE_BYTES
+    work = forward_bytes(DEEP, 45, dtype=torch.float32) - tokens.nbytes + RESERVE_BYTES
     for num_fit in (0, 1, 6):
         free_gib((work + num_fit * block_bytes + 10) / GIB)
         assert blocks_that_fit(module, tokens) == num_fit
@@ -297,7 +297,7 @@ def test_what_the_caches_will_hold_is_left_free(free_gib: Callable[[float], None
     module = make_expert(1)
     tokens = torch.zeros(1, 45, DEEP.dim)
     block_bytes = bytes_of(module.blocks[0])
-    needed = forward_bytes(DEEP, 45) - tokens.nbytes + RESERVE_BYTES + 5 * block_bytes
+    needed = forward_bytes(DEEP, 45, dtype=torch.float32) - tokens.nbytes + RESERVE_BYTES + 5 * block_bytes
     residuals, both_passes = 2 * tokens.nbytes, 2
     texts = 2 * NUM_BLOCKS * DEEP.text_len * DEEP.dim * 4
 

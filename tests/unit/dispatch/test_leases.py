@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from storymem_dist.dispatch.helping import Help
 from storymem_dist.dispatch.leases import WAITING, WORKING, LeaseFolder, Owner
 
 
@@ -340,6 +341,27 @@ def test_a_death_counts_unless_the_holder_was_asked_to_stop(tmp_path: Path) -> N
     assert lease is not None
     last.release(lease)
     assert not list(tmp_path.glob("a.*")), "marks go with their leases"
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_a_death_of_one_that_helped_counts_where_the_holder_was_asked_to_stop(tmp_path: Path, ends: bool) -> None:
+    """A launcher asks all that are left to stop when one has died, among them the holder."""
+    holder = folder_of_a_dead_process(tmp_path)
+    assert holder.try_claim("a") is not None
+    helper = Help(replica=3)
+    helper.begin(tmp_path, "a", 0)
+    other = Help(replica=3)
+    other.begin(tmp_path, "ab", 0)
+    other.begin(tmp_path, "a", 10)
+    if ends:
+        helper.end()
+    holder.note_stopping()
+    after = folder_of_a_dead_process(tmp_path)
+    taken = after.try_claim("a", 0)
+    assert taken is not None and taken.num_deaths == (0 if ends else 1)
+    after.release(taken)
+    assert [path.name for path in tmp_path.iterdir()] == ["ab.0.3.helping"], "marks go with their leases"
+    assert list(after.lease_files().values()) == ["ab"], "and are found by the clean-up"
 
 
 def test_a_lease_of_a_version_that_did_not_count_deaths_counts_as_one_each(tmp_path: Path) -> None:

@@ -30,12 +30,11 @@ from storymem_dist.cli.weights import published_weights
 from storymem_dist.config.composing import compose_settings
 from storymem_dist.config.overrides import prepare
 from storymem_dist.errors import StoryMemError
-from storymem_dist.memory.scorers import HPSV3_BASE_MODEL
 from tests.unit.docs.markdown import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 RENDER_MODULES = ("storymem_dist", "storymem_dist.cli", "storymem_dist.cli.render")
-FOREIGN_PACKAGES = ("hpsv3",)
+FOREIGN_PACKAGES = ("hpsv3==1.0.0",)
 IMAGE = "storymem_dist"
 
 
@@ -110,6 +109,18 @@ def doctor(arguments: Sequence[str]) -> None:
     """``storymem-doctor`` takes options of its own and overrides of ``storymem-render``."""
     console_script("storymem-doctor")(arguments)
     render([argument for argument in arguments if not argument.startswith("-")])
+
+
+def plan(arguments: Sequence[str]) -> None:
+    """``storymem-plan`` takes options of its own and overrides of ``storymem-render``, or ``calibrate``."""
+    console_script("storymem-plan")(arguments)
+    render([argument for argument in arguments if "=" in argument and not argument.startswith("-")])
+
+
+def score(arguments: Sequence[str]) -> None:
+    """``storymem-score`` takes run folders, options of its own and some overrides of ``storymem-render``."""
+    console_script("storymem-score")(arguments)
+    render([argument for argument in arguments if argument.startswith(("launch", "evaluation"))])
 
 
 def python(arguments: Sequence[str]) -> None:
@@ -259,7 +270,7 @@ def pip(arguments: Sequence[str]) -> None:
 
 def hf(arguments: Sequence[str]) -> None:
     """``hf download`` of a repository that the code names."""
-    known = {HPSV3_BASE_MODEL, *(entry.repo for entry in published_weights().values())}
+    known = {entry.repo for entry in published_weights().values()}
     _require(arguments[0] == "download" and arguments[1] in known, f"hf {arguments}: known are {known}")
 
 
@@ -287,6 +298,8 @@ CHECKERS: Mapping[str, Callable[[Sequence[str]], None]] = {
     "storymem-doctor": doctor,
     "storymem-report": console_script("storymem-report"),
     "storymem-weights": console_script("storymem-weights"),
+    "storymem-plan": plan,
+    "storymem-score": score,
     "python": python,
     "torchrun": torchrun,
     "accelerate": accelerate,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from storymem_dist.memory.bank import Keyframe, MemoryBank
 from storymem_dist.memory.keyframes import Chosen, choose_keyframes
-from storymem_dist.memory.scorers import NoQuality, Quality
+from storymem_dist.memory.scorers import NoQuality, Quality, QualityOfOne
 from storymem_dist.memory.settings import MemorySettings
 
 SIDE = 28
@@ -38,19 +38,32 @@ class TableSimilarity:
         return torch.tensor([self.table[int(one)][int(other)] for other in many], dtype=torch.float64)
 
 
-class ListQuality:
+class ListQuality(QualityOfOne):
     """Scores looked up by the index that the frame carries."""
 
     name = "score"
 
     def __init__(self, scores: Sequence[float], threshold: float = 0.5) -> None:
-        self.scores = scores
+        self.by_frame = scores
         self.threshold = threshold
         self.scored: list[int] = []
 
     def score(self, frame_CHW: Tensor) -> float:
         self.scored.append(int(frame_CHW[0, 0, 0]))
-        return self.scores[self.scored[-1]]
+        return self.by_frame[self.scored[-1]]
+
+
+class ListQualityTogether(ListQuality):
+    """The same, scored in batches."""
+
+    def __init__(self, scores: Sequence[float], at_once: int) -> None:
+        super().__init__(scores)
+        self.at_once = at_once
+        self.batches: list[list[int]] = []
+
+    def scores(self, frames_NCHW: Tensor) -> list[float]:
+        self.batches.append(frames_NCHW[:, 0, 0, 0].tolist())
+        return super().scores(frames_NCHW)
 
 
 def choose(
@@ -106,7 +119,7 @@ def test_the_cached_search_chooses_what_the_rule_says(seed: int) -> None:
         [1.0 if one == other else random.choice(values) for other in range(num_frames)] for one in range(num_frames)
     ]
     scores = random.choices([0.1, 0.5, 0.9], k=num_frames)
-    quality = ListQuality(scores)
+    quality = ListQuality(scores) if seed % 2 else ListQualityTogether(scores, at_once=random.randint(2, 8))
     similarity = TableSimilarity(table)
 
     chosen = choose_keyframes(
@@ -131,6 +144,16 @@ def test_frames_are_scored_only_when_they_are_candidates() -> None:
     quality = ListQuality([1.0] * 20)
     choose(step_table(20, 10), quality)
     assert quality.scored == [0, 10]
+
+
+def test_candidates_are_scored_together_though_some_turn_out_not_to_be_any() -> None:
+    everything_differs = step_table(12, *range(12))
+    quality = ListQualityTogether([0.1, 0.1, *[1.0] * 3, 0.1, *[1.0] * 6], at_once=4)
+    settings = MemorySettings(max_per_shot=12)
+    one_by_one = choose(everything_differs, ListQuality(quality.by_frame), settings=settings)
+    together = choose(everything_differs, quality, settings=settings)
+    assert quality.batches == [[0], [1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11]]
+    assert (kept_indices(together), together.decisions) == (kept_indices(one_by_one), one_by_one.decisions)
 
 
 def test_the_kept_image_is_the_full_size_frame_and_not_a_view_of_the_clip() -> None:

@@ -1,21 +1,17 @@
 """CLIP, HSV, HPSv3 and sharpness: what they measure, and their messages when weights or packages are missing."""
 
 import hashlib
-import sys
-import types
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel
 
-from storymem_dist.errors import CheckpointError, ExtraNotInstalled, WeightsNotFound
+from storymem_dist.errors import CheckpointError, WeightsNotFound
 from storymem_dist.memory.scorers import (
     ClipSimilarity,
-    HpsV3Quality,
     HsvSimilarity,
     NoQuality,
     SharpnessQuality,
@@ -146,6 +142,10 @@ def test_clip_weights_with_a_layer_missing_are_refused_instead_of_filled_with_no
 # Quality
 
 
+def no_hpsv3(memory: MemorySettings) -> Callable[[torch.Tensor], list[float]]:
+    raise AssertionError("it is not asked for")
+
+
 def test_sharpness_ranks_detail_above_blur_and_fades_lowest() -> None:
     sharp = noise(3, 84, 84)
     blurred = torch.nn.functional.avg_pool2d(sharp.float(), 5, stride=1, padding=2).to(torch.uint8)
@@ -163,76 +163,27 @@ def test_sharpness_is_the_variance_of_the_laplacian_of_the_luma() -> None:
 
 
 def test_quality_none_passes_everything() -> None:
-    quality = build_quality(MemorySettings(quality="none"), CPU)
+    quality = build_quality(MemorySettings(quality="none"), no_hpsv3)
     assert isinstance(quality, NoQuality)
-    assert quality.score(noise(3, 8, 8)) >= quality.threshold
+    assert quality.scores(noise(2, 3, 8, 8)) == [0.0, 0.0]
+    assert quality.threshold < 0
 
 
 def test_the_threshold_of_a_quality_can_be_set_and_has_a_default() -> None:
-    assert build_quality(MemorySettings(quality="sharpness"), CPU).threshold == 5.0
-    assert build_quality(MemorySettings(quality="sharpness", quality_threshold=0.0), CPU).threshold == 0.0
+    assert build_quality(MemorySettings(quality="sharpness"), no_hpsv3).threshold == 5.0
+    assert build_quality(MemorySettings(quality="sharpness", quality_threshold=0.0), no_hpsv3).threshold == 0.0
 
 
-def test_hpsv3_not_installed_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "hpsv3", None)
-    with pytest.raises(ExtraNotInstalled, match=r"memory\.quality=hpsv3 needs the package hpsv3 .*pip install hpsv3"):
-        build_quality(MemorySettings(quality="hpsv3"), CPU)
+def test_hpsv3_scores_frames_together_by_what_was_loaded_for_its_settings() -> None:
+    asked: list[MemorySettings] = []
 
+    def load(memory: MemorySettings) -> Callable[[torch.Tensor], list[float]]:
+        asked.append(memory)
+        return lambda frames_NCHW: frames_NCHW.double().mean((1, 2, 3)).tolist()
 
-class FakeInferencer:
-    """A fake ``hpsv3.HPSv3RewardInferencer``: the mean grey value is the preference, with deviation 1."""
-
-    built: ClassVar[list[dict[str, Any]]] = []
-
-    def __init__(self, **options: Any) -> None:
-        self.built.append(options)
-
-    def reward(self, prompts: list[str], image_paths: list[Any]) -> torch.Tensor:
-        assert prompts == [""]
-        pixels = torch.tensor(list(image_paths[0].convert("RGB").tobytes()), dtype=torch.float32)
-        return torch.tensor([[pixels.mean(), 1.0]])
-
-
-@pytest.fixture
-def fake_hpsv3(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[dict[str, Any]]]:
-    module = types.ModuleType("hpsv3")
-    module.HPSv3RewardInferencer = FakeInferencer  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "hpsv3", module)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    FakeInferencer.built = []
-    yield FakeInferencer.built
-
-
-def put_in_cache(root: Path, repo: str, filename: str) -> Path:
-    folder = root / "hub" / f"models--{repo.replace('/', '--')}"
-    snapshot = folder / "snapshots" / "abc"
-    snapshot.mkdir(parents=True)
-    (snapshot / filename).touch()
-    (folder / "refs").mkdir()
-    (folder / "refs/main").write_text("abc")
-    return snapshot / filename
-
-
-def test_hpsv3_is_loaded_from_the_local_cache_and_scores_with_an_empty_prompt(
-    fake_hpsv3: list[dict[str, Any]], tmp_path: Path
-) -> None:
-    checkpoint = put_in_cache(tmp_path, "MizzenAI/HPSv3", "HPSv3.safetensors")
-    put_in_cache(tmp_path, "Qwen/Qwen2-VL-7B-Instruct", "config.json")
-    quality = build_quality(MemorySettings(quality="hpsv3"), CPU)
-    assert fake_hpsv3 == [{"checkpoint_path": str(checkpoint), "device": "cpu"}]
-    assert (quality.threshold, isinstance(quality, HpsV3Quality)) == (3.0, True)
-    assert quality.score(torch.full((3, 4, 6), 7, dtype=torch.uint8)) == 7.0
-
-
-@pytest.mark.parametrize(
-    ("cached", "missing"),
-    [((), "MizzenAI/HPSv3"), ((("MizzenAI/HPSv3", "HPSv3.safetensors"),), "Qwen/Qwen2-VL-7B-Instruct")],
-)
-def test_missing_hpsv3_weights_say_what_to_download(
-    fake_hpsv3: list[dict[str, Any]], tmp_path: Path, cached: tuple[tuple[str, str], ...], missing: str
-) -> None:
-    for repo, filename in cached:
-        put_in_cache(tmp_path, repo, filename)
-    with pytest.raises(WeightsNotFound, match=f"run: hf download {missing}"):
-        build_quality(MemorySettings(quality="hpsv3"), CPU)
-    assert fake_hpsv3 == []
+    settings = MemorySettings(quality="hpsv3")
+    quality = build_quality(settings, load)
+    assert (asked, quality.name, quality.threshold) == ([settings], "hpsv3", 3.0)
+    assert quality.at_once > 1
+    frames = torch.stack([torch.full((3, 4, 6), value, dtype=torch.uint8) for value in (7, 2)])
+    assert quality.scores(frames) == [7.0, 2.0]

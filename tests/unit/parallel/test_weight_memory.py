@@ -5,6 +5,7 @@ import torch
 
 from storymem_dist.errors import ConfigError
 from storymem_dist.hardware import GIB, host_memory_bytes
+from storymem_dist.memory.scorers import HPSV3_BYTES
 from storymem_dist.models.wan.presets import WAN22_A14B
 from storymem_dist.parallel import weight_memory as module
 from storymem_dist.parallel.settings import ParallelSettings
@@ -13,6 +14,7 @@ from storymem_dist.parallel.weight_memory import (
     decide_experts,
     expert_bytes,
     host_has_room,
+    place_scorer,
     weight_memory,
 )
 from storymem_dist.parallel.working_memory import decode_bytes
@@ -103,6 +105,43 @@ def test_room_is_left_for_the_longest_shot_of_the_job(
     assert found.experts == expected
 
 
+@pytest.mark.parametrize(
+    ("device_gib", "parallel", "experts", "place"),
+    [
+        (139.0, ParallelSettings(), "resident", "device"),
+        (78.6, ParallelSettings(), "resident", "between_shots"),
+        (74.5, ParallelSettings(), "stream", "between_shots"),
+        (47.4, ParallelSettings(), "stream", "between_shots"),
+        (23.1, ParallelSettings(), "stream", "between_shots"),
+        (15.5, ParallelSettings(), "stream", "cpu"),
+        (30.8, ParallelSettings(ulysses=8, weights="fsdp"), "resident", "device"),
+        (27.5, ParallelSettings(ulysses=8, weights="fsdp"), "resident", "between_shots"),
+        (39.4, ParallelSettings(ulysses=2, weights="fsdp"), "swap", "between_shots"),
+        (23.1, ParallelSettings(ulysses=2, weights="fsdp_offload"), "resident", "between_shots"),
+        (None, ParallelSettings(), "resident", "cpu"),
+    ],
+)
+def test_the_scorer_of_keyframes_is_kept_where_it_has_room(
+    monkeypatch: pytest.MonkeyPatch, device_gib: float | None, parallel: ParallelSettings, experts: str, place: str
+) -> None:
+    free = None if device_gib is None else int(device_gib * GIB)
+    monkeypatch.setattr(module, "free_device_memory_bytes", lambda device: free)
+    model = decide_experts(ModelSettings(), parallel, A14B, torch.device("cpu"), scorer_bytes=HPSV3_BYTES)
+    assert model.experts == experts
+    assert place_scorer(HPSV3_BYTES, model, parallel, A14B, torch.device("cpu")) == place
+
+
+def test_experts_do_not_stay_on_a_device_where_the_scorer_could_not_come_between_shots(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two ranks of 42.5 GiB hold half of both experts and their work, but not HPSv3 next to them."""
+    monkeypatch.setattr(module, "free_device_memory_bytes", lambda device: int(42.5 * GIB))
+    parallel, small = ParallelSettings(ulysses=2, weights="fsdp"), ModelSettings(vae_precision="bfloat16")
+    without = decide_experts(small, parallel, A14B, torch.device("cpu"))
+    scoring = decide_experts(small, parallel, A14B, torch.device("cpu"), scorer_bytes=HPSV3_BYTES)
+    assert (without.experts, scoring.experts) == ("resident", "swap")
+
+
 def check(experts: str, *, device: str = "cuda", ranks: int = 8, **parallel: object) -> None:
     check_weight_memory(
         ModelSettings(experts=experts),
@@ -167,6 +206,16 @@ def test_shards_cannot_be_streamed_by_a_rank_alone() -> None:
 def test_ranks_of_a_node_share_its_memory() -> None:
     with pytest.raises(ConfigError, match=r"needs 448.0 GiB of host memory .* 8 ranks on this node, which has 256.0"):
         check("swap")
+
+
+@pytest.mark.usefixtures("node")
+def test_scorers_count_in_the_memory_of_the_host() -> None:
+    needed = {"device": torch.device("cuda"), "ranks_per_node": 4}
+    check_weight_memory(ModelSettings(experts="stream"), ParallelSettings(), A14B, **needed)
+    with pytest.raises(ConfigError, match=r"and the scorer of keyframes \(57\.8 GiB of host memory\) needs 281\.8 GiB"):
+        check_weight_memory(
+            ModelSettings(experts="stream"), ParallelSettings(), A14B, **needed, scorers_on_host=4 * HPSV3_BYTES
+        )
 
 
 @pytest.mark.usefixtures("node")

@@ -1,9 +1,11 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import storymem_dist.events as ev
 from storymem_dist.observe.journal import read_journal
+from storymem_dist.observe.report.timeline import timeline
 from storymem_dist.observe.run.rates import rates, seconds_left
 from storymem_dist.observe.run.state import RunState
 from storymem_dist.observe.run.summary import load_run_state
@@ -56,6 +58,24 @@ def test_steps_that_the_cache_answered_are_counted_by_shot_replica_and_run(tmp_p
     assert rates(state).reuse_ratio == 0.125
     assert rates(state, ("", 0)).flop_utilisation == pytest.approx(0.75 * 0.4 / 1.5), "a reused step is no work"
     assert rates(RunState()).reuse_ratio is None
+
+
+def test_a_shot_of_several_replicas_counts_for_one_and_takes_the_time_of_all(tmp_path: Path) -> None:
+    run = FakeRun(tmp_path / "run", num_stories=1, num_shots=1)
+    with run.replica(0, num_replicas=2) as leader, run.replica(1, num_replicas=2) as helper:
+        run.shot(leader, 0, 0)
+        helper.clock.pass_(9.0)
+        helper.observers.notify(ev.ReplicaHelped(story_id="story_0", shot_id="shot_01", leader=0, elapsed_seconds=8.0))
+    state = fold(run.root)
+    (helping,) = [span for span in state.rows["", 1].spans if span.kind == "helping"]
+    assert helping.end is not None and helping.end - helping.start == 8.0 and helping.shot_id == "shot_01"
+    assert [row.num_finished for _, row in sorted(state.rows.items())] == [1, 0]
+    assert rates(state, ("", 1)).wait_ratio == 0.0, "it was not idle"
+    (attempt,) = state.attempts()
+    alone = rates(state).flop_utilisation
+    attempt.started = replace(attempt.started, num_devices=2, replicas=(0, 1))
+    assert alone is not None and rates(state).flop_utilisation == alone / 2
+    assert "helping" in timeline(state) and "k-helping" in timeline(state)
 
 
 def test_recalled_keyframes_get_the_scores_with_which_they_were_kept(complete: Path) -> None:

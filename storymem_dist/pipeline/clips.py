@@ -1,40 +1,35 @@
-"""The Python API: renders single clips with the components of the batch renderer.
+"""Single clips from pictures that the caller keeps, with the components of the batch renderer.
 
-``StoryMemPipeline`` renders one clip per call and keeps the experts it loaded last. Batches of storyboards, resuming
-and replicas on several GPUs need the command line. Videos are float32 ``[B, C, F, H, W]`` in [-1, 1] with
-B = 1; ``storymem_to_comfyui`` and ``comfyui_to_storymem`` convert from and to ComfyUI's ``[B, F, H, W, C]`` in [0, 1].
+``StoryMemPipeline`` renders one clip per call and keeps the experts it loaded last. Videos are float32
+``[B, C, F, H, W]`` in [-1, 1] with B = 1.
 """
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from types import TracebackType
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from storymem_dist.diffusion.denoise import PromptEmbeds
 from storymem_dist.diffusion.latent_grid import LatentGrid
 from storymem_dist.diffusion.settings import SamplerSettings
-from storymem_dist.errors import ConfigError, StoryMemError
+from storymem_dist.errors import ConfigError
 from storymem_dist.parallel.session import start_session
 from storymem_dist.parallel.settings import ParallelSettings
+from storymem_dist.pipeline.images import ImageLike, to_image_tensor
 from storymem_dist.render.attention import decide_attention
 from storymem_dist.render.build import Engine
 from storymem_dist.render.clip import ClipRequest
-from storymem_dist.story.modes import KIND_OF_MODE, M2V, MI2V, MM2V, NO_CONTINUATION, NUM_GIVEN_FRAMES, T2V
+from storymem_dist.story.modes import KIND_OF_MODE, M2V, MI2V, MM2V, NUM_GIVEN_FRAMES, T2V
 from storymem_dist.weights.bundle import open_weights, packed_model
 from storymem_dist.weights.checkpoints import IN_DIMS, require_folder
 from storymem_dist.weights.lora import lora_inputs, lora_key, shot_loras
 from storymem_dist.weights.lora.storymem import find_storymem_folder
 from storymem_dist.weights.prompt_lengths import CutText, cut_text_of
 from storymem_dist.weights.settings import ModelSettings
-
-ImageLike = Tensor | np.ndarray | Image.Image
-"""An image: a PIL image, a uint8 array ``[H, W, 3]``, a uint8 tensor ``[3, H, W]``, or a float tensor in [-1, 1]."""
 
 Loras = Sequence[str | Mapping[str, Any]]
 """LoRAs of one clip."""
@@ -293,83 +288,3 @@ def _sampler(
         guidance_scale_high=high,
     )
     return settings if negative_prompt is None else replace(settings, negative_prompt=negative_prompt)
-
-
-def to_image_tensor(image: ImageLike) -> Tensor:
-    """Convert any accepted image to uint8 ``[3, H, W]``. Raises ``ConfigError`` for another shape or dtype."""
-    if isinstance(image, Image.Image):
-        image = np.asarray(image.convert("RGB"))
-    if isinstance(image, np.ndarray):
-        if image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
-            return torch.from_numpy(image.copy()).permute(2, 0, 1).contiguous()
-    elif isinstance(image, Tensor) and image.ndim == 3 and image.shape[0] == 3:
-        if image.dtype == torch.uint8:
-            return image.cpu()
-        if image.is_floating_point():
-            return image.cpu().float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
-    shape = getattr(image, "shape", None)
-    raise ConfigError(
-        f"an image is a {type(image).__name__} of shape {None if shape is None else list(shape)} and dtype "
-        f"{getattr(image, 'dtype', None)}; allowed: a PIL image, a uint8 array [H, W, 3], a uint8 tensor [3, H, W] "
-        "or a float tensor [3, H, W] in [-1, 1]"
-    )
-
-
-def storymem_to_comfyui(video_BCFHW: Tensor) -> Tensor:
-    """Convert ``[B, C, F, H, W]`` in [-1, 1] to ComfyUI's ``[B, F, H, W, C]`` in [0, 1], float32, clamped."""
-    _require_video(video_BCFHW, channel_dim=1, layout="[B, 3, F, H, W]")
-    return video_BCFHW.float().add(1).div(2).clamp(0, 1).permute(0, 2, 3, 4, 1).contiguous()
-
-
-def comfyui_to_storymem(video_BFHWC: Tensor) -> Tensor:
-    """Convert ComfyUI's ``[B, F, H, W, C]`` in [0, 1] to ``[B, C, F, H, W]`` in [-1, 1], float32, clamped."""
-    _require_video(video_BFHWC, channel_dim=4, layout="[B, F, H, W, 3]")
-    return video_BFHWC.float().clamp(0, 1).mul(2).sub(1).permute(0, 4, 1, 2, 3).contiguous()
-
-
-def _require_video(video: Tensor, *, channel_dim: int, layout: str) -> None:
-    if video.ndim != 5 or video.shape[channel_dim] != 3:
-        raise ConfigError(f"a video of shape {list(video.shape)} was given; allowed: {layout}")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Availability:
-    """True if clips can be rendered; ``missing`` names what is missing and how to get it."""
-
-    missing: tuple[str, ...]
-
-    def __bool__(self) -> bool:
-        return not self.missing
-
-
-def is_storymem_available(
-    t2v_checkpoint_dir: str | None = "weights/Wan2.2-T2V-A14B",
-    i2v_checkpoint_dir: str | None = "weights/Wan2.2-I2V-A14B",
-    m2v_lora_path: str | None = "weights/StoryMem",
-    packed: str | None = None,
-) -> Availability:
-    """Check weights without loading them (headers only), for both base models and both StoryMem LoRAs.
-
-    ``packed``: check this packed model instead ("nano", which comes with the package, or a file).
-    """
-    settings = ModelSettings(
-        t2v_checkpoint=t2v_checkpoint_dir, i2v_checkpoint=i2v_checkpoint_dir, storymem_lora=m2v_lora_path
-    )
-    if packed is not None:
-        try:
-            folders = packed_model(packed)
-        except StoryMemError as error:
-            return Availability(missing=(str(error),))
-        settings = ModelSettings(
-            t2v_checkpoint=str(folders.t2v_dir),
-            i2v_checkpoint=str(folders.i2v_dir),
-            storymem_lora=str(folders.lora_dir),
-        )
-    missing = []
-    for kind, continuation in ((T2V, NO_CONTINUATION), (M2V, MI2V), (M2V, MM2V)):
-        try:
-            open_weights(settings, [kind], continuation)
-        except StoryMemError as error:
-            if str(error) not in missing:
-                missing.append(str(error))
-    return Availability(missing=tuple(missing))
