@@ -133,7 +133,7 @@ class RenderStory(io.ComfyNode):
                     default=1,
                     min=1,
                     max=64,
-                    tooltip="1: in this process. More: a process of its own on so many GPUs, which render different "
+                    tooltip="1: in this process. More: a process of its own on that many GPUs, which render different "
                     "shots at the same time, or one shot together with the loader's use_fsdp.",
                 ),
                 io.String.Input(

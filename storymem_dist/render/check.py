@@ -5,7 +5,7 @@ Knows nothing of ranks or run folders, and of devices only their memory.
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -15,7 +15,7 @@ from storymem_dist.config.schema import RenderConfig
 from storymem_dist.diffusion.settings import SamplerSettings
 from storymem_dist.dispatch.shot_check import check_shots
 from storymem_dist.dispatch.shot_loras import OpenedLoras, check_loras
-from storymem_dist.errors import StoryboardError
+from storymem_dist.errors import LayoutError, StoryboardError
 from storymem_dist.observe.wandb.process import check_settings
 from storymem_dist.parallel.clip_memory import check_clip_memory
 from storymem_dist.parallel.layout import axes_that_fit, check_guidance
@@ -136,12 +136,18 @@ def _least_demanding(settings: RenderConfig, ranks_per_node: int, weights: Weigh
     if not parallel.free:
         return parallel
     num_nodes = launch.num_nodes if parallel.across_nodes else 1
-    choices = axes_that_fit(
-        parallel,
-        world_size=int(os.environ.get("WORLD_SIZE", "0")) or ranks_per_node * num_nodes,
-        ranks_per_node=ranks_per_node,
-        num_heads=weights.any_checkpoint.dit_config.num_heads,
-    )
+    try:
+        choices = axes_that_fit(
+            parallel,
+            world_size=int(os.environ.get("WORLD_SIZE", "0")) or ranks_per_node * num_nodes,
+            ranks_per_node=ranks_per_node,
+            num_heads=weights.any_checkpoint.dit_config.num_heads,
+        )
+    except LayoutError:  # the session refuses it; a dry run may plan it for another machine
+        pinned = replace(parallel)
+        for name in parallel.free:
+            setattr(pinned, name, "replicated" if name == "weights" else 1)
+        return pinned
     return max(choices, key=lambda one: (one.sequence, one.ranks_per_replica))
 
 

@@ -139,7 +139,7 @@ def test_what_is_not_a_video_is_refused_by_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("frames", "message"),
     [
-        (torch.zeros(2, 3, 60, 96, dtype=torch.uint8), "60x96.*multiples of 16"),
+        (torch.zeros(2, 3, 60, 96, dtype=torch.uint8), "96x60.*multiples of 16"),
         (torch.zeros(2, 3, 64, 96), "uint8"),
         (torch.zeros(2, 64, 96, dtype=torch.uint8), "uint8"),
         (torch.zeros(0, 3, 64, 96, dtype=torch.uint8), "F >= 1"),
