@@ -56,6 +56,17 @@ class Merge:
     leader: int
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Neighbours:
+    """The other replicas at one moment: those that are idle or may soon be, with the kind of experts that each has
+    loaded (None: none, or not known yet), and how many have a shot of their own.
+    """
+
+    idle: Mapping[int, str | None]
+    soon: Mapping[int, str | None]
+    num_busy: int
+
+
 class Gathering:
     """One replica's part in finding together. ``replicas``: those of its node that may work together, itself among
     them; their leaders each have a ``Gathering`` of the same store. ``sleep`` and ``clock`` are in seconds.
@@ -108,17 +119,12 @@ class Gathering:
         self._say(soon if merge is None else _HELPING)
         return merge
 
-    def idle(self) -> Mapping[int, str | None]:
-        """Return the other replicas that are idle, with the kind of experts that each has loaded."""
-        return self._in(_IDLE)
-
-    def soon_idle(self) -> Mapping[int, str | None]:
-        """Return the other replicas that may be idle soon, likewise."""
-        return self._in(_SOON)
-
-    def num_busy(self) -> int:
-        """Return how many other replicas have a shot of their own."""
-        return len(self._in(_BUSY))
+    def neighbours(self) -> Neighbours:
+        """Return what the other replicas do. One look: between two, one could go from ``soon`` to ``idle`` unseen."""
+        states = self._states()
+        return Neighbours(
+            idle=_in(_IDLE, states), soon=_in(_SOON, states), num_busy=sum(word == _BUSY for word in states.values())
+        )
 
     def call(self, team: Team) -> Merge | None:
         """Call the other replicas of ``team``; None when one of them has something else to do by then."""
@@ -153,14 +159,6 @@ class Gathering:
         if verdict != _ON:
             return None
         return Merge(team=Team(first=int(first), size=int(size)), leader=int(call.split(".")[0]))
-
-    def _in(self, state: str) -> dict[int, str | None]:
-        found = {}
-        for replica, word in self._states().items():
-            name, _, kind = word.partition(" ")
-            if name == state:
-                found[replica] = None if kind == _NOTHING_LOADED else kind
-        return found
 
     def _states(self) -> dict[int, str]:
         """The words of the other replicas, none without a store. One that has not begun will look for work soon."""
@@ -198,6 +196,16 @@ class Gathering:
             except ConnectionError:
                 self._store = None
         return ""
+
+
+def _in(state: str, words: Mapping[int, str]) -> dict[int, str | None]:
+    """The replicas in ``state``, with what they have loaded."""
+    found: dict[int, str | None] = {}
+    for replica, word in words.items():
+        name, _, kind = word.partition(" ")
+        if name == state:
+            found[replica] = None if kind == _NOTHING_LOADED else kind
+    return found
 
 
 def _state_key(replica: int) -> str:

@@ -88,11 +88,13 @@ class ElasticTail:
         self._team = None
         if self._rules is None or shot.kind == GIVEN:
             return shot
-        idle = self._able(self._rules.gathering.idle(), shot, queue)
-        soon = self._able(self._rules.gathering.soon_idle(), shot, queue)
+        others = self._rules.gathering.neighbours()
+        idle = self._able(others.idle, shot, queue)
+        not_begun = {replica: None for replica, loaded in others.soon.items() if loaded is None}
+        soon = self._able(others.soon, shot, queue) | not_begun
         num_ready = queue.graph.num_ready()
         num_idle = 1 + len(idle) + len(soon)
-        num_idle_anywhere = num_idle + self._num_idle_elsewhere(queue)
+        num_idle_anywhere = num_idle + self._num_idle_elsewhere(queue, others.num_busy)
         if num_ready >= num_idle_anywhere:
             self._holds_since = None
             return shot
@@ -131,18 +133,18 @@ class ElasticTail:
             if (merge := gathering.call(team)) is not None:
                 return merge
             self._sleep(_CALL_SECONDS)
-            around = {self._rules.replica, *gathering.idle(), *gathering.soon_idle()}
-            if not around.issuperset(team.replicas):
+            others = gathering.neighbours()
+            if not {self._rules.replica, *others.idle, *others.soon}.issuperset(team.replicas):
                 break
         return None
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
-    def _num_idle_elsewhere(self, queue: ShotQueue) -> int:
-        """Replicas of other nodes and jobs that hold no shot, as far as known."""
+    def _num_idle_elsewhere(self, queue: ShotQueue, num_busy: int) -> int:
+        """Replicas of other nodes and jobs that hold no shot, as far as known; ``num_busy`` of this node hold one."""
         assert self._rules is not None
         others = queue.num_sharing - self._rules.replicas_per_node
-        held_by_others = len(queue.graph.leased()) - self._rules.gathering.num_busy()
+        held_by_others = len(queue.graph.leased()) - num_busy
         return max(0, others - max(0, held_by_others))
 
     def _may_hold(self) -> bool:

@@ -44,23 +44,25 @@ def idle(gathering: Gathering, loaded: str | None = "m2v") -> Gathering:
 
 def test_who_is_idle_and_with_which_experts(store: Any) -> None:
     first = replica(store, 0, of=4)
-    assert first.idle() == {} and first.soon_idle() == {1: None, 2: None, 3: None}, "the others have not begun"
+    assert first.neighbours().idle == {} and first.neighbours().soon == {1: None, 2: None, 3: None}, (
+        "the others have not begun"
+    )
     others = [replica(store, number, of=4) for number in (1, 2, 3)]
-    assert first.idle() == {} and first.soon_idle() == {1: None, 2: None, 3: None}
+    assert first.neighbours().idle == {} and first.neighbours().soon == {1: None, 2: None, 3: None}
     idle(others[0], "t2v")
     others[1].look_for_work("m2v")
     others[2].be_busy()
-    assert first.idle() == {1: "t2v"} and first.soon_idle() == {2: "m2v"}
+    assert first.neighbours().idle == {1: "t2v"} and first.neighbours().soon == {2: "m2v"}
     assert others[0].look_for_work("t2v") is None
     others[0].be_busy()
-    assert first.idle() == {}
+    assert first.neighbours().idle == {}
 
 
 def test_a_called_replica_takes_part(store: Any) -> None:
     first, second = replica(store, 0), idle(replica(store, 1))
     merge = first.call(PAIR)
     assert merge == Merge(team=PAIR, leader=0)
-    assert first.idle() == {} and first.call(PAIR) is None, "it cannot be called twice"
+    assert first.neighbours().idle == {} and first.call(PAIR) is None, "it cannot be called twice"
     assert second.look_for_work("m2v") == merge
     assert second.look_for_work("m2v") is None, "once"
     idle(second)
@@ -123,7 +125,7 @@ def test_without_the_store_every_replica_is_on_its_own(store: Any) -> None:
     second._store = Gone()
     assert second.look_for_work("m2v") is None
     second.wait(0.1, "m2v")
-    assert second.idle() == second.soon_idle() == {} and second.call(PAIR) is None
+    assert second.neighbours().idle == second.neighbours().soon == {} and second.call(PAIR) is None
 
 
 def test_replicas_that_call_and_look_at_once_always_agree(store: Any) -> None:

@@ -91,6 +91,28 @@ def test_the_last_shot_is_rendered_by_all_idle_replicas(root: Path, store: Any) 
     assert node.claim(2) == ("fox", Merge(team=Team(first=0, size=4), leader=2))
 
 
+def test_a_replica_that_becomes_idle_while_another_looks_is_seen(root: Path, store: Any) -> None:
+    node = Node(root, store, [make_story("fox", 3)], of=2)
+    node.be("soon", 1)
+    look = node.gatherings[0]._states
+
+    def then_idle() -> dict[int, str]:
+        states = look()
+        node.be("idle", 1)
+        return states
+
+    node.gatherings[0]._states = then_idle  # type: ignore[method-assign]
+    assert node.claim(0) is None, "it waits for the other one"
+    assert node.claim(0) == ("fox", Merge(team=Team(first=0, size=2), leader=0))
+
+
+def test_a_replica_waits_for_one_that_has_not_begun(root: Path, store: Any) -> None:
+    node = Node(root, store, [make_story("fox", 3)], of=2)
+    assert node.claim(0) is None
+    node.be("idle", 1)
+    assert node.claim(0) == ("fox", Merge(team=Team(first=0, size=2), leader=0))
+
+
 def test_with_a_shot_for_each_replica_nobody_works_together(root: Path, store: Any) -> None:
     node = Node(root, store, [make_story(name, 3) for name in ("a", "b", "c", "d")])
     node.be("idle", 1, 2, 3)
