@@ -15,6 +15,9 @@ from torch import Tensor
 
 from storymem_dist.files import read_limited, write_bytes
 
+CACHE_FOLDER = Path("cache") / "scores"
+"""In a run folder."""
+
 CACHE_FORMAT = 1
 """Part of every name. Increase it when a measure is computed in another way."""
 

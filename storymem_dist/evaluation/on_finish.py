@@ -17,21 +17,15 @@ import torch
 
 from storymem_dist.artifacts.run_folder import RunFolder
 from storymem_dist.dispatch.leases import LeaseFolder, Owner
-from storymem_dist.errors import StoryMemError
-from storymem_dist.evaluation.afterwards import show_scores
-from storymem_dist.evaluation.models import Models
-from storymem_dist.evaluation.ranks import choose_device
-from storymem_dist.evaluation.scoring import CACHE_FOLDER, score_run
+from storymem_dist.evaluation.cache import CACHE_FOLDER
 from storymem_dist.evaluation.settings import EvaluationSettings
 from storymem_dist.events import WarningIssued
 from storymem_dist.files import hold_lock
 from storymem_dist.observe.journal import JournalWriter, new_writer_id
 from storymem_dist.observe.observers import Observers
 from storymem_dist.observe.settings import TrackingSettings
-from storymem_dist.parallel.launcher_watch import follow_launcher
 from storymem_dist.resources import PACKAGE_FOLDER
-from storymem_dist.terminal.program import program
-from storymem_dist.terminal.streams import print_error, print_line
+from storymem_dist.terminal.streams import print_error
 
 _LOCK = "on_finish.lock"
 _LAST_WORDS_BYTES = 2000
@@ -52,7 +46,7 @@ def score_finished_run(root: Path, settings: EvaluationSettings, tracking: Track
             problem = _in_own_process(root, settings, tracking)
         finally:
             lock.release()
-    except Exception as error:
+    except Exception as error:  # the run is rendered: whatever scoring raises is a warning
         problem = f"{type(error).__name__}: {error}"
     except KeyboardInterrupt:
         problem = "it was interrupted"
@@ -70,7 +64,7 @@ def is_last(root: Path) -> bool:
 
 
 def _in_own_process(root: Path, settings: EvaluationSettings, tracking: TrackingSettings) -> str | None:
-    """Run ``main`` as a process; return why it failed, or None."""
+    """Run ``finished_run`` as a process; return why it failed, or None."""
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
@@ -83,7 +77,7 @@ def _in_own_process(root: Path, settings: EvaluationSettings, tracking: Tracking
     }
     path = os.pathsep.join(filter(None, (str(PACKAGE_FOLDER.parent), os.environ.get("PYTHONPATH"))))
     process = subprocess.Popen(
-        [sys.executable, "-m", "storymem_dist.evaluation.on_finish", json.dumps(job)],
+        [sys.executable, "-m", "storymem_dist.evaluation.finished_run", json.dumps(job)],
         stdin=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": path},
@@ -110,27 +104,3 @@ def _warn(root: Path, message: str) -> None:
             observers.notify(WarningIssued(message=message, source="evaluation"))
     except OSError:
         pass  # it is said above
-
-
-def main() -> None:
-    """Score one run folder, as the command line's JSON says; print one line, or the error and exit with its code."""
-    with program("storymem-score"):
-        job = json.loads(sys.argv[1])
-        follow_launcher(int(job["launcher"]))
-        root, settings = Path(job["root"]), EvaluationSettings(**job["settings"])
-        try:
-            models = Models(settings, choose_device(settings, int(os.environ.get("LOCAL_RANK", "0"))))
-            scores = score_run(root, models)
-        except StoryMemError as error:
-            print_error(error)
-            sys.exit(error.exit_code)
-        fed = show_scores(root, report=bool(job["report"]), wandb_mode=job["wandb"], warn=print_error)
-        for note in scores.notes:
-            print_line(f"scores: {note}")
-        if fed:
-            print_line(f"scores: Weights & Biases: {fed}")
-        print_line(f"scores: {root / 'scores.json'}")
-
-
-if __name__ == "__main__":
-    main()

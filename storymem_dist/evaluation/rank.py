@@ -8,10 +8,9 @@ import contextlib
 import sys
 from pathlib import Path
 
-from storymem_dist.evaluation.cache import FeatureCache
+from storymem_dist.evaluation.cache import CACHE_FOLDER, FeatureCache
 from storymem_dist.evaluation.models import Models
 from storymem_dist.evaluation.ranks import choose_device
-from storymem_dist.evaluation.scoring import CACHE_FOLDER
 from storymem_dist.evaluation.settings import EvaluationSettings
 from storymem_dist.evaluation.tasks import Task, compute
 from storymem_dist.files import read_json

@@ -17,7 +17,7 @@ from torch import Tensor
 from storymem_dist.artifacts.scores import MEASURES, RunScores, ShotScores, StoryScores, write_scores
 from storymem_dist.errors import RunFolderError
 from storymem_dist.evaluation import metrics
-from storymem_dist.evaluation.cache import FeatureCache, joint
+from storymem_dist.evaluation.cache import CACHE_FOLDER, FeatureCache, joint
 from storymem_dist.evaluation.clips import ShotClip, StoryClips, find_clips
 from storymem_dist.evaluation.measures import ClipDescription, agreement, seam
 from storymem_dist.evaluation.models import AESTHETIC, VICLIP, Models
@@ -35,8 +35,6 @@ from storymem_dist.evaluation.tasks import (
 )
 from storymem_dist.observe.run.files import RunFiles
 from storymem_dist.observe.run.format import count
-
-CACHE_FOLDER = Path("cache") / "scores"
 
 
 class Workers(Protocol):

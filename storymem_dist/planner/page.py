@@ -26,15 +26,22 @@ _COLOURS = dict(
     )
 )
 _STYLE = """
-.bars { display: grid; gap: .35rem; } .bar-row { display: grid; grid-template-columns: 24rem 1fr 9rem; gap: .75rem; align-items: center; }
-.bar-row > span:first-child { overflow-wrap: anywhere; font-size: .9rem; } .bar { position: relative; height: 1.2rem; background: var(--screen); border-radius: 4px; overflow: hidden; }
-.bar > i { position: absolute; top: 0; bottom: 0; } .bar > b { position: absolute; top: 0; bottom: 0; width: 2px; background: var(--bad); }
-.gantt { display: grid; gap: 2px; min-width: 700px; } .gantt-row { display: grid; grid-template-columns: 7rem 1fr; gap: .5rem; align-items: center; font-size: .8rem; }
-.lane { position: relative; height: 1rem; background: var(--screen); border-radius: 3px; overflow: hidden; } .lane > i { position: absolute; top: 0; bottom: 0; border-right: 1px solid var(--page); }
-.key { display: flex; flex-wrap: wrap; gap: 1rem; } .key i { display: inline-block; width: .8rem; height: .8rem; margin-right: .3rem; vertical-align: -1px; }
+.bars { display: grid; gap: .35rem; }
+.bar-row { display: grid; grid-template-columns: 24rem 1fr 9rem; gap: .75rem; align-items: center; }
+.bar-row > span:first-child { overflow-wrap: anywhere; font-size: .9rem; }
+.bar { position: relative; height: 1.2rem;
+  background: var(--screen); border-radius: 4px; overflow: hidden; }
+.bar > i { position: absolute; top: 0; bottom: 0; }
+.bar > b { position: absolute; top: 0; bottom: 0; width: 2px; background: var(--bad); }
+.gantt { display: grid; gap: 2px; min-width: 700px; }
+.gantt-row { display: grid; grid-template-columns: 7rem 1fr; gap: .5rem; align-items: center; font-size: .8rem; }
+.lane { position: relative; height: 1rem; background: var(--screen); border-radius: 3px; overflow: hidden; }
+.lane > i { position: absolute; top: 0; bottom: 0; border-right: 1px solid var(--page); }
+.key { display: flex; flex-wrap: wrap; gap: 1rem; }
+.key i { display: inline-block; width: .8rem; height: .8rem; margin-right: .3rem; vertical-align: -1px; }
 #rejected td { min-width: 14rem; }
 @media (max-width: 800px) { .bar-row { grid-template-columns: 1fr; } }
-"""  # noqa: E501
+"""
 
 
 def plan_page(plan: Plan) -> str:

@@ -11,8 +11,8 @@ from storymem_dist.artifacts.run_folder import RunFolder
 from storymem_dist.artifacts.scores import read_scores
 from storymem_dist.dispatch.leases import LeaseFolder, Owner
 from storymem_dist.evaluation import on_finish
+from storymem_dist.evaluation.cache import CACHE_FOLDER
 from storymem_dist.evaluation.on_finish import is_last, score_finished_run
-from storymem_dist.evaluation.scoring import CACHE_FOLDER
 from storymem_dist.evaluation.settings import EvaluationSettings
 from storymem_dist.events import WarningIssued
 from storymem_dist.files import hold_lock

@@ -14,12 +14,12 @@ from storymem_dist.artifacts.scores import RunScores, read_scores
 from storymem_dist.artifacts.video import read_clip
 from storymem_dist.errors import RunFolderError
 from storymem_dist.evaluation import tasks
-from storymem_dist.evaluation.cache import FeatureCache
+from storymem_dist.evaluation.cache import CACHE_FOLDER, FeatureCache
 from storymem_dist.evaluation.clips import find_clips
 from storymem_dist.evaluation.frames import middle_frames
 from storymem_dist.evaluation.models import Models
 from storymem_dist.evaluation.ranks import RankProcesses
-from storymem_dist.evaluation.scoring import CACHE_FOLDER, score_run
+from storymem_dist.evaluation.scoring import score_run
 from storymem_dist.evaluation.settings import EvaluationSettings
 from storymem_dist.observe.run.files import RunFiles
 from tests.helpers.fake_run import FakeRun
