@@ -1,4 +1,4 @@
-# The image that the SITE: lines of slurm/*.sbatch name. Checked with `hadolint Dockerfile` (2.15.1); nobody has built it yet.
+# The image that launch/kubernetes/ and the SITE: lines of slurm/*.sbatch name. Checked with `hadolint Dockerfile` (2.15.1); nobody has built it yet.
 #
 #   docker build -t storymem_dist .
 #   docker run --rm --gpus all --ipc=host -v "$PWD:/work" storymem_dist storymem-doctor

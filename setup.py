@@ -13,6 +13,7 @@ setup(
     package_dir={f"storymem_dist.assets.{name}": name for name in ASSETS},
     package_data={
         "storymem_dist": ["py.typed"],
+        "storymem_dist.observe.live": ["*.css", "*.js"],
         "storymem_dist.observe.report": ["*.css", "*.js"],
         "storymem_dist.planner": ["*.json"],
         "storymem_dist.weights": ["published.yaml", "packed_files/*"],

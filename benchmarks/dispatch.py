@@ -54,9 +54,11 @@ from storymem_dist.config.composing import register_schema, to_plain, to_setting
 from storymem_dist.config.points import Point
 from storymem_dist.dispatch.cost import CostModel
 from storymem_dist.dispatch.graph import ShotGraph
-from storymem_dist.dispatch.leases import Lease, LeaseFolder, Owner
+from storymem_dist.dispatch.leases import Lease, LeaseFolder
+from storymem_dist.dispatch.owners import Owner
 from storymem_dist.dispatch.plan import PlannedShot
-from storymem_dist.dispatch.queue import ShotQueue, lease_key
+from storymem_dist.dispatch.queue import ShotQueue
+from storymem_dist.dispatch.scanning import lease_key
 from storymem_dist.dispatch.settings import DispatchSettings
 from storymem_dist.dispatch.story_graph import ShotStatus
 from storymem_dist.memory.settings import MemorySettings
@@ -324,7 +326,7 @@ def time_to_first_shot(num_stories: int, *, all_first: bool) -> dict[str, object
             "stories": num_stories,
             "prompts": "all first" if all_first else "as needed",
             "to the first shot s": round(time.monotonic() - began, 1),
-            "encoded before it": len(list((root / "run" / "cache" / "prompts").iterdir())),
+            "encoded before it": len(list((root / "run" / "cache" / "prompts").rglob("*.safetensors"))),
         }
 
 

@@ -8,8 +8,10 @@ export STORYMEM_PYTHON=${STORYMEM_PYTHON:-python3}
 # One name for all nodes, restarts and requeues of a job: the job does not retry a shot that failed in it, and applies
 # dispatch.rerender once. The tasks of an array are one job. Without this name every torchrun group is a separate job.
 export STORYMEM_JOB_ID=${STORYMEM_JOB_ID:-slurm-${SLURM_ARRAY_JOB_ID:-${SLURM_JOB_ID:-$(hostname)-$$}}}
-# Distinguishes the torchrun groups of one job, in the live view and the report.
-export STORYMEM_NODE=${STORYMEM_NODE:-${SLURM_ARRAY_TASK_ID:-${SLURM_NODEID:-0}}}
+# Distinguishes the torchrun groups of one job, in the live view and the report. JOB_COMPLETION_INDEX is the number of a
+# pod in a Kubernetes job.
+pod=$((${STORYMEM_GROUP:-0} * ${STORYMEM_NODES:-1} + ${JOB_COMPLETION_INDEX:-0}))
+export STORYMEM_NODE=${STORYMEM_NODE:-${SLURM_ARRAY_TASK_ID:-${SLURM_NODEID:-$pod}}}
 
 # launch=torchrun sets what the ranks themselves need (NCCL, allocator, threads): storymem_dist/launch/environment.py.
 # NCCL chooses a network card. A site with several names the fast one:
@@ -36,6 +38,11 @@ storymem_state() {
     *failed*) echo failed ;;
     *"done"*) echo "done" ;;
   esac
+}
+
+# storymem_was_signalled FOLDER: whether a job stopped there because of a signal, not because of a person's request.
+storymem_was_signalled() {
+  grep -qs '"reason": *"SIG[A-Z0-9]*"' "$1"/stop.json "$1"/*/stop.json
 }
 
 # storymem_quoted WORDS...: print a command as one line that a shell reads back.

@@ -13,6 +13,7 @@ Also computes the identity of large files. Knows nothing of their contents.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -74,12 +75,6 @@ def fsync_folder(path: Path) -> None:
         fsync_file(path)
 
 
-def rename_durably(source: Path, path: Path) -> None:
-    """Flush a finished file, then rename it to ``path`` on the same file system. Raises ``OSError``."""
-    fsync_file(source)
-    source.replace(path)
-
-
 @contextlib.contextmanager
 def replacing(path: Path, *, durable: bool = True) -> Iterator[Path]:
     """Yield a temporary path to write; on success it is flushed and renamed to ``path``, on failure it is removed.
@@ -115,11 +110,11 @@ def _name_file(error: BaseException, path: Path) -> None:
         error.filename = str(path)
 
 
-def publish_exclusively(source: Path, path: Path) -> bool:
+def publish_exclusively(source: Path, path: Path, *, durable: bool = True) -> bool:
     """Hard-link the finished file ``source`` to ``path`` unless that name is taken; return whether it was linked.
 
     This makes a commit happen exactly once: of all processes on all machines, one gets True. If the answer of an NFS
-    server is lost, its client repeats the request and gets "exists"; the link counts as made.
+    server is lost, its client repeats the request and gets "exists"; the link counts as made. ``durable``: flushed.
     """
     try:
         os.link(source, path)
@@ -128,19 +123,23 @@ def publish_exclusively(source: Path, path: Path) -> bool:
             return os.path.samestat(source.stat(), path.stat())
         except FileNotFoundError:
             return False
-    fsync_folder(path.parent)
+    if durable:
+        fsync_folder(path.parent)
     return True
 
 
-def create_exclusively(path: Path, data: bytes, *, durable: bool = True) -> bool:
-    """Create ``path`` with ``data`` unless it exists; return whether it was created. Never seen half-written."""
+def create_exclusively(path: Path, data: bytes, *, durable: bool = True, mode: int | None = None) -> bool:
+    """Create ``path`` unless it exists; return whether it was created. Never half-written. ``mode``: permissions."""
     temporary = temporary_name(path)
     try:
         with os.fdopen(create_file(temporary), "wb") as file:
             file.write(data)
+            if mode is not None:
+                with contextlib.suppress(OSError):  # a file system without permissions
+                    os.fchmod(file.fileno(), mode)
         if durable:
             fsync_file(temporary)
-        return publish_exclusively(temporary, path)
+        return publish_exclusively(temporary, path, durable=durable)
     except OSError as error:
         _name_file(error, path)
         raise
@@ -154,6 +153,8 @@ def link_or_replace(source: Path, path: Path) -> None:
 
     Does nothing if it is one already: renaming a hard link over another one of the same file leaves both names.
     """
+    with contextlib.suppress(FileExistsError):
+        return os.link(source, path)
     with contextlib.suppress(FileNotFoundError):
         if os.path.samestat(source.stat(), path.lstat()):
             return
@@ -194,13 +195,16 @@ def resolve_inside(root: Path, path: str | Path) -> Path:
 
 def open_regular(path: Path) -> BinaryIO:
     """Open a regular file for reading. Never waits. Raises ``UnsafePath`` for a folder, pipe, socket or device."""
-    if not stat.S_ISREG(path.stat().st_mode):
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno == errno.ENXIO:  # a socket
+            raise UnsafePath(f"{path} is not a regular file") from None
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
         raise UnsafePath(f"{path} is not a regular file")
-    file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
-        raise UnsafePath(f"{path} is not a regular file")
-    return file
+    return os.fdopen(descriptor, "rb")
 
 
 def read_limited(path: Path, max_bytes: int) -> bytes:
@@ -370,10 +374,7 @@ def file_digest(path: Path) -> str:
 
 
 def quick_digest(path: Path) -> str:
-    """Return a hex digest of a file's size and of at most 192 KiB of its content, read in 18 pieces.
-
-    A smaller file is covered whole. Does not depend on times. Raises ``OSError``.
-    """
+    """Return a hex digest of a file's size and 192 KiB of its content (a smaller file: all). Raises ``OSError``."""
     return _sampled(path, _QUICK_EDGE_BYTES, _QUICK_NUM_SAMPLES)
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from storymem_dist.errors import RunFolderError
-from storymem_dist.files import UnsafePath, read_limited, safetensors_metadata, write_bytes
+from storymem_dist.files import UnsafePath, names_in, read_limited, safetensors_metadata, write_bytes
 from storymem_dist.hardware import machine_fault
 from storymem_dist.models.wan.text_encoder import clean_prompt
 
@@ -37,11 +37,14 @@ class PromptCache:
         """``folder`` is created with the first entry; encoders of any identity may share it."""
         self._folder = folder
         self._encoder_identity = encoder_identity
+        self._is_flat = any(name.endswith(".safetensors") for name in names_in(folder))
 
     def path(self, prompt: str) -> Path:
-        """Return the path of the entry of ``prompt``, which need not exist."""
+        """Return the path of the entry of ``prompt``, which need not exist. An earlier version's has no subfolder."""
         key = f"{FORMAT_VERSION}\n{self._encoder_identity}\n{clean_prompt(prompt)}"
-        return self._folder / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
+        digest = hashlib.sha256(key.encode()).hexdigest()
+        early = self._folder / f"{digest}.safetensors"
+        return early if self._is_flat and early.exists() else self._folder / digest[:2] / early.name
 
     def find(self, prompt: str) -> Tensor | None:
         """Return the embedding ``[num_tokens, text_dim]`` on the CPU, in the encoder's dtype.
@@ -79,7 +82,7 @@ class PromptCache:
         metadata = {"prompt": clean_prompt(prompt), "sha256": _checksum(embeds)}
         path = self.path(prompt)
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             write_bytes(path, save({_TENSOR: embeds}, metadata), durable=False)  # a damaged entry is written again
         except OSError as error:
             what = f"{path}: the prompt cache cannot be written ({error.strerror or error})"

@@ -14,12 +14,16 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from storymem_dist.files import canonical_json, file_digest, quick_digest
 
 RECORD_FORMAT = 1
+
+RUN_FORMAT = 1
+"""Format of a run folder, written in its marker."""
 
 _CHECKSUM = "checksum"
 _MAX_NUMBER = 2**63 - 1
@@ -184,15 +188,23 @@ def _checked_host(value: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check_types(part: Any) -> None:
     """Raise ``TypeError`` unless the fields of ``part`` have the types of their annotations (containers: outside)."""
-    hints = typing.get_type_hints(type(part))
-    for name, hint in hints.items():
+    of: Any = type(part)
+    for name, kinds in _kinds(of).items():
         value = getattr(part, name)
-        allowed = typing.get_args(hint) if typing.get_origin(hint) is types.UnionType else (hint,)
-        kinds = tuple(typing.get_origin(kind) or kind for kind in allowed)
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
             raise TypeError(f"{name} is a {type(value).__name__}")
         if isinstance(value, int) and abs(value) > _MAX_NUMBER:
             raise TypeError(f"{name} is out of range")
+
+
+@cache
+def _kinds(of: type) -> dict[str, tuple[type, ...]]:
+    """What the fields of a class may hold: a report reads thousands of records, and the look at hints is slow."""
+    kinds = {}
+    for name, hint in typing.get_type_hints(of).items():
+        allowed = typing.get_args(hint) if typing.get_origin(hint) is types.UnionType else (hint,)
+        kinds[name] = tuple(typing.get_origin(kind) or kind for kind in allowed)
+    return kinds
 
 
 def describe_file(path: Path) -> StoredFile:

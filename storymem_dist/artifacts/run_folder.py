@@ -12,6 +12,7 @@
     failures/<story>.<shot>.<fp>.json     shots that failed, with reasons
     checkpoints/<story>/<shot>/           denoising states of running shots
     rerender/<story>.<shot>.<n>.json      forced re-renders; their number is the shot's generation
+    requests/                             what people ask of the queue (``requests.py``)
     seeds/<name>.json                     seeds drawn where a negative one was given
     events/<writer>.jsonl, cache/         written by other modules
     STOP                                  made by a person or a script: all replicas stop after the running step
@@ -30,6 +31,8 @@ from pathlib import Path
 from typing import Any
 
 from storymem_dist.artifacts.records import ShotRecord
+from storymem_dist.artifacts.requests import RequestLog
+from storymem_dist.artifacts.sharding import RUN_FORMATS, SHARDED_RUN_FORMAT, format_for, shard_of
 from storymem_dist.artifacts.shot_folder import ShotFolder
 from storymem_dist.artifacts.storyboard_copy import write_storyboard
 from storymem_dist.errors import RunFolderError, shortened, shown
@@ -44,7 +47,6 @@ from storymem_dist.files import (
 )
 from storymem_dist.story.schema import Story
 
-RUN_FORMAT = 1
 MARKER = "storymem_run.json"
 STOP_FILE = "STOP"
 
@@ -79,6 +81,7 @@ class RunFolder:
 
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root).absolute()
+        self._format: int | str | None = None
 
     @property
     def stories_folder(self) -> Path:
@@ -106,13 +109,29 @@ class RunFolder:
         return self.root / "cache"
 
     @property
+    def commits_folder(self) -> Path:
+        """Folder of the notes of commits (``commit_log.py``)."""
+        return self.cache_folder / "commits"
+
+    @property
     def stop_file(self) -> Path:
         """The file whose appearance asks all replicas to stop."""
         return self.root / STOP_FILE
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether stories lie in ``sharding.shard_of`` their names. Reads the marker, once it is there."""
+        if self._format is None:
+            with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+                self._format = read_json(self.root / MARKER)["format"]
+        return self._format == SHARDED_RUN_FORMAT
+
+    def _place(self, folder: Path, name: str) -> Path:
+        return folder / shard_of(name) / name if self.is_sharded else folder / name
+
     def story_folder(self, story_id: str) -> Path:
         """Folder of one story."""
-        return self.stories_folder / story_id
+        return self._place(self.stories_folder, story_id)
 
     def shot(self, story_id: str, shot_id: str) -> ShotFolder:
         """Attempts and records of one shot."""
@@ -124,7 +143,7 @@ class RunFolder:
 
     def checkpoint(self, story_id: str, shot_id: str, fingerprint: str) -> Path:
         """Path of the denoising state of a running shot."""
-        return self.root / "checkpoints" / story_id / shot_id / f"{fingerprint[:16]}.safetensors"
+        return self._place(self.root / "checkpoints", story_id) / shot_id / f"{fingerprint[:16]}.safetensors"
 
     def remove_checkpoints(self, story_id: str, shot_id: str, fingerprint: str) -> None:
         """Remove the checkpoints of a committed shot, half-written files too."""
@@ -146,16 +165,17 @@ class RunFolder:
 
     # -- the folder itself ---------------------------------------------------------------------------------------------
 
-    def open(self) -> str:
+    def open(self, num_stories: int = 0) -> str:
         """Create the run folder, or check that it is one; return its run id. Several processes may do so at once.
 
+        A new folder is made for a job of ``num_stories`` (see ``sharding``).
         Raises ``RunFolderError`` when it cannot be made, holds something else, or is of another format.
         """
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             if not (self.root / MARKER).exists():
                 self._refuse_foreign_folder()
-                marker = {"format": RUN_FORMAT, "run_id": secrets.token_hex(8), "created": _utc_now()}
+                marker = {"format": format_for(num_stories), "run_id": secrets.token_hex(8), "created": _utc_now()}
                 create_exclusively(self.root / MARKER, canonical_json(marker))
             for folder in (self.stories_folder, self.leases_folder, self.failures_folder, self.events_folder):
                 folder.mkdir(exist_ok=True)
@@ -173,9 +193,10 @@ class RunFolder:
         """Return the run's id from its marker. Raises ``RunFolderError`` when there is none or it cannot be used."""
         try:
             marker = read_json(self.root / MARKER)
-            if marker["format"] != RUN_FORMAT:
+            if marker["format"] not in RUN_FORMATS:
                 raise RunFolderError(
-                    f"{self.root} is a run folder of format {marker['format']!r}; this version works on {RUN_FORMAT}"
+                    f"{self.root} is a run folder of format {marker['format']!r}; this version works on "
+                    + " and ".join(map(str, RUN_FORMATS))
                 )
             return str(marker["run_id"])
         except FileNotFoundError:
@@ -215,8 +236,9 @@ class RunFolder:
     def drawn_seed(self, name: str) -> int:
         """Return the seed of ``name`` in this run, 0 to 2**31 - 1: drawn at the first call, then always the same."""
         path = self._seed_path(name)
-        path.parent.mkdir(exist_ok=True)
-        create_exclusively(path, canonical_json({"seed": secrets.randbelow(2**31)}))
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            create_exclusively(path, canonical_json({"seed": secrets.randbelow(2**31)}))
         return self._read_seed(path)
 
     def known_seed(self, name: str) -> int | None:
@@ -234,7 +256,7 @@ class RunFolder:
         return value
 
     def _seed_path(self, name: str) -> Path:
-        return self.root / "seeds" / f"{name}.json"
+        return self._place(self.root / "seeds", f"{name}.json")
 
     def rerender(self, shots: Iterable[tuple[str, str]], request_id: str) -> None:
         """Increase the generation of each (story, shot) by one, once per ``request_id`` (a job with its restarts)."""
@@ -259,11 +281,22 @@ class RunFolder:
                 generations[key] = max(generations.get(key, 0), int(match[3]))
         return generations
 
+    def requests_before(self, job: str) -> int:
+        """Return the number of the last request to the queue before ``job`` began (see ``RequestLog.number_before``).
+
+        A folder that is no run folder yet has none. Raises ``RunFolderError`` when it cannot be used.
+        """
+        try:
+            return RequestLog(self.root).number_before(job) if (self.root / MARKER).exists() else 0
+        except (OSError, ValueError) as error:
+            raise RunFolderError(f"output={shown(str(self.root))}: its requests cannot be read: {error}") from error
+
     # -- failures ------------------------------------------------------------------------------------------------------
 
     def write_failure(self, failure: FailureRecord) -> None:
         """Mark a shot as failed; replaces the mark of the same fingerprint. Raises ``OSError``."""
-        write_bytes(self._failure_path(failure.story_id, failure.shot_id, failure.fingerprint), failure_json(failure))
+        path = self._failure_path(failure.story_id, failure.shot_id, failure.fingerprint)
+        write_bytes(path, canonical_json(asdict(failure)))
 
     def read_failure(self, story_id: str, shot_id: str, fingerprint: str) -> FailureRecord | None:
         """Return the failure mark of a shot, if there is one. A damaged mark counts as none and is removed.
@@ -335,11 +368,6 @@ def _holds_files(path: Path, max_depth: int = 8) -> bool:
     if path.is_symlink() or not path.is_dir() or not max_depth:
         return True
     return any(_holds_files(inside, max_depth - 1) for inside in path.iterdir())
-
-
-def failure_json(failure: FailureRecord) -> bytes:
-    """Return the JSON text of a failure mark."""
-    return canonical_json(asdict(failure))
 
 
 def shot_ids(names: Sequence[str], known: Iterable[tuple[str, Mapping[str, str]]]) -> list[tuple[str, str]]:

@@ -179,20 +179,22 @@ class ShotFolder:
             raise DamagedRecord(f"the record {self._record_path(fingerprint)} has disappeared")
         return record
 
-    def read_images(self, record: ShotRecord) -> tuple[list[Tensor], Tensor | None]:
+    def read_images(
+        self, record: ShotRecord, *, keyframes: bool = True, tail: bool = True
+    ) -> tuple[list[Tensor], Tensor | None]:
         """Return the keyframes' images, uint8 ``[3, H, W]``, and the tail, uint8 ``[n, 3, H, W]``, of a record.
 
-        If an image cannot be decoded, sets the record aside and raises ``DamagedRecord``.
+        Reads only what is wanted. If an image cannot be decoded, sets the record aside and raises ``DamagedRecord``.
         """
         try:
-            keyframes = [self._read_image(record, keyframe.file) for keyframe in record.keyframes]
-            tail = [self._read_image(record, name) for name in record.tail]
+            images = [self._read_image(record, kept.file) for kept in record.keyframes if keyframes]
+            end = [self._read_image(record, name) for name in record.tail if tail]
         except (RunFolderError, DamagedRecord) as error:
             path = self._record_path(record.fingerprint)
             with contextlib.suppress(OSError):
                 self._set_aside(path, read_limited(path, MAX_JSON_BYTES))
             raise DamagedRecord(f"the record {path} was set aside: {error}") from error
-        return keyframes, torch.stack(tail) if tail else None
+        return images, torch.stack(end) if end else None
 
     def _read_image(self, record: ShotRecord, name: str) -> Tensor:
         """One image of a record; its bytes are compared with the hash. Raises ``DamagedRecord``, ``RunFolderError``."""

@@ -27,6 +27,14 @@ def report() -> int:
         return main()
 
 
+def queue() -> int:
+    """``storymem-queue``; returns the exit code."""
+    with program("storymem-queue"):
+        from storymem_dist.cli.queue import main
+
+        return main()
+
+
 def doctor() -> None:
     """``storymem-doctor``."""
     with program("storymem-doctor"):

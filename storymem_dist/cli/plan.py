@@ -120,6 +120,8 @@ def _calibrate(overrides: Sequence[str]) -> int:
 
 
 def _write(path: Path, text: str) -> None:
+    if path.exists() and not path.is_file():  # a new file would replace a device or a pipe
+        raise ConfigError(f"{path} cannot be written: it is a folder, a device or a pipe; give another file")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(path, text.encode(errors="backslashreplace"), durable=False)

@@ -20,6 +20,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from storymem_dist.config.composing import register_schema
+from storymem_dist.config.launch import SUBMITTING
 from storymem_dist.config.overrides import COMPOSING_ERRORS, as_error, is_multirun, prepare
 from storymem_dist.config.points import Point
 from storymem_dist.errors import CollectiveFailed, ConfigError, StoryMemError
@@ -60,10 +61,10 @@ class Application:
 
         def render_point() -> int:
             point = point_of(config, name)
-            if point.settings.launch.mode == "slurm":
+            if point.settings.launch.submits:
                 raise ConfigError(
-                    "launch=slurm submits one job for a whole sweep, and hydra/launcher=submitit_slurm one for each "
-                    "point; use one of them: launch=torchrun with submitit"
+                    f"launch={point.settings.launch.mode} submits one job for a whole sweep, and "
+                    "hydra/launcher=submitit_slurm one for each point; use one of them: launch=torchrun with submitit"
                 )
             return self.render([point], sweep=Path(sweep_folder).name)
 
@@ -80,7 +81,7 @@ class Application:
         """
         launch = points[0].settings.launch
         set_cache_folders(points[0].settings.output)
-        if launch.dry_run and launch.mode != "slurm":
+        if launch.dry_run and not launch.submits:
             from storymem_dist.launch.forecast import describe, hardware_of
 
             print_text(describe(points, hardware=hardware_of(points[0].settings)))
@@ -93,6 +94,10 @@ class Application:
             from storymem_dist.launch.slurm import submit
 
             return submit(points, self.arguments)
+        if launch.mode == "kubernetes":
+            from storymem_dist.launch.kubernetes import submit as submit_to_kubernetes
+
+            return submit_to_kubernetes(points, self.arguments)
         from storymem_dist.render.job import render_job
 
         return render_job(points, sweep=sweep)
@@ -111,7 +116,7 @@ class Application:
 
     def _print_next(self, config: DictConfig) -> None:
         """Name the next command if this job ended early; the first rank only."""
-        if os.environ.get("RANK", "0") != "0" or config.launch.mode == "slurm" or config.launch.dry_run:
+        if os.environ.get("RANK", "0") != "0" or config.launch.mode in SUBMITTING or config.launch.dry_run:
             return
         folder = Path(expand_home(config.output, "output"))
         print_text(next_line([read_point(folder)], self.exit_code, self.error))

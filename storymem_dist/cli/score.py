@@ -109,8 +109,8 @@ def _num_processes(settings: RenderConfig) -> int:
             "this process is one of the ranks that torchrun or accelerate started (WORLD_SIZE is set); start "
             "storymem-score directly, with launch=torchrun"
         )
-    if launch.mode == "slurm" or launch.num_nodes > 1:
-        what = "launch=slurm" if launch.mode == "slurm" else f"launch.num_nodes={launch.num_nodes}"
+    if launch.submits or launch.num_nodes > 1:
+        what = f"launch={launch.mode}" if launch.submits else f"launch.num_nodes={launch.num_nodes}"
         raise ConfigError(f"{what}: scores are computed on one node; use launch=torchrun in a job of your own")
     if launch.mode == "inline":
         return 1

@@ -44,6 +44,7 @@ PATHS = (
     "memory.hpsv3_checkpoint",
     "parallel.zero3_nvme_path",
     "launch.slurm.template",
+    "launch.kubernetes.template",
     "evaluation.viclip",
     "evaluation.clip_l",
     "evaluation.aesthetic",

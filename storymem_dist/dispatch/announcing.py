@@ -111,6 +111,18 @@ def shot_lost(shot: PlannedShot, attempt_id: str) -> ShotFailed:
     )
 
 
+def shot_replaced(shot: PlannedShot, attempt_id: str) -> ShotFailed:
+    """An attempt ended because the shot was planned anew on request."""
+    return ShotFailed(
+        story_id=shot.story_id,
+        shot_id=shot.shot_id,
+        reason="a request asks to render it again from its first step",
+        error_type="RenderedAgain",
+        attempt_id=attempt_id,
+        will_retry=True,
+    )
+
+
 def shots_blocked(story: StoryGraph, announced: set[tuple[int, str]]) -> list[ShotSkipped]:
     """Shots of ``story`` cannot be rendered, because one that they need has failed.
 

@@ -35,16 +35,16 @@ def choose_shot(
     if (given := graph.best_ready(GIVEN, num_replicas)) is not None:
         return given
     if loaded is None:
-        return _more_urgent(best(M2V), best(T2V))
+        return _more_urgent(graph, best(M2V), best(T2V))
     freed = graph.freed_by(saving) if saving is not None else []
     follows = [shot for shot in freed if shot.kind == loaded]
     if any(graph.cannot_wait(shot, num_replicas) for shot in follows):
         return None
     shot, other = best(loaded), best(M2V if loaded == T2V else T2V)
-    if follows and shot is not None and follows[0].story.priority < shot.story.priority:
+    if follows and shot is not None and graph.priority(follows[0]) < graph.priority(shot):
         return None
     if shot is not None:
-        return _more_urgent(other, shot)
+        return _more_urgent(graph, other, shot)
     if other is None:
         return None
     wait = 0.0 if follows else expected_wait(loaded)  # saving takes no time, compared with swapping
@@ -79,11 +79,11 @@ def _best(graph: ShotGraph, kind: str, lora_key: str, num_replicas: int) -> Plan
     if first is None or first.lora_key == lora_key or graph.cannot_wait(first, num_replicas):
         return first
     same = graph.best_ready(kind, num_replicas, lora_key)
-    return _more_urgent(first, same)
+    return _more_urgent(graph, first, same)
 
 
-def _more_urgent(one: PlannedShot | None, other: PlannedShot | None) -> PlannedShot | None:
+def _more_urgent(graph: ShotGraph, one: PlannedShot | None, other: PlannedShot | None) -> PlannedShot | None:
     """``one`` if its story has a lower priority than that of ``other``, or there is no other."""
     if one is None or other is None:
         return other if one is None else one
-    return one if one.story.priority < other.story.priority else other
+    return one if graph.priority(one) < graph.priority(other) else other

@@ -10,9 +10,12 @@ from pathlib import Path
 
 from storymem_dist.artifacts.run_folder import SMALL_FOLDERS, RunFolder
 from storymem_dist.dispatch.leases import LeaseFolder
-from storymem_dist.dispatch.queue import ShotQueue, lease_key, parse_lease_key
+from storymem_dist.dispatch.queue import ShotQueue
+from storymem_dist.dispatch.scanning import lease_key, parse_lease_key
 from storymem_dist.dispatch.story_graph import ShotStatus, StoryGraph
 from storymem_dist.files import temporaries_in
+
+_MANY = 64
 
 
 def clean_up(
@@ -27,8 +30,11 @@ def clean_up(
 
     Lists all files first, and removes them only if this process is still alone after that. So the list has no file of
     a living process: each writes a heartbeat before it makes any file here. Leases on shots that are still to be
-    rendered stay, because they count deaths; so do leases on stories of other jobs.
+    rendered stay, because they count deaths; so do leases on stories of other jobs. Among many, the first replica of a
+    job alone looks whether the others are dead.
     """
+    if leases.owner.replica and leases.count_alive() > _MANY:
+        return
     leases.mark_dead_owners()
     dead = leases.dead_owners()
     if not leases.is_alone() or (only_after_deaths and not dead):

@@ -15,17 +15,17 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from storymem_dist.artifacts.shot_folder import new_attempt_id
 from storymem_dist.diffusion.denoise import DenoiseState
 from storymem_dist.dispatch import announcing
+from storymem_dist.dispatch.assigning import assign
 from storymem_dist.dispatch.ending import Ending, outcome_of, unusable
-from storymem_dist.dispatch.history import DamagedHistory, read_checkpoint, read_history
-from storymem_dist.dispatch.leases import Owner
-from storymem_dist.dispatch.opening import OpenBatch, open_batch, share, why_again
+from storymem_dist.dispatch.graph import shot_key
+from storymem_dist.dispatch.opening import OpenBatch, open_batch, share
+from storymem_dist.dispatch.owners import Owner
 from storymem_dist.dispatch.plan import BatchPart
 from storymem_dist.dispatch.protocol import Assignment, Called, End, RenderedShot, ShotJob
-from storymem_dist.dispatch.queue import Claim, ShotQueue, failure_at
-from storymem_dist.dispatch.saving import BackgroundSave, HeldShot, SaveEnd
+from storymem_dist.dispatch.queue import OPERATIONS_PER_LEASE_CHECK, Claim, ShotQueue, failure_at
+from storymem_dist.dispatch.saving import BackgroundSave, HeldShot, SaveEnd, save_checkpoint
 from storymem_dist.dispatch.settings import DispatchSettings
 from storymem_dist.dispatch.stop import StopSwitch
 from storymem_dist.dispatch.story_ends import StoryEnds
@@ -33,9 +33,8 @@ from storymem_dist.dispatch.story_graph import ShotStatus
 from storymem_dist.dispatch.story_video import StoryVideoMaker
 from storymem_dist.dispatch.summary import STOPPED, BatchSummary, Replica, Tally
 from storymem_dist.dispatch.tail import ElasticTail, TeamRules
-from storymem_dist.errors import MachineError, RunFolderError
+from storymem_dist.errors import MachineError
 from storymem_dist.events import ReplicaWaited, StopRequested, WarningIssued
-from storymem_dist.hardware import machine_fault
 
 _LONGEST_PAUSE = 4.0  # between two claims while no shot is ready, in units of poll_seconds
 _LEASE_CHECK_SECONDS = 1.0  # between two checks of the lease of the running shot
@@ -86,7 +85,7 @@ class Coordinator:
             check_contents=self._check_contents,
             stop_reason=self._stop.reason,
         )
-        self._stop.when_requested(self._batch.note_stopping)
+        self._stop.when_requested(self._batch.note_stopping, self._queue.pace)
         self._tally.num_skipped = self._batch.num_skipped
         self._ends.know(self._queue.graph.stories)
         if self._replica.index == 0:
@@ -142,11 +141,12 @@ class Coordinator:
             if (merge := self._tail.look_for_work(loaded)) is not None:
                 self._note_wait(waited)
                 return Called(merge=merge)
-            if reason := self._stop.reason():
-                self._announce_stop(reason)
-                self._end = End(state=STOPPED, reason=reason)
-                break
             try:
+                self._opened.requests.follow(self._queue)
+                if reason := self._stop_reason(between_shots=True):
+                    self._announce_stop(reason)
+                    self._end = End(state=STOPPED, reason=reason)
+                    break
                 claim = self._queue.claim(loaded, lora_key, lambda shot: self._tail.instead(shot, self._queue))
                 for shot, failure in self._queue.take_given_up():
                     self._parts[shot.part].observers.notify(announcing.shot_failed(failure, ""))
@@ -177,66 +177,40 @@ class Coordinator:
         return self._end
 
     def _assign(self, claim: Claim) -> Assignment | None:
-        """Collect what rendering the claimed shot needs; None when a record before it is damaged."""
-        shot, part = claim.shot, self._parts[claim.shot.part]
-        part.run.shot(shot.story_id, shot.shot_id).discard_orphans(shot.fingerprint)
-        part.run.write_storyboard(shot.story)
-        try:
-            history = read_history(part.run, self._queue.graph.story_of(shot), shot)
-        except DamagedHistory as damage:
-            self._warn(part, f"{damage}; the shot is rendered again", "resume")
-            self._queue.release(claim, ShotStatus.WAITING)
-            self._queue.graph.set_state(damage.shot, ShotStatus.WAITING)
+        """Begin an attempt at the claimed shot; None when a record before it is damaged."""
+        part = self._parts[claim.shot.part]
+        found = assign(claim, part, queue=self._queue, tail=self._tail, owner=self._owner, replica=self._replica)
+        if found is None:
             return None
-        began, attempt_id = time.monotonic(), new_attempt_id(shot.fingerprint, self._owner.owner_id)
-        why = why_again(part, shot)
-        job = shot.job(attempt_id, why)
-        resume, from_the_start = None, ""
-        try:
-            resume = read_checkpoint(part.run, shot)
-        except RunFolderError as error:
-            from_the_start = f"{error}; the shot starts at its first step"
-        merge = self._tail.gather(claim, self._queue)  # last of what may fail: those called wait for this replica
-        part.observers.notify(announcing.shot_started(job, part, history, merge, self._replica.num_devices))
-        part.observers.notify(announcing.queue_sampled(self._queue.graph))
-        if from_the_start:
-            self._warn(part, from_the_start, "resume")
-        resumed_at = None if resume is None else resume.step
-        self._running = HeldShot(claim=claim, attempt_id=attempt_id, resumed_at=resumed_at, began=began, merge=merge)
+        assignment, self._running = found
         self._lost, self._next_lease_check = False, 0.0
-        if resume is not None:
-            part.observers.notify(announcing.shot_resumed(job, resume))
-        return Assignment(job=job, history=history, resume=resume, low_memory=claim.low_memory, merge=merge)
+        return assignment
 
     # -- while a shot is rendered --------------------------------------------------------------------------------------
 
     def should_stop(self) -> bool:
         """Whether to stop the running shot between two steps: a stop was requested, another replica has taken it over,
-        or the save of the previous shot ended with an error that ends the batch.
+        it is not to be rendered any more, or the save of the previous shot ended with an error that ends the batch.
         """
         if self._saving is not None and self._saving.has_crashed:
             return True  # a later call raises the error, so that the running shot is not blamed for it
         self._collect_saved()
         now = time.monotonic()
         if now >= self._next_lease_check and not self._lost:
-            self._next_lease_check = now + _LEASE_CHECK_SECONDS
+            self._next_lease_check = now + self._queue.pace.seconds(_LEASE_CHECK_SECONDS, OPERATIONS_PER_LEASE_CHECK)
             self._lost = not self._queue.still_held(self._held.claim)
-        if reason := self._stop.reason():
+        try:
+            self._opened.requests.follow(self._queue, in_shot=True)
+        except OSError as error:
+            raise unusable(error) from error
+        if reason := self._stop_reason():
             self._announce_stop(reason)
             return True
-        return self._lost or self._end is not None
+        return self._lost or self._end is not None or not self._opened.requests.is_wanted(self._held.shot, self._queue)
 
     def save_checkpoint(self, state: DenoiseState) -> None:
         """Save the running shot between two steps. Raises ``MachineError``; another failure is only a warning."""
-        shot, part = self._held.shot, self._parts[self._held.shot.part]
-        path = part.run.checkpoint(shot.story_id, shot.shot_id, shot.fingerprint)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            state.save(path)
-        except (OSError, RunFolderError) as error:
-            if fault := machine_fault(error, while_writing=True):
-                raise fault from error
-            self._warn(part, f"{error}; the render continues without this step checkpoint", "save")
+        save_checkpoint(self._parts[self._held.shot.part], self._held.shot, state)
 
     def note_helping(self, job: ShotJob | None) -> None:
         """This replica helps another to render ``job``; None: it does not any more."""
@@ -253,8 +227,7 @@ class Coordinator:
     def shot_stopped(self, state: DenoiseState | None) -> None:
         """The running shot stopped: save its state, if it has one, unless another replica has taken it over."""
         held = self._held
-        if not self._queue.still_held(held.claim):
-            self._give_up_lost_shot(held)
+        if self._gives_up(held):
             return
         try:
             if state is not None:
@@ -275,7 +248,7 @@ class Coordinator:
             story_videos=self._story_videos,
             host={"replica": self._replica.index, "job_id": self._owner.job_id, "resumed_at_step": held.resumed_at}
             | ({} if held.merge is None else {"replicas": list(held.merge.team.replicas)}),
-            may_publish=partial(self._queue.still_held, held.claim),
+            may_publish=partial(self._may_publish, held),
             release=partial(self._queue.release_lease, held.claim),
         )
         if not self._settings.overlap_saving:
@@ -303,11 +276,13 @@ class Coordinator:
                 if held.merge is None:
                     self._queue.note_rendered(held.shot, saved.elapsed_seconds)
                 self._release(held, ShotStatus.COMMITTED)
-                self._ends.announce_if_failed(self._queue.graph.story_of(held.shot), self._queue.failures)
+                if (entry := self._queue.graph.find(shot_key(held.shot))) is not None:
+                    self._ends.announce_if_failed(entry[0], self._queue.failures)
+                self._opened.requests.note_committed(held.shot, self._queue)
                 for shot in saved.damaged:
                     self._queue.mark_damaged(shot)
             case SaveEnd.LOST:
-                self._give_up_lost_shot(held)
+                self._gives_up(held, lost=True)
             case SaveEnd.FAILED:
                 self._fail(held, f"the shot cannot be saved: {saved.error}", type(saved.error).__name__)
 
@@ -318,8 +293,7 @@ class Coordinator:
     def _fail(
         self, held: HeldShot, reason: str, error_type: str, *, details: str = "", low_memory_next: bool = False
     ) -> None:
-        if not self._queue.still_held(held.claim):
-            self._give_up_lost_shot(held)
+        if self._gives_up(held):
             return
         shot, part = held.shot, self._parts[held.shot.part]
         is_final = not low_memory_next
@@ -362,7 +336,7 @@ class Coordinator:
 
     @property
     def _story_videos(self) -> StoryVideoMaker:
-        return StoryVideoMaker(parts=self._parts, leases=self._opened.leases, check_contents=self._check_contents)
+        return StoryVideoMaker(parts=self._parts, view=self._queue, check_contents=self._check_contents)
 
     @property
     def _held(self) -> HeldShot:
@@ -374,13 +348,37 @@ class Coordinator:
         if held is self._running:
             self._running = None
 
-    def _give_up_lost_shot(self, held: HeldShot) -> None:
-        self._parts[held.shot.part].observers.notify(announcing.shot_lost(held.shot, held.attempt_id))
-        self._release(held, ShotStatus.LEASED)  # to the replica that has taken it over
+    def _gives_up(self, held: HeldShot, *, lost: bool = False) -> bool:
+        """Give up an attempt whose shot was planned anew on request, or which another replica has taken over (``lost``:
+        that is known); return whether it was. Nothing of it is kept.
+        """
+        shot, part = held.shot, self._parts[held.shot.part]
+        if self._queue.graph.find(shot_key(shot)) is None:
+            part.observers.notify(announcing.shot_replaced(shot, held.attempt_id))
+            with contextlib.suppress(OSError):
+                part.run.remove_checkpoints(shot.story_id, shot.shot_id, shot.fingerprint)
+            self._release(held, ShotStatus.WAITING)
+        elif lost or not self._queue.still_held(held.claim):
+            part.observers.notify(announcing.shot_lost(shot, held.attempt_id))
+            self._release(held, ShotStatus.LEASED)  # to the replica that has taken it over
+        else:
+            return False
+        return True
+
+    def _may_publish(self, held: HeldShot) -> bool:
+        """Whether a rendered shot may be committed. Called in the thread that saves it."""
+        return self._queue.graph.find(shot_key(held.shot)) is not None and self._queue.still_held(held.claim)
+
+    def _stop_reason(self, *, between_shots: bool = False) -> str | None:
+        """Why to stop: a request to stop without ``--now`` counts only between two shots."""
+        asked = self._opened.requests.stop
+        if asked is not None and (asked.now or between_shots):
+            self._stop.request(f"stop requested by {asked.who}")
+        return self._stop.reason()
 
     def _make_missing_story_videos(self) -> bool:
         """Make the videos of complete stories that have none; False when the batch may not be finished after that."""
-        stories = self._queue.graph.stories
+        stories = [story for story in self._queue.graph.stories if not self._queue.video_is_known(story)]
         first = len(stories) * self._replica.index // self._replica.count  # each replica begins with other stories
         return self._story_videos.make_missing(stories[first:] + stories[:first], self._queue.mark_damaged)
 

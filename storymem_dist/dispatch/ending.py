@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from storymem_dist.dispatch import announcing
-from storymem_dist.dispatch.leases import Owner
 from storymem_dist.dispatch.opening import OpenBatch
+from storymem_dist.dispatch.owners import Owner
 from storymem_dist.dispatch.plan import BatchPart
 from storymem_dist.dispatch.protocol import End
 from storymem_dist.dispatch.summary import DONE, FAILED, BatchSummary, Tally, summarize
@@ -82,9 +82,12 @@ class Ending:
 
 def outcome_of(batch: OpenBatch) -> End:
     """Return how a batch ends whose shots have all been rendered or cannot be."""
-    num_failed = sum(story.is_failed for story in batch.queue.graph.stories) + len(batch.rejected)
+    stories = batch.queue.graph.stories
+    num_failed = sum(story.is_failed for story in stories) + len(batch.rejected)
     if not num_failed:
-        return End(state=DONE)
+        num_skipped = sum(story.is_skipped and not story.is_complete for story in stories)
+        left_out = {"skipped on request": num_skipped, "left to another job": len(batch.requests.not_added)}
+        return End(state=DONE, reason=", ".join(f"{number} {what}" for what, number in left_out.items() if number))
     return End(state=FAILED, reason=f"{num_failed} stories could not be rendered completely")
 
 

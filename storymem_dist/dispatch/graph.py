@@ -11,6 +11,8 @@ this rule: 0.96). Shortest-first also completes stories one after the other inst
 ``benchmarks/dispatch.py`` measures both.
 
 Ready shots are in heaps: a change of state costs O(log shots), and choosing among 30,000 shots takes microseconds.
+While the batch is rendered, stories may join it, be planned anew, get another priority or be skipped, and all stories
+of a part may be held back (``requests``).
 Knows nothing of files, leases or time.
 """
 
@@ -55,24 +57,93 @@ class ShotGraph:
     """The stories of a job, their states, and the ready shots of each kind."""
 
     def __init__(self, stories: Iterable[Sequence[PlannedShot]]) -> None:
-        self.stories = [StoryGraph(number, shots) for number, shots in enumerate(stories)]
-        self._by_key = {
-            shot_key(shot): (story, position) for story in self.stories for position, shot in enumerate(story.shots)
-        }
+        self.stories: list[StoryGraph] = []
+        self._by_key: dict[ShotKey, tuple[StoryGraph, int]] = {}
+        self._by_id: dict[tuple[int, str], StoryGraph] = {}
         self._longest_ready: dict[_Group, _Heap] = {}
         self._shortest_ready: dict[_Group, _Heap] = {}
         self._longest_open = _Heap(-1.0)
-        self._ready = [[False] * len(story.shots) for story in self.stories]
-        self._next = [[False] * len(story.shots) for story in self.stories]
-        self._work = [[0.0] * len(story.shots) for story in self.stories]
+        self._ready: list[list[bool]] = []
+        self._next: list[list[bool]] = []
+        self._work: list[list[float]] = []
         self._total_work = 0.0
         self._num_ready: dict[str, int] = {}
         self._leased: set[tuple[int, int]] = set()
         self._num_over = 0
-        for story in self.stories:
-            self._num_over += story.is_over
-            for position in range(len(story.shots)):
-                self._refresh(story, position)
+        self._held_parts: set[int] = set()
+        for shots in stories:
+            self.add_story(shots)
+
+    # -- stories -------------------------------------------------------------------------------------------------------
+
+    def add_story(self, shots: Sequence[PlannedShot]) -> StoryGraph:
+        """Add a story, all of whose shots are still to be rendered, and return it."""
+        story = StoryGraph(len(self.stories), shots)
+        self.stories.append(story)
+        self._ready.append([False] * len(shots))
+        self._next.append([False] * len(shots))
+        self._work.append([0.0] * len(shots))
+        self._enter(story)
+        return story
+
+    def replace_story(self, story: StoryGraph, shots: Sequence[PlannedShot]) -> StoryGraph:
+        """Put the same story, planned anew, in place of ``story``; return it.
+
+        Shots whose fingerprint is the same keep their states. The others are still to be rendered.
+        """
+        new, number = StoryGraph(story.number, shots), story.number
+        new.priority, new.is_skipped = story.priority, story.is_skipped
+        states = {shot_key(shot): state for shot, state in zip(story.shots, story.states, strict=True)}
+        for position, shot in enumerate(story.shots):
+            self._total_work -= self._work[number][position]
+            self._num_ready[shot.kind] = self._num_ready.get(shot.kind, 0) - self._ready[number][position]
+            self._leased.discard((number, position))
+        self._num_over -= _is_closed(story)
+        self.stories[number] = new
+        self._ready[number], self._next[number] = [False] * len(shots), [False] * len(shots)
+        self._work[number] = [0.0] * len(shots)
+        self._enter(new)
+        for key in states.keys() - {shot_key(shot) for shot in shots}:  # after that: a thread may look for the others
+            del self._by_key[key]
+        for shot in shots:
+            if (state := states.get(shot_key(shot))) is not None:
+                self.set_state(shot, state)
+        return new
+
+    def _enter(self, story: StoryGraph) -> None:
+        self._by_id[story.part, story.story_id] = story
+        self._by_key |= {shot_key(shot): (story, position) for position, shot in enumerate(story.shots)}
+        self._num_over += _is_closed(story)
+        self._refresh_all(story)
+
+    def set_priority(self, story: StoryGraph, priority: int) -> None:
+        """Give ``story`` a priority that is not higher than its own."""
+        if priority < story.priority:
+            story.priority = priority
+            for position, is_ready in enumerate(self._ready[story.number]):
+                if is_ready:
+                    self._push_ready(story, position)
+
+    def set_skipped(self, story: StoryGraph, is_skipped: bool) -> None:
+        """Skip ``story``: none of its shots is ready any more, and the batch ends without it; or take that back."""
+        if is_skipped != story.is_skipped:
+            self._num_over -= _is_closed(story)
+            story.is_skipped = is_skipped
+            self._num_over += _is_closed(story)
+            self._refresh_all(story)
+
+    def set_held(self, part_index: int, is_held: bool) -> None:
+        """Hold back all shots of a part that are not leased, without ending the batch; or take that back."""
+        if is_held != (part_index in self._held_parts):
+            (self._held_parts.add if is_held else self._held_parts.discard)(part_index)
+            for story in self.stories_of(part_index):
+                self._refresh_all(story)
+
+    def story(self, part_index: int, story_id: str) -> StoryGraph | None:
+        """Return a story by its id; None when this job has no such story."""
+        return self._by_id.get((part_index, story_id))
+
+    # -- shots ---------------------------------------------------------------------------------------------------------
 
     def find(self, key: ShotKey) -> tuple[StoryGraph, int] | None:
         """Return a shot by its key, as its story and its position there; None when this job has no such shot."""
@@ -94,9 +165,9 @@ class ShotGraph:
     def set_state(self, shot: PlannedShot, state: ShotStatus) -> None:
         """Set the state of ``shot`` and update all that depends on it."""
         story, position = self._by_key[shot_key(shot)]
-        was_over = story.is_over
+        was_closed = _is_closed(story)
         changed = story.set_state(position, state)
-        self._num_over += story.is_over - was_over
+        self._num_over += _is_closed(story) - was_closed
         for one in changed:
             self._refresh(story, one)
 
@@ -131,6 +202,10 @@ class ShotGraph:
         """Whether the batch would get longer if ``shot``, once it is ready, waited for another one."""
         story, position = self._by_key[shot_key(shot)]
         return self._cannot_wait(story.number, position, num_replicas)
+
+    def priority(self, shot: PlannedShot) -> int:
+        """Return the priority of the story of ``shot``."""
+        return self.story_of(shot).priority
 
     def path_from(self, shot: PlannedShot) -> float:
         """Return the TFLOP of the longest path from ``shot`` to the end of its story, itself included."""
@@ -171,7 +246,7 @@ class ShotGraph:
 
     @property
     def is_finished(self) -> bool:
-        """Whether nothing is ready or running: every shot is done, or cannot be."""
+        """Whether nothing is ready or running: every shot is done, or cannot be, or belongs to a skipped story."""
         return self._num_over == len(self.stories)
 
     def longest_path(self) -> float:
@@ -193,7 +268,7 @@ class ShotGraph:
     @staticmethod
     def _is_next(story: StoryGraph, position: int) -> bool:
         """Whether a shot is ready or being rendered."""
-        return story.is_free(position) and story.is_open(position)
+        return story.is_free(position) and story.is_open(position) and not story.is_skipped
 
     def _cannot_wait(self, number: int, position: int, num_replicas: int) -> bool:
         """Whether the batch would get longer if this shot waited for another one."""
@@ -207,7 +282,7 @@ class ShotGraph:
         is_leased = state is ShotStatus.LEASED
         (self._leased.add if is_leased else self._leased.discard)((number, position))
         had_work, work = self._work[number][position], 0.0
-        if story.is_open(position) and state is not ShotStatus.COMMITTED:
+        if story.is_open(position) and not story.is_skipped and state is not ShotStatus.COMMITTED:
             work = shot.cost / 2 if is_leased else shot.cost  # on average half of it is done
         self._work[number][position] = work
         self._total_work += work - had_work
@@ -215,15 +290,30 @@ class ShotGraph:
         self._next[number][position] = is_next
         if is_next and not was_next:
             self._longest_open.push(story, position)
-        ready, was_ready = state is ShotStatus.WAITING and story.is_free(position), self._ready[number][position]
-        if ready == was_ready:
+        is_claimable = not story.is_skipped and story.part not in self._held_parts
+        ready = state is ShotStatus.WAITING and story.is_free(position) and is_claimable
+        if ready == self._ready[number][position]:
             return
         self._ready[number][position] = ready
         self._num_ready[shot.kind] = self._num_ready.get(shot.kind, 0) + (1 if ready else -1)
         if ready:
-            for group in ((shot.kind, None), (shot.kind, shot.lora_key)):
-                self._longest_ready.setdefault(group, _Heap(-1.0)).push(story, position, shot.story.priority)
-                self._shortest_ready.setdefault(group, _Heap(1.0)).push(story, position, shot.story.priority)
+            self._push_ready(story, position)
+
+    def _push_ready(self, story: StoryGraph, position: int) -> None:
+        """Put a ready shot into its heaps. An entry with an earlier, higher priority may stay: it comes later."""
+        shot = story.shots[position]
+        for group in ((shot.kind, None), (shot.kind, shot.lora_key)):
+            self._longest_ready.setdefault(group, _Heap(-1.0)).push(story, position, story.priority)
+            self._shortest_ready.setdefault(group, _Heap(1.0)).push(story, position, story.priority)
+
+    def _refresh_all(self, story: StoryGraph) -> None:
+        for position in range(len(story.shots)):
+            self._refresh(story, position)
+
+
+def _is_closed(story: StoryGraph) -> bool:
+    """Whether nothing of a story is to be rendered any more."""
+    return story.is_over or story.is_skipped
 
 
 def shot_key(shot: PlannedShot) -> ShotKey:

@@ -40,12 +40,13 @@ def read_history(run: RunFolder, story: StoryGraph, shot: PlannedShot) -> ShotHi
         folder = run.shot(story.story_id, before.shot_id)
         try:
             record = folder.require_record(before.fingerprint)
-            images, end = folder.read_images(record)
+            remembers = before.index in remembered
+            images, end = folder.read_images(record, keyframes=remembers, tail=continues)
         except DamagedRecord as damage:
             raise DamagedHistory(before, str(damage)) from damage
         if continues:
             tail = end
-        if before.index in remembered:
+        if remembers:
             keyframes += [
                 Keyframe(image=image, shot_index=before.index, slot=kept.slot, frame_index=kept.frame_index)
                 for image, kept in zip(images, record.keyframes, strict=True)

@@ -20,18 +20,15 @@ Knows keys, owners and files; nothing of shots.
 import contextlib
 import os
 import re
-import secrets
-import socket
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from storymem_dist.dispatch.helping import marks_of_helpers
+from storymem_dist.dispatch.owners import Owner, owner_json, owner_of, read_alive, read_owner
 from storymem_dist.files import canonical_json, create_exclusively, names_in, read_json
-from storymem_dist.hardware import boot_id, pid_namespace, process_start
 
 WORKING = "working"
 WAITING = "waiting"
@@ -41,52 +38,6 @@ _LEASE_NAME = re.compile(r"(?P<key>.+)\.(?P<generation>\d+)\.lease")
 _FILE_OF_A_LEASE = re.compile(r"(?P<key>.+)\.\d+\.(lease|stopping|\d+\.helping)")
 _ALIVE_SUFFIX = ".alive"
 _DEAD_SUFFIX = ".dead"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Owner:
-    """A process that holds leases: one replica leader in one start.
-
-    ``job_id`` is shared by all replicas and restarts of a job. With ``boot_id``, ``pid_namespace``, ``pid`` and
-    ``pid_start`` (empty where unknown), another process on the same machine can check whether this one still runs.
-    """
-
-    owner_id: str
-    job_id: str
-    replica: int
-    host: str
-    pid: int
-    boot_id: str
-    pid_namespace: str
-    pid_start: str
-
-    @classmethod
-    def this_process(cls, job_id: str = "", replica: int = 0) -> "Owner":
-        """Describe the running process under a fresh owner id, which also names its job when ``job_id`` is empty."""
-        host = re.sub(r"[^A-Za-z0-9]+", "-", socket.gethostname())[:24] or "host"
-        owner_id = f"{host}-{os.getpid()}-{secrets.token_hex(4)}"
-        return cls(
-            owner_id=owner_id,
-            job_id=job_id or owner_id,
-            replica=replica,
-            host=host,
-            pid=os.getpid(),
-            boot_id=boot_id(),
-            pid_namespace=pid_namespace(),
-            pid_start=process_start(os.getpid()) or "",
-        )
-
-    def is_known_dead(self) -> bool:
-        """Whether this owner's process is certainly gone. False where this process cannot know (another machine)."""
-        return self._is_of_this_machine() and process_start(self.pid) != self.pid_start
-
-    def is_known_alive(self) -> bool:
-        """Whether this owner's process certainly exists (perhaps paused). False where this process cannot know."""
-        return self._is_of_this_machine() and process_start(self.pid) == self.pid_start
-
-    def _is_of_this_machine(self) -> bool:
-        known = bool(self.boot_id and self.pid_start)
-        return known and (self.boot_id, self.pid_namespace) == (boot_id(), pid_namespace())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,8 +64,8 @@ class _Seen:
 class LeaseFolder:
     """Leases in one folder, for one owner. Between ``start`` and ``close`` a daemon thread writes heartbeats.
 
-    Threads may claim, check and release different keys at once. ``clock`` is monotonic, in seconds. ``num_alive``:
-    heartbeat files at the last ``scan``.
+    Threads may claim, check and release different keys at once. ``clock`` is monotonic, in seconds. ``alive_names``:
+    heartbeat files at the last ``scan``, ``num_alive`` of them.
     """
 
     folder: Path
@@ -122,6 +73,7 @@ class LeaseFolder:
     lease_seconds: float
     clock: Callable[[], float] = time.monotonic
     num_alive: int = field(default=0, init=False)
+    alive_names: list[str] = field(default_factory=list, init=False)
     _held: dict[str, Lease] = field(default_factory=dict, init=False)
     _seen: dict[str, _Seen] = field(default_factory=dict, init=False)
     _moved: set[str] = field(default_factory=set, init=False)
@@ -183,7 +135,7 @@ class LeaseFolder:
         try:
             if self._lease_path(lease.key, lease.generation + 1).exists():
                 return False
-            owner = _owner_of(read_json(self._lease_path(lease.key, lease.generation)))
+            owner = owner_of(read_json(self._lease_path(lease.key, lease.generation)))
         except (FileNotFoundError, ValueError):
             return False
         except OSError:
@@ -192,7 +144,8 @@ class LeaseFolder:
 
     def release(self, lease: Lease) -> None:
         """Release ``lease``. Never raises: a lease file that cannot be removed expires."""
-        self._held.pop(lease.key, None)
+        if self._held.pop(lease.key, None) is None:
+            return  # released before
         with contextlib.suppress(OSError):
             if self.is_held(lease):
                 for mark in marks_of_helpers(self.folder, lease.key) if lease.generation else ():
@@ -218,7 +171,8 @@ class LeaseFolder:
         """Return all leased keys (their holders may be dead) with their highest generation. Lists the folder once."""
         keys: dict[str, int] = {}
         names = names_in(self.folder)
-        self.num_alive = sum(name.endswith(_ALIVE_SUFFIX) for name in names)
+        self.alive_names = [name for name in names if name.endswith(_ALIVE_SUFFIX)]
+        self.num_alive = len(self.alive_names)
         for name in names:
             match = _LEASE_NAME.fullmatch(name)
             if match:
@@ -238,7 +192,7 @@ class LeaseFolder:
         The first call starts the time, so it never declares an owner dead for its silence.
         """
         path = self._lease_path(key, generation)
-        owner = _read_owner(path)
+        owner = read_owner(path)
         if owner is None:  # just released, or damaged: a damaged lease expires like any other
             return self._stands_still(str(path), "")
         if owner.owner_id == self.owner.owner_id:  # its own, held or left because it could not be removed
@@ -246,15 +200,21 @@ class LeaseFolder:
         return owner.is_known_dead() or self.is_silent(owner)
 
     def is_silent(self, owner: Owner) -> bool:
-        """Whether ``owner``'s counter has stood still for ``lease_seconds`` since this process first read its value."""
-        return self._stands_still(owner.owner_id, self._heartbeat_of(owner.owner_id))
+        """Whether ``owner``'s counter has stood still for ``lease_seconds`` since this process first read its value.
+
+        Also if another process has found that, and marked it.
+        """
+        heartbeat = self._heartbeat_of(owner.owner_id)
+        return self._stands_still(owner.owner_id, heartbeat) or (
+            not heartbeat and (self.folder / f"{owner.owner_id}{_DEAD_SUFFIX}").exists()
+        )
 
     def others_working(self) -> list[Owner]:
         """Return the owners of other jobs whose state is ``working`` and that are neither dead nor silent."""
         others = []
         for name in names_in(self.folder):
             if name.endswith(_ALIVE_SUFFIX):
-                owner, state = _read_alive(self.folder / name)
+                owner, state, _ = read_alive(self.folder / name)
                 foreign = owner is not None and owner.job_id != self.owner.job_id
                 if owner and foreign and state == WORKING and not owner.is_known_dead() and not self.is_silent(owner):
                     others.append(owner)
@@ -263,7 +223,7 @@ class LeaseFolder:
     def has_peers(self) -> bool:
         """Whether another process of this owner's job has a heartbeat file and is not known to be dead."""
         for name in names_in(self.folder):
-            owner = _read_alive(self.folder / name)[0] if name.endswith(_ALIVE_SUFFIX) else None
+            owner = read_alive(self.folder / name)[0] if name.endswith(_ALIVE_SUFFIX) else None
             is_peer = owner is not None and owner.job_id == self.owner.job_id and owner.owner_id != self.owner.owner_id
             if owner is not None and is_peer and not owner.is_known_dead():
                 return True
@@ -273,26 +233,26 @@ class LeaseFolder:
         """Return one of ``owners`` that is certainly alive (it runs on this machine, or its counter moved), or None."""
         return next((owner for owner in owners if owner.is_known_alive() or owner.owner_id in self._moved), None)
 
-    def mark_dead_owners(self) -> None:
+    def mark_dead_owners(self, names: Iterable[str] | None = None) -> None:
         """Rename the ``.alive`` file of each dead owner to ``.dead``: certainly gone, or silent and not known to run.
 
-        Leases of dead owners expire as before. An unreadable ``.alive`` file is being written or is damaged; it is
-        renamed if it stays unreadable for ``lease_seconds``. An owner that is alive after all writes its file again.
+        ``names``: of the files to look at; all, if None. Leases of dead owners expire as before. An unreadable file is
+        being written or is damaged; it is renamed if it stays unreadable for ``lease_seconds``. An owner that is alive
+        after all writes its file again.
         """
-        for name in names_in(self.folder):
-            if name.endswith(_ALIVE_SUFFIX):
-                owner, _ = _read_alive(self.folder / name)
-                if owner is None:
-                    is_dead = self._stands_still(name, "")
-                else:
-                    is_dead = owner.is_known_dead() or (self.is_silent(owner) and not owner.is_known_alive())
-                if is_dead:
-                    with contextlib.suppress(OSError):
-                        (self.folder / name).rename(self.folder / (name.removesuffix(_ALIVE_SUFFIX) + _DEAD_SUFFIX))
+        own = self._alive_path(self.owner.owner_id).name
+        for name in names_in(self.folder) if names is None else names:
+            if name.endswith(_ALIVE_SUFFIX) and name != own and self._is_of_dead_owner(name):
+                with contextlib.suppress(OSError):
+                    (self.folder / name).rename(self.folder / (name.removesuffix(_ALIVE_SUFFIX) + _DEAD_SUFFIX))
 
     def dead_owners(self) -> list[Path]:
         """Return the ``.dead`` files; delete them once their owners' leftovers are cleaned up."""
         return [self.folder / name for name in names_in(self.folder) if name.endswith(_DEAD_SUFFIX)]
+
+    def count_alive(self) -> int:
+        """Return how many owners have a heartbeat file."""
+        return sum(name.endswith(_ALIVE_SUFFIX) for name in names_in(self.folder))
 
     def is_alone(self) -> bool:
         """Whether no other owner has a heartbeat file."""
@@ -306,9 +266,15 @@ class LeaseFolder:
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
+    def _is_of_dead_owner(self, name: str) -> bool:
+        owner, _, heartbeat = read_alive(self.folder / name)
+        if owner is None:
+            return self._stands_still(name, "")
+        return owner.is_known_dead() or (self._stands_still(owner.owner_id, heartbeat) and not owner.is_known_alive())
+
     def _make(self, key: str, generation: int) -> Lease | None:
         lease = Lease(key=key, generation=generation, num_deaths=self._deaths_before(key, generation))
-        content = canonical_json({**_owner_json(self.owner), "num_deaths": lease.num_deaths})
+        content = canonical_json({**owner_json(self.owner), "num_deaths": lease.num_deaths})
         if not create_exclusively(self._lease_path(key, generation), content, durable=False):
             return None
         self._held[key] = lease
@@ -358,7 +324,7 @@ class LeaseFolder:
         """Rewrite the heartbeat in place: a reader that opens the file again sees it even on caching file systems."""
         with self._lock:
             self._counter += 1
-            heartbeat = {"counter": f"{self._counter:012d}", "state": self._state, **_owner_json(self.owner)}
+            heartbeat = {"counter": f"{self._counter:012d}", "state": self._state, **owner_json(self.owner)}
             descriptor = os.open(self._alive_path(self.owner.owner_id), os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o644)
             try:
                 os.pwrite(descriptor, canonical_json(heartbeat), 0)  # always the same length: never torn or truncated
@@ -369,31 +335,3 @@ class LeaseFolder:
         while not self._closing.wait(self.lease_seconds / HEARTBEATS_PER_LEASE):
             with contextlib.suppress(OSError):  # a full or absent disk: peers rightly take the shot over
                 self._beat()
-
-
-def _owner_json(owner: Owner) -> dict[str, object]:
-    return {name: getattr(owner, name) for name in Owner.__dataclass_fields__}
-
-
-def _read_owner(path: Path) -> Owner | None:
-    try:
-        return _owner_of(read_json(path))
-    except (OSError, ValueError):
-        return None
-
-
-def _owner_of(value: Any) -> Owner | None:
-    try:
-        owner = Owner(**{name: value[name] for name in Owner.__dataclass_fields__})
-    except (KeyError, TypeError):
-        return None
-    is_typed = all(type(getattr(owner, one.name)) is one.type for one in fields(Owner))
-    return owner if is_typed and "/" not in owner.owner_id else None
-
-
-def _read_alive(path: Path) -> tuple[Owner | None, str]:
-    try:
-        value = read_json(path)
-        return _owner_of(value), str(value["state"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None, ""

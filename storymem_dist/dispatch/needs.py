@@ -40,6 +40,10 @@ class Needs:
         """The kind of experts that render the shot, or ``given``."""
         return KIND_OF_MODE.get(self.mode, GIVEN)
 
+    def uses(self, index: int, *, by: int) -> bool:
+        """Whether the shot at ``by``, whose needs these are, uses keyframes or the end of the shot at ``index``."""
+        return index in self.memory or (self.continues and index == by - 1)
+
     def num_references(self, story: Story, shot: Shot) -> int:
         """How many given images the memory of ``shot`` has."""
         of_entities = sum(len(entity.references) for entity in self.entities)

@@ -7,7 +7,7 @@ this; several of them, of one or several jobs, may run it at once. Knows nothing
 import contextlib
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from storymem_dist.artifacts.fingerprint import differences
@@ -17,10 +17,13 @@ from storymem_dist.dispatch.announcing import shots_blocked, story_failed
 from storymem_dist.dispatch.cleanup import clean_up
 from storymem_dist.dispatch.graph import ShotGraph
 from storymem_dist.dispatch.helping import Help
-from storymem_dist.dispatch.leases import WAITING, WORKING, LeaseFolder, Owner
+from storymem_dist.dispatch.leases import WAITING, WORKING, LeaseFolder
+from storymem_dist.dispatch.owners import Owner
 from storymem_dist.dispatch.plan import BatchPart, PlannedShot, plan_part
 from storymem_dist.dispatch.protocol import ShotJob
-from storymem_dist.dispatch.queue import ShotQueue, lease_key
+from storymem_dist.dispatch.queue import ShotQueue
+from storymem_dist.dispatch.requests import QueueRequests
+from storymem_dist.dispatch.scanning import lease_key
 from storymem_dist.dispatch.settings import DispatchSettings
 from storymem_dist.dispatch.story_graph import ShotStatus, StoryGraph
 from storymem_dist.dispatch.story_video import has_story_video, notify_story_finished
@@ -38,7 +41,7 @@ class OpenBatch:
     ``runs``: the folders in which it works; none if it was asked to stop while it waited for its turn. ``rejected``:
     part index and failure of each story that could not be planned. ``num_skipped``: committed shots whose files this
     replica has checked. ``num_finished_before``: shots of the batch that were committed at the start. ``help``: what
-    this replica does for another.
+    this replica does for another. ``requests``: what people ask of the queue.
     """
 
     queue: ShotQueue
@@ -48,6 +51,7 @@ class OpenBatch:
     num_skipped: int
     num_finished_before: int
     help: Help
+    requests: QueueRequests
 
     def note_helping(self, job: ShotJob | None, *, is_stopping: Callable[[], bool]) -> None:
         """Note that this replica helps another with ``job`` until the next call (see ``helping``). Never raises."""
@@ -73,7 +77,8 @@ class OpenBatch:
         with contextlib.suppress(OSError):  # the next process to open the folder cleans up as well
             for index, run in enumerate(self.runs):
                 stories = self.queue.graph.stories_of(index)
-                clean_up(run, self.leases[index], stories, self.queue, only_after_deaths=True)
+                only_after_deaths = not self.requests.has_planned_again  # else leases of the plan before may be left
+                clean_up(run, self.leases[index], stories, self.queue, only_after_deaths=only_after_deaths)
 
 
 def open_batch(
@@ -98,14 +103,16 @@ def open_batch(
     ]
     try:
         for part, folder in zip(parts, leases, strict=True):
-            part.run.open()
+            part.run.open(len(part.stories))
             if not _enter(part.run, folder, settings, stop_reason):
                 parts = ()  # asked to stop before the turn came: there is nothing to do
                 break
             if part.config_hash:
                 part.run.write_config(part.config_hash, part.config_text)
+        requests = QueueRequests(parts, replica, look_seconds=settings.poll_seconds)
+        requests.read()
         _force_rerenders(parts, settings, owner.job_id)
-        planned, rejected = _plan(parts, replica, owner.job_id)
+        planned, rejected = _plan(parts, replica, owner.job_id, requests)
         graph = ShotGraph(planned)
         runs = [part.run for part in parts]
         queue = ShotQueue(
@@ -116,9 +123,10 @@ def open_batch(
             job_id=owner.job_id,
             num_replicas=replica.count,
         )
-        queue.read_committed()
+        queue.read_committed(share(graph, replica))
+        requests.begin(queue)
         if settings.resume == "strict":
-            _refuse_differences(parts, graph)
+            _refuse_differences(parts, graph, requests)
         for index, part in enumerate(parts):
             clean_up(part.run, leases[index], graph.stories_of(index), queue)
         own = share(graph, replica)
@@ -141,16 +149,21 @@ def open_batch(
         num_skipped=num_skipped,
         num_finished_before=num_finished,
         help=Help(replica.index),
+        requests=requests,
     )
 
 
-def why_again(part: BatchPart, shot: PlannedShot) -> str:
-    """Return what changed since ``shot`` was rendered from other inputs; empty when it has no such record."""
+def why_again(part: BatchPart, shot: PlannedShot, *, asked_for: Collection[str] = ()) -> str:
+    """Return what changed since ``shot`` was rendered from other inputs; empty when it has no such record.
+
+    ``asked_for``: inputs that a person had changed to render it, or a shot that it needs, again; these do not count.
+    """
     other = part.run.shot(shot.story_id, shot.shot_id).newest_other_record(shot.fingerprint)
     if other is None:
         return ""
-    changes = differences(other.inputs, shot.inputs)
-    if not changes and other.predecessor != shot.predecessor:
+    before, after = ({key: inputs[key] for key in inputs.keys() - asked_for} for inputs in (other.inputs, shot.inputs))
+    changes = differences(before, after)
+    if not changes and not asked_for and other.predecessor != shot.predecessor:
         changes = ["a shot that it needs is rendered again"]
     return "; ".join(changes)
 
@@ -188,17 +201,23 @@ def _force_rerenders(parts: Sequence[BatchPart], settings: DispatchSettings, job
 
 
 def _plan(
-    parts: Sequence[BatchPart], replica: Replica, job_id: str
+    parts: Sequence[BatchPart], replica: Replica, job_id: str, requests: QueueRequests
 ) -> tuple[list[tuple[PlannedShot, ...]], list[tuple[int, FailureRecord]]]:
     stories: list[tuple[PlannedShot, ...]] = []
     rejected: list[tuple[int, FailureRecord]] = []
     for part_index, part in enumerate(parts):
-        for position, (story, planned) in enumerate(plan_part(part_index, part)):
+        for position, (story, planned) in enumerate(plan_part(part_index, part, requests.states[part_index])):
             reports = position % replica.count == replica.index
             if reports:
                 waits = () if isinstance(planned, StoryboardError) else tuple(shot.waits_for for shot in planned)
                 part.observers.notify(
-                    StoryStarted(story_id=story.story_id, name=story.name, num_shots=len(story.shots), waits_for=waits)
+                    StoryStarted(
+                        story_id=story.story_id,
+                        name=story.name,
+                        num_shots=len(story.shots),
+                        waits_for=waits,
+                        priority=story.priority,
+                    )
                 )
             if not isinstance(planned, StoryboardError):
                 stories.append(planned)
@@ -219,11 +238,15 @@ def _plan(
     return stories, rejected
 
 
-def _refuse_differences(parts: Sequence[BatchPart], graph: ShotGraph) -> None:
+def _refuse_differences(parts: Sequence[BatchPart], graph: ShotGraph, requests: QueueRequests) -> None:
     found = []
     for story in graph.stories:
+        is_forced = any("forced_rerenders" in shot.inputs for shot in story.shots)
         for shot, state in zip(story.shots, story.states, strict=True):
-            if state is not ShotStatus.COMMITTED and (why := why_again(parts[story.part], shot)):
+            own_seed = requests.states[story.part].again(story.story_id, shot.shot_id)[0].seed is not None
+            asked_for = ["forced_rerenders", *(["seed"] if own_seed else [])] if is_forced else []
+            why = "" if state is ShotStatus.COMMITTED else why_again(parts[story.part], shot, asked_for=asked_for)
+            if why:
                 found.append(f"{story.story_id}:{shot.shot_id}: {why}")
     if found:
         more = f"; and {len(found) - _MAX_SHOWN} more" if len(found) > _MAX_SHOWN else ""

@@ -5,13 +5,14 @@ Reads pictures, given clips and LoRAs for their digests; only ``plan_part`` read
 replicas, leases or models.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from storymem_dist.artifacts.fingerprint import fingerprint, joint_fingerprint, reference_image_digest
+from storymem_dist.artifacts.requests import Again, QueueState, RequestLog
 from storymem_dist.artifacts.run_folder import RunFolder
 from storymem_dist.artifacts.video import VideoSettings
 from storymem_dist.diffusion.seeds import shot_seed
@@ -39,6 +40,10 @@ class BatchPart:
     configuration; ``config_hash`` covers only what can change pixels (no paths, no replicas). ``observers`` receive the
     events of these stories. ``host`` goes into the records' ``host`` part: versions, device, layout. ``num_refused``
     storyboards are no stories: they cannot be read.
+
+    ``requests_before``: number of the last request to the queue that was made before the job began; its stories are
+    among ``stories``, if they can be rendered. None: when the batch opens, and they are added then. ``admit`` checks a
+    story that is added later and returns it as the job renders it; it raises ``StoryboardError``.
     """
 
     run: RunFolder
@@ -53,6 +58,8 @@ class BatchPart:
     observers: Observer = field(default_factory=NullObserver)
     host: Mapping[str, Any] = field(default_factory=dict)
     num_refused: int = 0
+    requests_before: int | None = None
+    admit: Callable[[Story], Story] = lambda story: story
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,23 +106,27 @@ class PlannedShot(OfOneShot):
 
 
 def plan_story(
-    part_index: int, part: BatchPart, story: Story, generations: Mapping[tuple[str, str], int]
+    part_index: int,
+    part: BatchPart,
+    story: Story,
+    generations: Mapping[tuple[str, str], int],
+    requests: QueueState | None = None,
 ) -> tuple[PlannedShot, ...]:
     """Plan all shots of a story. Its seed must not be negative: ``plan_part`` draws one in that case.
 
-    ``generations``: number of forced re-renders by (story id, shot id). Raises ``StoryboardError`` when a reference
-    image cannot be read.
+    ``generations``: number of forced re-renders by (story id, shot id), to which those in ``requests`` are added.
+    Raises ``StoryboardError`` when a reference image cannot be read.
     """
     digest = cache(_image_digest)  # many shots may recall one image
     references = [digest(path) for path in story.reference_images]
     planned: list[PlannedShot] = []
+    seen_by_others: list[str] = []  # fingerprints, by what others follow of a shot: not a render of it alone
     all_needs, num_given = story_needs(story, part.sampler, part.memory), 0
     shots = story.shots
     for shot, needs, waits in zip(shots, all_needs, waits_for(all_needs), strict=True):
         kind, mode = needs.kind, needs.mode
-        seed = shot.options.seed
-        if seed is None:
-            seed = shot_seed(part.sampler.seed, shot, story, part.sampler.seed_rule)
+        given = shot.options.seed
+        seed = shot_seed(part.sampler.seed, shot, story, part.sampler.seed_rule) if given is None else given
         sampler = shot_sampler(shot, part.sampler)
         inputs = shot_inputs(
             shot,
@@ -130,18 +141,22 @@ def plan_story(
             inputs["reference_images"] = references
         if needs.keeps_first:
             inputs["keeps_first"] = True
-        if generation := generations.get((story.story_id, shot.shot_id), 0):
-            inputs["forced_rerenders"] = generation
-        predecessor = planned[-1].fingerprint if planned else None
+        before = generations.get((story.story_id, shot.shot_id), 0)
+        asked, for_others = (requests or QueueState()).again(story.story_id, shot.shot_id)
+        predecessor = seen_by_others[-1] if planned else None
         if kind == GIVEN:
             predecessor = None
         elif not _is_chained(story, needs, waits, planned[-1].needs if planned else None, shot.index, num_given):
             inputs["recall"] = _recall_inputs(story, shots, needs, digest)
             needed = {*needs.memory, *([shot.index - 1] if needs.continues else [])}
-            predecessor = joint_fingerprint([planned[index].fingerprint for index in sorted(needed)])
+            predecessor = joint_fingerprint([seen_by_others[index] for index in sorted(needed)])
         num_given += len(shot.references)
         cost = shot_cost(part.cost, sampler, part.sampler)
         keyframes = cost.expected_keyframes(kind, len(needs.memory), needs.num_references(story, shot))
+        as_seen = _again(inputs, before, for_others, shot, story, part.sampler.seed_rule)
+        seen_by_others.append(fingerprint(as_seen, predecessor))
+        inputs = _again(inputs, before, asked, shot, story, part.sampler.seed_rule)
+        own = seen_by_others[-1] if asked == for_others else fingerprint(inputs, predecessor)
         planned.append(
             PlannedShot(
                 part=part_index,
@@ -149,18 +164,31 @@ def plan_story(
                 shot=shot,
                 kind=kind,
                 mode=mode,
-                seed=seed,
+                seed=inputs.get("seed", seed),
                 sampler=sampler,
                 needs=needs,
                 waits_for=waits,
                 inputs=inputs,
-                fingerprint=fingerprint(inputs, predecessor),
+                fingerprint=own,
                 predecessor=predecessor,
                 cost=cost.given_tflop() if kind == GIVEN else cost.shot_tflop(keyframes),
                 lora_key=lora_key(inputs.get("loras", ())),
             )
         )
     return tuple(planned)
+
+
+def _again(
+    inputs: Mapping[str, Any], before: int, again: Again, shot: Shot, story: Story, seed_rule: str
+) -> dict[str, Any]:
+    """The inputs of a shot that was forced to be rendered again: ``before`` that often by jobs, then by requests."""
+    values = dict(inputs)
+    if again.seed is not None and "seed" in values:  # a given clip has none
+        of_story = shot_seed(again.seed, shot, replace(story, seed=again.seed), seed_rule)
+        values["seed"] = of_story if again.of_story else again.seed
+    if generation := before + again.generation:
+        values["forced_rerenders"] = generation
+    return values
 
 
 def _is_chained(
@@ -212,19 +240,32 @@ def _image_digest(path: Path) -> str:
     return reference_image_digest(path) + pixel_rule(path)
 
 
-def plan_part(part_index: int, part: BatchPart) -> Iterator[tuple[Story, tuple[PlannedShot, ...] | StoryboardError]]:
-    """Plan all stories of a part. A negative seed is drawn once per run folder.
+def plan_part(
+    part_index: int, part: BatchPart, requests: QueueState | None = None
+) -> Iterator[tuple[Story, tuple[PlannedShot, ...] | StoryboardError]]:
+    """Plan all stories of a part; see ``plan_stories``. ``requests``: to its queue; read here where they are None."""
+    if requests is None:
+        requests = QueueState()
+        for request in RequestLog(part.run.root).read_new():
+            requests.apply(request)
+    return plan_stories(part_index, part, part.stories, requests)
+
+
+def plan_stories(
+    part_index: int, part: BatchPart, stories: Iterable[Story], requests: QueueState
+) -> Iterator[tuple[Story, tuple[PlannedShot, ...] | StoryboardError]]:
+    """Plan stories of a part. A negative seed is drawn once per run folder.
 
     Yields each story with its planned shots, or with the error that prevents its plan. Reads the run folder (drawn
     seeds, forced re-renders) and the reference images.
     """
     generations = part.run.rerender_generations()
-    for story in part.stories:
+    for story in stories:
         base = part.sampler.seed if story.seed is None else story.seed
         if base < 0:
             name = "all_stories" if story.seed is None else f"story_{story.story_id}"
             story = replace(story, seed=part.run.drawn_seed(name))
         try:
-            yield story, plan_story(part_index, part, story, generations)
+            yield story, plan_story(part_index, part, story, generations, requests)
         except StoryboardError as error:
             yield story, error

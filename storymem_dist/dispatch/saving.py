@@ -20,6 +20,7 @@ from typing import Any
 
 from storymem_dist.artifacts.records import ShotRecord, StoredKeyframe
 from storymem_dist.artifacts.shot_folder import ClipFiles, ShotFolder, keyframe_name, tail_name
+from storymem_dist.diffusion.denoise import DenoiseState
 from storymem_dist.dispatch import announcing
 from storymem_dist.dispatch.gathering import Merge
 from storymem_dist.dispatch.plan import BatchPart, PlannedShot
@@ -28,7 +29,7 @@ from storymem_dist.dispatch.queue import Claim
 from storymem_dist.dispatch.shot_settings import own_settings
 from storymem_dist.dispatch.story_graph import StoryGraph
 from storymem_dist.dispatch.story_video import StoryVideoMaker
-from storymem_dist.errors import MachineError
+from storymem_dist.errors import MachineError, RunFolderError
 from storymem_dist.events import StageFinished, StageStarted, WarningIssued, json_ready
 from storymem_dist.files import quick_digest
 from storymem_dist.hardware import machine_fault
@@ -219,6 +220,19 @@ class BackgroundSave:
 
     def _warn(self, message: str, source: str) -> None:
         self._part.observers.notify(WarningIssued(message=message, source=source))
+
+
+def save_checkpoint(part: BatchPart, shot: PlannedShot, state: DenoiseState) -> None:
+    """Save the state of a running shot between two steps. Raises ``MachineError``; other failures are warnings."""
+    path = part.run.checkpoint(shot.story_id, shot.shot_id, shot.fingerprint)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        state.save(path)
+    except (OSError, RunFolderError) as error:
+        if fault := machine_fault(error, while_writing=True):
+            raise fault from error
+        message = f"{error}; the render continues without this step checkpoint"
+        part.observers.notify(WarningIssued(message=message, source="save"))
 
 
 def save_shot(

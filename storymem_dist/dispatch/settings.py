@@ -29,7 +29,7 @@ class DispatchSettings:
     ``checkpoint_every_steps``: save a running shot's latents every N denoising steps (0: only at a stop).
     ``lease_seconds``: a replica whose heartbeat stands still for this long counts as dead, and another takes its shot.
     A shorter pause (in a debugger or a virtual machine) does not lose the shot.
-    ``poll_seconds``: shortest time between two scans of the run folder by one replica.
+    ``poll_seconds``: shortest time between two scans of the run folder by one replica; longer among hundreds.
     ``overlap_saving``: render the next shot of another story while one is being saved. A replica then has two shots in
     flight, and its leader holds one more clip in host memory (97 MB for 81 frames of 832x480). ``false``: one after the
     other.

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from storymem_dist.dispatch.pace import Pace
+
 STOP_FILES_VARIABLE = "STORYMEM_STOP_FILES"
 """Environment variable: files, separated by colons, whose appearance asks this job alone to stop."""
 
@@ -22,10 +24,11 @@ _SHORTEST_PAUSE = 0.05  # seconds between two looks of the thread
 class StopSwitch:
     """Notes requests to stop.
 
-    ``stop_files`` are checked at most once per ``file_seconds``. A stop file that exists at the first check belongs to
-    an earlier job: it counts only once it is touched again. With ``restarted``, this process continues the same job and
-    such a file counts. ``own_files`` are for this job alone and always count. Each call of ``reason`` calls ``on_ask``:
-    a sign of progress.
+    ``stop_files`` are checked at most once per ``file_seconds``, more rarely at the ``pace`` of many processes. A stop
+    file that exists at the first check belongs to an earlier job: it counts only once it is touched again. With
+    ``restarted``, this process continues the same job and such a file counts. ``own_files`` are for this job alone and
+    always count; one may hold the name of the signal that a launcher received. Each call of ``reason`` calls
+    ``on_ask``: a sign of progress.
     """
 
     def __init__(
@@ -36,11 +39,13 @@ class StopSwitch:
         restarted: bool = False,
         file_seconds: float = 1.0,
         clock: Callable[[], float] = time.monotonic,
+        pace: Pace | None = None,
         on_ask: Callable[[], None] = lambda: None,
     ) -> None:
         self._files = (*stop_files, *own_files)
         self._file_seconds = file_seconds
         self._clock = clock
+        self._pace = pace or Pace()
         self._on_ask = on_ask
         self._reason: str | None = None
         self._on_request: Callable[[], None] = lambda: None
@@ -54,13 +59,18 @@ class StopSwitch:
         """Ask for a stop. The first reason is kept."""
         self._reason = self._reason or reason
 
-    def when_requested(self, note: Callable[[], None]) -> None:
-        """Call ``note`` as soon as a stop is requested, from any thread.
+    def look_no_more(self) -> None:
+        """Leave the files to another process, which is asked before this one."""
+        self._files = ()
+
+    def when_requested(self, note: Callable[[], None], pace: Pace | None = None) -> None:
+        """Call ``note`` as soon as a stop is requested, from any thread. ``pace``: of looks at files from now on.
 
         Only while ``listening`` or when ``reason`` is asked. ``note`` must not raise.
         """
         with self._lock:
             self._on_request = note
+            self._pace = pace or self._pace
             self._passed_on = False
         self._look()
 
@@ -78,12 +88,13 @@ class StopSwitch:
         """Look at the files, if it is time, and pass a request on."""
         with self._lock:
             if self._reason is None and self._files and self._clock() >= self._next_look:
-                self._next_look = self._clock() + self._file_seconds
+                self._next_look = self._clock() + self._pace.seconds(self._file_seconds, len(self._files))
                 found = {path: _identity(path) for path in self._files}
                 if self._old is None:
                     self._old = {**found, **self._own}
-                if any(found[path] is not None and found[path] != self._old[path] for path in self._files):
-                    self.request("STOP file")
+                new = [path for path in self._files if found[path] is not None and found[path] != self._old[path]]
+                if new:
+                    self.request(_signal_in(new[0]) if new[0] in self._own else "STOP file")
             if self._reason is not None and not self._passed_on:
                 self._passed_on = True
                 self._on_request()
@@ -148,6 +159,15 @@ def _identity(path: Path) -> tuple[int, int] | None:
     except OSError:
         return None
     return status.st_ino, status.st_mtime_ns
+
+
+def _signal_in(path: Path) -> str:
+    """The signal that a launcher names in its stop file: it received it for its ranks. Else ``STOP file``."""
+    try:
+        text = path.read_text()
+        return signal.Signals[text.strip()].name
+    except (OSError, ValueError, KeyError):
+        return "STOP file"
 
 
 def own_stop_files() -> list[Path]:

@@ -26,12 +26,15 @@ class ShotStatus(Enum):
 class StoryGraph:
     """Shots of one story, in order, with their states. Shots of the story that are left out count as done.
 
-    ``remaining``: for each shot the TFLOP of the longest path from it to the end, itself included.
+    ``remaining``: for each shot the TFLOP of the longest path from it to the end, itself included. ``ShotGraph`` sets
+    ``priority`` (stories of a lower one come first) and ``is_skipped`` (nothing of it is to be rendered).
     """
 
     def __init__(self, number: int, shots: Sequence[PlannedShot]) -> None:
         self.number = number
         self.shots = tuple(shots)
+        self.priority = shots[0].story.priority
+        self.is_skipped = False
         self.states = [ShotStatus.WAITING] * len(self.shots)
         positions = {shot.index: position for position, shot in enumerate(self.shots)}
         self._waits = [[positions[need] for need in shot.waits_for if need in positions] for shot in self.shots]

@@ -17,8 +17,8 @@ from pathlib import Path
 from storymem_dist.artifacts.records import DamagedRecord, ShotRecord
 from storymem_dist.artifacts.run_folder import RunFolder
 from storymem_dist.artifacts.video import concat_clips
-from storymem_dist.dispatch.leases import LeaseFolder
 from storymem_dist.dispatch.plan import BatchPart, PlannedShot
+from storymem_dist.dispatch.scanning import FolderView, video_key
 from storymem_dist.dispatch.story_graph import StoryGraph
 from storymem_dist.errors import RunFolderError
 from storymem_dist.events import StoryFinished, WarningIssued, timed_stage
@@ -44,13 +44,13 @@ class StoryVideoState(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class StoryVideoMaker:
-    """Makes the videos of complete stories. ``parts`` and ``leases`` have one entry for each part. Thread-safe.
+    """Makes the videos of complete stories. Thread-safe.
 
     ``check_contents`` compares all bytes of an existing video with its hash, not only a sample.
     """
 
     parts: Sequence[BatchPart]
-    leases: Sequence[LeaseFolder]
+    view: FolderView
     check_contents: bool = False
 
     def make(self, story: StoryGraph, note_damaged: Callable[[PlannedShot], None]) -> StoryVideoState:
@@ -58,7 +58,13 @@ class StoryVideoMaker:
 
         ``note_damaged`` is called with a shot whose record is unusable: it must be rendered again. Raises ``OSError``.
         """
-        part, leases = self.parts[story.part], self.leases[story.part]
+        state = self._make_or_find(story, note_damaged)
+        if state is StoryVideoState.MADE:
+            self.view.logs[story.part].note(video_key(story))
+        return state
+
+    def _make_or_find(self, story: StoryGraph, note_damaged: Callable[[PlannedShot], None]) -> StoryVideoState:
+        part, leases = self.parts[story.part], self.view.leases[story.part]
         fingerprints = [shot.fingerprint for shot in story.shots]
         if has_story_video(part.run, story.story_id, fingerprints, check_contents=self.check_contents):
             return StoryVideoState.MADE

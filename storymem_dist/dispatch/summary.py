@@ -98,7 +98,7 @@ def summarize(
     final = [failure for failure in failures if failure.is_final]
     num_done = sum(story.is_complete for story in stories)
     if not is_whole:
-        if stories and num_done == len(stories) and not rejected:
+        if stories and all(story.is_complete or story.is_skipped for story in stories) and not rejected:
             state = DONE
         elif state == FAILED and not (final or rejected):
             state = STOPPED

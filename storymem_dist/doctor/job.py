@@ -27,6 +27,7 @@ from storymem_dist.errors import ConfigError, StoryMemError, WeightsNotFound
 from storymem_dist.hardware import GIB
 from storymem_dist.models.quantized_linear import check_linears
 from storymem_dist.models.wan.dit import DiTConfig
+from storymem_dist.observe.prometheus import check_textfile
 from storymem_dist.observe.run.format import count
 from storymem_dist.observe.wandb.process import check_settings, has_api_key
 from storymem_dist.parallel.layout import axes_that_fit, check_guidance
@@ -285,7 +286,12 @@ def check_output(settings: RenderConfig) -> Iterator[Finding]:
 
 
 def check_tracking(settings: RenderConfig) -> Iterator[Finding]:
-    """Whether Weights & Biases would upload."""
+    """Whether Prometheus would find its file and Weights & Biases would upload."""
+    if (textfile := settings.tracking.prometheus.textfile) is not None:
+        try:
+            yield ok("tracking", "prometheus", str(check_textfile(textfile)))
+        except ConfigError as error:
+            yield problem("tracking", "prometheus", "its file cannot be written", str(error))
     mode = settings.tracking.wandb.mode
     if mode == "off":
         yield ok("tracking", "wandb", "off")

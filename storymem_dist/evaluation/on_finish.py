@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 
 from storymem_dist.artifacts.run_folder import RunFolder
-from storymem_dist.dispatch.leases import LeaseFolder, Owner
+from storymem_dist.dispatch.leases import LeaseFolder
+from storymem_dist.dispatch.owners import Owner
 from storymem_dist.evaluation.cache import CACHE_FOLDER
 from storymem_dist.evaluation.settings import EvaluationSettings
 from storymem_dist.events import WarningIssued

@@ -89,6 +89,29 @@ class StopRequested(Event):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RequestApplied(Event):
+    """A replica has applied a request of a person to the queue; every replica sends its own.
+
+    ``at_start``: it was made before the job began, and is a part of its plan. Only the first replica sends those, at
+    every start: readers ignore them where they know the request.
+
+    ``number`` is the request's place in the run folder's log, which has one order, so readers keep one entry for each.
+    ``action`` is what was asked for (``skip``), ``who`` asked it at ``asked_at`` (seconds since the epoch; the wall
+    time minus this is the time to its effect). ``shots`` are those that are rendered again for it. ``message`` says the
+    effect in words, or why there was none.
+    """
+
+    number: int
+    action: str
+    story_id: str = ""
+    shots: tuple[str, ...] = ()
+    who: str = ""
+    asked_at: float = 0.0
+    message: str = ""
+    at_start: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class WarningIssued(Event):
     """Something that people should know but that stops nothing. ``source`` names the part that noticed it."""
 

@@ -13,6 +13,7 @@ from storymem_dist.events.job_kinds import (
     LayoutChosen,
     ReplicaHelped,
     ReplicaWaited,
+    RequestApplied,
     StopRequested,
     StoryboardRejected,
     SystemSampled,
@@ -34,13 +35,14 @@ class StoryStarted(Event):
     """A story is part of the batch. Sent once per story and start, before its first shot.
 
     ``waits_for``: for each shot the positions of the shots before it that it waits for directly; empty where the story
-    cannot be planned.
+    cannot be planned. ``priority``: that of the list of storyboards; stories of a lower one start first.
     """
 
     story_id: str
     name: str = ""
     num_shots: int = 0
     waits_for: tuple[tuple[int, ...], ...] = ()
+    priority: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -230,6 +232,7 @@ EVENT_TYPES: Mapping[str, type[Event]] = {
         LayoutChosen,
         JobFinished,
         StoryboardRejected,
+        RequestApplied,
         StopRequested,
         WarningIssued,
         ReplicaHelped,

@@ -12,6 +12,7 @@ Paths are relative to the run folder, with forward slashes.
 """
 
 import dataclasses
+import functools
 import json
 import math
 import reprlib
@@ -146,12 +147,9 @@ def _resolved(cls: type[Event]) -> list[Any]:
 
 def _typed(where: str, value: Any, hint: Any) -> Any:
     """Check ``value`` against the field's annotation and convert lists to tuples and ints to floats."""
-    origin = typing.get_origin(hint)
-    if origin in (types.UnionType, typing.Union):
-        options = typing.get_args(hint)
-        if value is None:
-            return None
-        return _typed(where, value, next(option for option in options if option is not types.NoneType))
+    origin, arguments = _parts(hint)
+    if origin is typing.Union:
+        return None if value is None else _typed(where, value, arguments[0])
     if hint is float:
         if value is None:
             return math.nan
@@ -168,8 +166,16 @@ def _typed(where: str, value: Any, hint: Any) -> Any:
             return value
     elif origin is tuple:
         if isinstance(value, list):
-            return tuple(_typed(where, item, typing.get_args(hint)[0]) for item in value)
+            return tuple(_typed(where, item, arguments[0]) for item in value)
     elif isinstance(value, Mapping):
-        item_hint = typing.get_args(hint)[1]
-        return {_encodable(str(key)): _typed(where, item, item_hint) for key, item in value.items()}
+        return {_encodable(str(key)): _typed(where, item, arguments[1]) for key, item in value.items()}
     raise ValueError(f"{where}={reprlib.repr(value)} has the wrong type or is out of range; it must be {hint}")
+
+
+@functools.cache
+def _parts(hint: Any) -> tuple[Any, tuple[Any, ...]]:
+    """Origin and arguments of an annotation; of ``X | None``: Union and X alone."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        return typing.Union, tuple(option for option in arguments if option is not types.NoneType)
+    return origin, arguments

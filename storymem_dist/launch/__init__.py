@@ -1,4 +1,4 @@
-"""Starts ranks: in this process, with torchrun on this node, or as a SLURM job; and runs sweeps over settings.
+"""Starts ranks: in this process, with torchrun on this node, or as a job of SLURM or Kubernetes; runs sweeps.
 
 Knows nothing of how a shot is rendered.
 """

@@ -140,13 +140,12 @@ def hardware_of(settings: RenderConfig) -> Hardware | None:
     ``hardware`` sets replace what is found.
     """
     launch, given = settings.launch, settings.hardware
-    is_slurm = launch.mode == "slurm"
-    nodes = (launch.slurm.tasks or launch.slurm.nodes) if is_slurm else launch.num_nodes
-    per_node = launch.processes_per_node or (launch.slurm.gpus_per_node if is_slurm else None)
+    nodes = launch.cluster_nodes if launch.submits else launch.num_nodes
+    per_node = launch.processes_per_node or (launch.cluster_gpus if launch.submits else None)
     if given.name != HERE:
         nodes = given.nodes if nodes in (None, 1) else nodes
         return complete(replace(given, nodes=nodes, gpus_per_node=per_node or given.gpus_per_node))
-    if is_slurm:  # a login node is no compute node
+    if launch.submits:  # a login node is no compute node
         return None
     on_gpu = settings.parallel.device != "cpu" and torch.cuda.is_available()
     if launch.mode == "inline":

@@ -66,6 +66,13 @@ class GroupFolder:
         """The file that asks this group to stop."""
         return self.root / "STOP"
 
+    def ask_to_stop(self, reason: str) -> None:
+        """Make the stop file with ``reason`` in it, the name of a signal; empty on a full disk."""
+        try:
+            create_exclusively(self.stop_file, reason.encode(), durable=False)
+        except OSError:
+            self.stop_file.touch()
+
     def write_job(self, job: Mapping[str, Any]) -> None:
         """Write the job, as plain values."""
         write_bytes(self.root / "job.json", json.dumps(job).encode(), durable=False)

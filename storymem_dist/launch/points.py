@@ -12,7 +12,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, ListConfig
 
-from storymem_dist.artifacts.run_folder import MARKER
+from storymem_dist.artifacts.run_folder import MARKER, RunFolder
 from storymem_dist.config.composing import to_plain, to_settings
 from storymem_dist.config.points import Point
 from storymem_dist.errors import ShotError, StoryboardError, StoryMemError
@@ -87,7 +87,8 @@ def _read_point(folder: Path) -> PointState:
         return PointState(
             name=folder.name, state="refused", exit_code=int(error["exit_code"]), message=str(error["message"])
         )
-    num_shots = len(list(folder.glob("stories/*/shot_*.mp4")))
+    run = RunFolder(folder)
+    num_shots = len(list(run.stories_folder.glob("*/*/shot_*.mp4" if run.is_sharded else "*/shot_*.mp4")))
     try:
         stop = read_json(folder / "stop.json")
     except FileNotFoundError:

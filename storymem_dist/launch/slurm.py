@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from storymem_dist.config.launch import SlurmSettings
+from storymem_dist.config.launch import SUBMITTING, SlurmSettings
 from storymem_dist.config.points import Point
 from storymem_dist.errors import ConfigError
 from storymem_dist.launch.again import COMMAND_VARIABLE, command_again
@@ -97,7 +97,8 @@ def job_arguments(arguments: Sequence[str]) -> list[str]:
 
     def is_about_submitting(argument: str) -> bool:
         key = argument.partition("=")[0].lstrip("+~")
-        return key in ("launch", "launch.mode", "launch.dry_run") or key.split(".")[:2] == ["launch", "slurm"]
+        group, _, rest = key.partition(".")
+        return key == "launch" or (group == "launch" and rest.split(".")[0] in ("mode", "dry_run", *SUBMITTING))
 
     return [argument for argument in arguments if not is_about_submitting(argument)]
 
@@ -124,8 +125,8 @@ def sweep_or_run_folder(points: Sequence[Point]) -> Path:
 def num_replicas(point: Point) -> int | None:
     """Return how many replicas the job will have; None where only the template or the job itself knows."""
     launch, parallel = point.settings.launch, point.settings.parallel
-    num_nodes = launch.slurm.tasks or launch.slurm.nodes
-    ranks_per_node = launch.processes_per_node or launch.slurm.gpus_per_node
+    num_nodes = launch.cluster_nodes
+    ranks_per_node = launch.processes_per_node or launch.cluster_gpus
     if num_nodes is None or ranks_per_node is None or parallel.free:
         return None
     return max(1, num_nodes * ranks_per_node // parallel.ranks_per_replica)

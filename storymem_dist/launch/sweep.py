@@ -21,6 +21,7 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext
 from omegaconf import DictConfig, open_dict, read_write
 
+from storymem_dist.config.launch import SUBMITTING
 from storymem_dist.config.points import Point, can_join
 from storymem_dist.errors import ConfigError, MachineError, StoryMemError
 from storymem_dist.files import expand_home
@@ -78,7 +79,7 @@ class SweepLauncher(Launcher):
         return [_finished(overrides) for overrides in job_overrides]
 
     def _render(self, sweep_folder: str, points: Sequence[tuple[str, Point]]) -> None:
-        if points and points[0][1].settings.launch.mode == "slurm":
+        if points and points[0][1].settings.launch.submits:
             self._application.render([point for _, point in points], sweep=Path(sweep_folder).name)
             return
         if points:
@@ -160,7 +161,7 @@ class SweepTable(Callback):
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Print the state of all points in the sweep's folder; exit with the highest exit code."""
-        if config.launch.mode == "slurm" or config.launch.dry_run:  # nothing is rendered here
+        if config.launch.mode in SUBMITTING or config.launch.dry_run:  # nothing is rendered here
             if self.refused:
                 sys.exit(self.refused)
             return

@@ -38,10 +38,9 @@ from storymem_dist.parallel.settings import ParallelSettings
 from storymem_dist.render.check import check_job
 
 _ELASTIC_LOGGER = "torch.distributed.elastic"
-_RENDEZVOUS_SECONDS = 300
 _RENDEZVOUS_PORT = 29400  # torchrun's own default
 _NOTE_SECONDS = 0.5  # for a rank to note at its leases that it was asked to stop
-_CRASH_EXIT_CODE = 1  # ranks died after the last restart
+_CRASH_EXIT_CODE = 1  # ranks died after the last restart, or nodes did not meet
 
 
 def render_with_torchrun(points: Sequence[Point], *, sweep: str | None = None) -> int:
@@ -134,7 +133,7 @@ def _check_port(port: int) -> None:
 def _run(launch: LaunchSettings, parallel: ParallelSettings, num_processes: int, folder: GroupFolder) -> None:
     """Run the ranks until they have ended.
 
-    Raises ``LayoutError`` when the nodes do not meet, and ``RankError`` when a rank died after the last restart.
+    Raises ``RankError`` when the nodes do not meet, and when a rank died after the last restart.
     """
     one_node = not (parallel.across_nodes and launch.num_nodes > 1)
     port = chosen_port(launch, parallel)
@@ -145,7 +144,7 @@ def _run(launch: LaunchSettings, parallel: ParallelSettings, num_processes: int,
         run_id=os.environ["STORYMEM_JOB_ID"] if not one_node else folder.root.name,
         rdzv_backend="c10d",
         rdzv_endpoint=f"localhost:{port or 0}" if one_node else f"{launch.head}:{port or _RENDEZVOUS_PORT}",
-        rdzv_configs={"is_host": one_node or launch.node_rank == 0, "timeout": _RENDEZVOUS_SECONDS},
+        rdzv_configs={"is_host": one_node or launch.node_rank == 0, "timeout": launch.meet_seconds},
         local_addr="localhost" if one_node else None,
         max_restarts=launch.max_restarts,
         monitor_interval=0.2,
@@ -157,9 +156,11 @@ def _run(launch: LaunchSettings, parallel: ParallelSettings, num_processes: int,
     try:
         elastic_launch(config, sys.executable)("-m", "storymem_dist.launch.rank", str(folder.root))
     except RendezvousError as error:
-        raise LayoutError(
+        raise RankError(  # also when the first node of a replica is lost: the same command may cure it
             f"the ranks cannot meet at {where} ({str(error).splitlines()[0]}); check that node {launch.head} is up and "
-            f"the port free and open: the {launch.num_nodes} nodes meet at launch.head and launch.port"
+            f"the port free and open: the {launch.num_nodes} nodes meet at launch.head and launch.port, within "
+            f"{launch.meet_seconds} s (launch.meet_seconds)",
+            _CRASH_EXIT_CODE,
         ) from error
     except ChildFailedError as error:
         if folder.error() is not None:
@@ -185,7 +186,7 @@ def _signals_become_a_file(folder: GroupFolder) -> Iterator[None]:
         if number == signal.SIGINT and folder.stop_file.exists():
             _end_children()
             raise KeyboardInterrupt
-        folder.stop_file.touch()
+        folder.ask_to_stop(signal.Signals(number).name)
 
     before = {number: signal.signal(number, stop) for number in signals_that_stop()}
     try:

@@ -97,6 +97,8 @@ def event_line(event: ev.Event, level: str) -> Text | None:
             return _text(f"{event.source} rejected: {event.message}", style="red")
         case ev.WarningIssued():
             return _text(f"warning: {event.message}", style="yellow")
+        case ev.RequestApplied():
+            return None if event.at_start and not verbose else _request_line(event)
         case ev.StopRequested():
             return _text(f"stopping after this step ({event.reason})", style="yellow")
         case ev.ReplicaWaited():
@@ -120,6 +122,13 @@ def event_line(event: ev.Event, level: str) -> Text | None:
 def _text(text: str, style: str = "") -> Text:
     """Text of any origin, in one line."""
     return Text(printable(text), style=style)
+
+
+def _request_line(event: ev.RequestApplied) -> Text:
+    target = f" {event.story_id}" if event.story_id else ""
+    who = f" by {event.who}" if event.who else ""
+    effect = f": {event.message}" if event.message else ""
+    return _text(f"request {event.number}{who}: {event.action}{target}{effect}", style="cyan")
 
 
 def _memory_line(event: ev.MemoryDecided) -> Text:
@@ -172,6 +181,8 @@ class PlainConsole:
         event = stamped.event
         if isinstance(event, ev.JobFinished):
             self._summarize = self._tail is not None
+        if isinstance(event, ev.RequestApplied) and self._tail is None and self._level != "verbose":
+            return  # the first leader's log has it
         line = event_line(event, self._level)
         if line is not None:
             self._write(stamped, line.plain + self._batch_text(event))
@@ -246,17 +257,19 @@ class LiveConsole:
         """Apply the event; ends of shots and stories, warnings and stops leave a permanent line."""
         if not self._next_follow:
             self._follow()  # events of earlier starts first
-        self._state.apply(stamped)
-        line = event_line(stamped.event, self._level)
-        if line is None:
-            return
         event = stamped.event
+        is_known = isinstance(event, ev.RequestApplied) and event.number in self._state.requests
+        self._state.apply(stamped)
+        line = event_line(event, self._level)
+        if line is None or (is_known and self._level != "verbose"):  # each replica reports that it applied a request
+            return
         lasting = (
             ev.ShotFinished,
             ev.ShotFailed,
             ev.StoryFinished,
             ev.StoryboardRejected,
             ev.WarningIssued,
+            ev.RequestApplied,
             ev.StopRequested,
         )
         if isinstance(event, lasting) or self._level == "verbose":

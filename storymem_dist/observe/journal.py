@@ -9,13 +9,14 @@ Knows files and the JSON lines of ``events``; nothing of threads, terminals or s
 
 import contextlib
 import os
+import re
 import secrets
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
-from storymem_dist.events import StampedEvent, stamped_from_json, stamped_to_json
+from storymem_dist.events import Event, StampedEvent, stamped_from_json, stamped_to_json
 from storymem_dist.files import open_regular, resolve_inside
 
 MAX_PENDING_BYTES = 64 * 2**20
@@ -89,14 +90,24 @@ class JournalTail:
     ``offsets`` maps file names to the bytes already returned: save them and pass them in again to continue after a
     restart. ``skip`` names writers whose files are not read. A last line without its newline is left for later (its
     writer is still writing it, or was killed); a complete line that is no event is counted in ``num_unreadable``. After
-    ``MAX_READ_BYTES`` nothing more is read.
+    ``MAX_READ_BYTES`` nothing more is read. ``only``: events of other kinds are left out, most of them unparsed.
     """
 
-    def __init__(self, folder: Path, *, offsets: Mapping[str, int] | None = None, skip: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        offsets: Mapping[str, int] | None = None,
+        skip: tuple[str, ...] = (),
+        only: Collection[type[Event]] = (),
+    ) -> None:
         self.folder = folder
         self.offsets: dict[str, int] = dict(offsets or {})
         self.num_unreadable = 0
         self._skip = {f"{writer}.jsonl" for writer in skip}
+        self._only = tuple(only)
+        names = "|".join(kind.__name__ for kind in only)
+        self._wanted = re.compile(rf'"event":\s*"(?:{names})"'.encode()) if names else None
 
     def poll(self, max_bytes: int = 16 * 2**20) -> list[StampedEvent]:
         """Return events that are new since the last call, ordered by wall time within the call.
@@ -135,10 +146,15 @@ class JournalTail:
             offset -= 1
         self.offsets[path.name] = offset + len(complete)
         for line in complete.split(b"\n")[:-1]:
+            if self._wanted is not None and self._wanted.search(line) is None:
+                continue
             try:
-                yield stamped_from_json(line)
+                stamped = stamped_from_json(line)
             except ValueError:
                 self.num_unreadable += 1
+                continue
+            if not self._only or isinstance(stamped.event, self._only):
+                yield stamped
 
 
 def read_journal(source: Path | JournalTail) -> list[StampedEvent]:

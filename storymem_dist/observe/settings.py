@@ -3,15 +3,17 @@
 None of them changes a pixel. Knows only the plain values; ``observe/start.py`` turns them into observers.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from storymem_dist.errors import require_between, require_one_of
+from storymem_dist.errors import ConfigError, require_between, require_one_of, shown
+from storymem_dist.files import expand_home
 from storymem_dist.observe.wandb.limits import check_names
 
 CONSOLE_MODES = ("auto", "live", "plain", "off")
 CONSOLE_LEVELS = ("quiet", "normal", "verbose")
 WANDB_MODES = ("auto", "online", "offline", "off")
+TEXTFILE_SUFFIX = ".prom"
 _WEEK = 7 * 24 * 3600.0
 
 
@@ -82,6 +84,34 @@ class WandbSettings:
 
 
 @dataclass(kw_only=True, slots=True)
+class PrometheusSettings:
+    """What node_exporter's textfile collector reads. ``textfile``: a file ``NAME.prom`` in its folder; null: none.
+
+    The first replica writes it, others ``NAME.replica1.prom`` and so on; of a joined sweep, each point
+    ``NAME.point0.prom`` and so on. Jobs that run on one machine need a name each.
+    """
+
+    textfile: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.textfile is None:
+            return
+        name = self.textfile.rpartition("/")[2]
+        if not name.endswith(TEXTFILE_SUFFIX) or name == TEXTFILE_SUFFIX or "\0" in self.textfile:
+            raise ConfigError(
+                f"tracking.prometheus.textfile={shown(self.textfile)} is not allowed; give a file whose name ends in"
+                f" {TEXTFILE_SUFFIX}: node_exporter reads no other"
+            )
+        self.textfile = expand_home(self.textfile, "tracking.prometheus.textfile")
+
+    def of_part(self, number: int) -> "PrometheusSettings":
+        """The settings of one point of a joined sweep: ``NAME.point2.prom``."""
+        if self.textfile is None:
+            return self
+        return replace(self, textfile=f"{self.textfile.removesuffix(TEXTFILE_SUFFIX)}.point{number}{TEXTFILE_SUFFIX}")
+
+
+@dataclass(kw_only=True, slots=True)
 class TrackingSettings:
     """The ``tracking`` group.
 
@@ -91,6 +121,7 @@ class TrackingSettings:
 
     console: ConsoleSettings = field(default_factory=ConsoleSettings)
     wandb: WandbSettings = field(default_factory=WandbSettings)
+    prometheus: PrometheusSettings = field(default_factory=PrometheusSettings)
     report: bool = True
     system_interval_seconds: float = 15.0
 

@@ -8,11 +8,13 @@ import os
 import socket
 import sys
 import time
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TextIO
 
-from storymem_dist.events import JobStarted, NullObserver, Observer, WarningIssued
+from storymem_dist.errors import ConfigError
+from storymem_dist.events import Event, JobStarted, NullObserver, Observer, WarningIssued
 from storymem_dist.observe.console import LiveConsole, PlainConsole
 from storymem_dist.observe.journal import JournalTail, JournalWriter, new_writer_id
 from storymem_dist.observe.observers import BackEnd, Observers
@@ -57,10 +59,13 @@ class RenderObservers:
         events = run_folder / "events"
         self._writer = new_writer_id(place.replica, rank=None if place.is_leader else place.rank)
         journal = JournalWriter(events, self._writer)
+        self._warnings: list[str] = []
         self._observers = Observers(
             self._back_ends(stream), journal=journal, writer=self._writer, replica=place.replica
         )
         self.observer: Observer = self._observers if place.is_leader else NullObserver()
+        for message in self._warnings:
+            self.warn(message, "observe.prometheus")
         self._sampler: SystemSampler | None = None
         if settings.system_interval_seconds > 0:
             self._sampler = SystemSampler(
@@ -92,16 +97,29 @@ class RenderObservers:
         if not place.is_leader:
             return []
         back_ends: list[BackEnd] = []
-        tail = JournalTail(self._run_folder / "events", skip=(self._writer,)) if place.is_first_leader else None
-        console = make_console(settings.console, stream, tail, is_first_leader=place.is_first_leader)
+        console = make_console(settings.console, stream, self._new_tail(), is_first_leader=place.is_first_leader)
         if console is not None:
             back_ends.append(console)
+        if settings.prometheus.textfile is not None:
+            from storymem_dist.observe.prometheus import FOLLOWED, PrometheusFile, check_textfile  # loads its library
+
+            try:
+                path, run = check_textfile(settings.prometheus.textfile), self._run_folder.resolve().name
+                tail = self._new_tail(only=FOLLOWED)
+                back_ends.append(PrometheusFile(path, run=run, replica=place.replica, tail=tail))
+            except ConfigError as error:
+                self._warnings.append(f"{error}; the render continues without it")
         if place.is_first_leader and choose_mode(settings.wandb.mode) != "off":
             try:
                 back_ends.append(WandbProcess(self._run_folder, settings.wandb))
             except OSError as error:
                 print_error(f"storymem: Weights & Biases is off, its feeder cannot be started: {error}")
         return back_ends
+
+    def _new_tail(self, only: Collection[type[Event]] = ()) -> JournalTail | None:
+        """What reads the events of the other replicas, for the leader that reports for all."""
+        events = self._run_folder / "events"
+        return JournalTail(events, skip=(self._writer,), only=only) if self._place.is_first_leader else None
 
     def _write_report(self) -> None:
         from storymem_dist.observe.report import write_report

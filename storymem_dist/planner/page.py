@@ -61,7 +61,7 @@ def plan_page(plan: Plan) -> str:
     return document(
         title=f"plan for {machine_of(plan.hardware)}",
         style=read_asset("style.css") + _STYLE,
-        script=read_asset("script.js"),
+        scripts=[read_asset("script.js")],
         body=(
             f'<a class="skip" href="#times">Skip to the times</a>{_header(plan)}'
             f'<nav aria-label="Parts of the plan"><ul>{links}</ul>{theme_button()}</nav>'

@@ -28,6 +28,12 @@ def job_identity() -> str:
     return f"ranks-{os.environ.get('MASTER_ADDR', '')}-{os.environ.get('MASTER_PORT', '')}-{os.getppid()}"
 
 
+def start_identity() -> str:
+    """Return ``job_identity`` with the start of its SLURM job: a job that was queued again is another one here."""
+    job = job_identity()
+    return f"{job}.start{os.environ.get('SLURM_RESTART_COUNT', '0')}" if job else ""
+
+
 def group_identity() -> str:
     """Return a name that the ranks of one launcher and their restarts share: that of the job and the node."""
     node = os.environ.get("STORYMEM_NODE", "")

@@ -17,6 +17,7 @@ from storymem_dist.artifacts.prompt_cache import PromptCache
 from storymem_dist.artifacts.run_folder import RunFolder
 from storymem_dist.config.points import Point
 from storymem_dist.dispatch.graph import ShotGraph
+from storymem_dist.dispatch.pace import Pace
 from storymem_dist.dispatch.plan import BatchPart
 from storymem_dist.dispatch.stop import StopSwitch, own_stop_files
 from storymem_dist.dispatch.summary import STOPPED, BatchSummary, Replica
@@ -38,12 +39,18 @@ from storymem_dist.parallel.watch import Watch
 from storymem_dist.render.attention import decide_attention
 from storymem_dist.render.batch import render_batch
 from storymem_dist.render.build import Engine
-from storymem_dist.render.check import CheckedJob, check_job
+from storymem_dist.render.check import CheckedJob, admission, check_job
 from storymem_dist.render.choice import chooser
 from storymem_dist.render.compilation import keep_compiled_code
 from storymem_dist.render.debugging import debugging, logged
 from storymem_dist.render.feedback import feedback_of
-from storymem_dist.render.identity import device_name, group_identity, job_identity, package_versions
+from storymem_dist.render.identity import (
+    device_name,
+    group_identity,
+    job_identity,
+    package_versions,
+    start_identity,
+)
 from storymem_dist.render.inputs import config_hash, cost_model, pixel_inputs
 from storymem_dist.render.merged import MergedCrews, opened_teams, speedups_of
 from storymem_dist.render.outcome import announce, print_outcome, report_loading
@@ -53,7 +60,6 @@ from storymem_dist.render.scoring import scorer_shelf
 from storymem_dist.render.shot import ShotRules, StoryShotRenderer, negative_prompts
 from storymem_dist.story.loading import StoryBatch
 from storymem_dist.story.modes import KINDS
-from storymem_dist.weights.bundle import Weights
 from storymem_dist.weights.text_encoder import text_encoder_identity
 
 logger = logging.getLogger(__name__)
@@ -121,7 +127,7 @@ def _run_job(
     on_start: Callable[[Layout], None],
     process: JobProcess,
 ) -> JobOutcome:
-    checked = check_job(points)
+    checked = check_job(points, job=start_identity())
     settings, weights = points[0].settings, checked.weights
     with (
         debugging(settings.debug, writes_log=process.is_own),
@@ -136,9 +142,12 @@ def _run_job(
     ):
         choice = session.choice
         assert choice is not None, "start_session asked for it"
+        if not session.is_leader:
+            stop.look_no_more()
         on_start(session.layout)
         runs = [RunFolder(point.settings.output) for point in points]
-        run_ids = session.leader_decides(lambda: [run.open() for run in runs])
+        num_stories = [len(batch.stories) for batch in checked.batches]
+        run_ids = session.leader_decides(lambda: [run.open(n) for run, n in zip(runs, num_stories, strict=True)])
         rank_info = RankInfo(
             job=group_identity(),
             rank=session.rank,
@@ -166,13 +175,13 @@ def _run_job(
         checked = replace(checked, model=model)
         parts, all_observers = [], []
         feedback = feedback_of(points, checked, session, choice) if process.is_own else None
-        for point, batch, run in zip(points, checked.batches, runs, strict=True):
-            tracking = tracking_of_part(point.settings.tracking, num_parts=len(points))
+        for number, (point, run) in enumerate(zip(points, runs, strict=True)):
+            tracking = tracking_of_part(point.settings.tracking, number, num_parts=len(points))
             observers = closing.enter_context(start_observers(tracking, run.root, rank_info, sweep=sweep))
             all_observers.append(observers)
             observer = board.watching(process.observed(logged(observers.observer)))
             observer = observer if feedback is None else feedback.watching(observer)
-            parts.append(_part(point, batch, run, weights, observer, session, choice))
+            parts.append(_part(point, number, run, checked, observer, session, choice))
         for part, batch, run_id in zip(parts, checked.batches, run_ids, strict=True):
             announce(part, batch, run_id, session, choice, attention=attention)
             for message in weights.lora_warnings() if session.rank == 0 else ():
@@ -196,16 +205,23 @@ def _run_job(
     return JobOutcome(batches=checked.batches, summary=summary, session=session)
 
 
-def tracking_of_part(tracking: TrackingSettings, *, num_parts: int) -> TrackingSettings:
-    """Return the tracking settings of one of ``num_parts`` parts: only a single part may redraw the terminal."""
-    if num_parts == 1 or tracking.console.mode == "off":
+def tracking_of_part(tracking: TrackingSettings, number: int, *, num_parts: int) -> TrackingSettings:
+    """Return the tracking settings of part ``number`` of ``num_parts``: only a single part may redraw the terminal, and
+    each writes a file of its own for Prometheus.
+    """
+    if num_parts == 1:
         return tracking
-    return replace(tracking, console=replace(tracking.console, mode="plain"))
+    console = tracking.console
+    if console.mode != "off":
+        console = replace(console, mode="plain")
+    return replace(tracking, console=console, prometheus=tracking.prometheus.of_part(number))
 
 
 def _stop_switch(points: Sequence[Point], board: ProgressBoard, process: JobProcess) -> StopSwitch:
     """What asks this job to stop. Made before weights are read: a stop file that appears meanwhile counts."""
     restarted = process.is_own and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    num_ranks = os.environ.get("WORLD_SIZE", "") if process.is_own else ""
+    pace = Pace(int(num_ranks) if num_ranks.isdecimal() else 1)
     files = [RunFolder(point.settings.output).stop_file for point in points]
 
     def on_ask() -> None:
@@ -213,21 +229,21 @@ def _stop_switch(points: Sequence[Point], board: ProgressBoard, process: JobProc
         process.ask(stop)
 
     own_files = own_stop_files() if process.is_own else ()
-    stop = StopSwitch(files, own_files=own_files, restarted=restarted, on_ask=on_ask)
+    stop = StopSwitch(files, own_files=own_files, restarted=restarted, pace=pace, on_ask=on_ask)
     stop.start_watching()
     return stop
 
 
 def _part(
     point: Point,
-    batch: StoryBatch,
+    index: int,
     run: RunFolder,
-    weights: Weights,
+    checked: CheckedJob,
     observer: Observer,
     session: Session,
     choice: Choice,
 ) -> BatchPart:
-    settings = point.settings
+    settings, batch, weights = point.settings, checked.batches[index], checked.weights
     return BatchPart(
         run=run,
         stories=batch.stories,
@@ -249,6 +265,8 @@ def _part(
             "loras": weights.lora_facts(),
         },
         num_refused=len(batch.rejected),
+        requests_before=checked.requests_before[index],
+        admit=admission(point, checked),
     )
 
 

@@ -10,10 +10,11 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from storymem_dist.artifacts.requests import RequestLog
 from storymem_dist.artifacts.run_folder import RunFolder
 from storymem_dist.config.points import Point
 from storymem_dist.dispatch.plan import BatchPart
-from storymem_dist.dispatch.summary import BatchSummary
+from storymem_dist.dispatch.summary import DONE, BatchSummary
 from storymem_dist.events import JobStarted, LayoutChosen, Observer, StoryboardRejected, WarningIssued, WeightsProgress
 from storymem_dist.hardware import peak_tflops
 from storymem_dist.observe.run.format import count
@@ -22,6 +23,7 @@ from storymem_dist.parallel.session import Session
 from storymem_dist.render.identity import device_name, group_identity, package_versions
 from storymem_dist.story.loading import StoryBatch
 from storymem_dist.story.problems import one_line
+from storymem_dist.story.schema import Story
 from storymem_dist.terminal.streams import print_lines
 
 _PROGRESS_SECONDS = 0.25
@@ -102,8 +104,9 @@ def print_outcome(
     lines = []
     for point, batch in zip(points, batches, strict=True):
         of_point = f"{point.name}: " if point.name else ""
-        for story in batch.stories:
-            video = RunFolder(point.settings.output).story_video(story.story_id)
+        run = RunFolder(point.settings.output)
+        for story in {one.story_id: one for one in (*_added_to(run), *batch.stories)}.values():
+            video = run.story_video(story.story_id)
             if video.exists():
                 lines.append(f"{of_point}{story.name}: {video}")
         for rejected in batch.rejected:
@@ -118,11 +121,20 @@ def print_outcome(
     print_lines([*lines, f"{last_line(summary)}; everything is in {where}"])
 
 
+def _added_to(run: RunFolder) -> list[Story]:
+    """The stories that were added to the queue of a run folder; none where its requests cannot be read."""
+    try:
+        return [request.story for request in RequestLog(run.root).read_new() if request.story is not None]
+    except OSError:
+        return []
+
+
 def last_line(summary: BatchSummary) -> str:
     """Return the end of the whole batch in words: every storyboard file counts, and every replica's shots."""
     parts = [
         f"{summary.state}: {summary.num_stories_done} of {summary.num_stories + summary.num_refused} stories are done",
         f"{count(summary.num_refused, 'file')} refused" if summary.num_refused else "",
+        summary.reason if summary.state == DONE else "",
         f"{count(summary.num_finished - summary.num_finished_before, 'shot')} rendered, {summary.num_finished_before} "
         f"found finished, {summary.num_failed} failed, {summary.num_blocked} blocked by them",
     ]

@@ -19,10 +19,12 @@ from functools import partial
 
 from torch import Tensor
 
+from storymem_dist.artifacts.commit_log import CommitLog
 from storymem_dist.artifacts.prompt_cache import PromptCache
 from storymem_dist.dispatch.choosing import likely_order
 from storymem_dist.dispatch.graph import ShotGraph
 from storymem_dist.dispatch.plan import BatchPart, PlannedShot, plan_part
+from storymem_dist.dispatch.scanning import lease_key
 from storymem_dist.errors import StoryboardError
 from storymem_dist.parallel.leader import LeaderDecides, decide_alone
 from storymem_dist.parallel.session import Team
@@ -134,16 +136,22 @@ def prompts_left(parts: Sequence[BatchPart], num_replicas: int) -> list[str]:
 
 
 def shots_left(parts: Sequence[BatchPart]) -> list[list[PlannedShot]]:
-    """Return, for each story that is not complete, its shots that are not committed."""
+    """Return, for each story that is not complete, its shots that are not committed, as far as was noted."""
     left: list[list[PlannedShot]] = []
     for part_index, part in enumerate(parts):
-        for _, planned in plan_part(part_index, part):
+        noted = CommitLog(part.run.commits_folder).read_new()
+        for story, planned in plan_part(part_index, part):
             if isinstance(planned, StoryboardError):
                 continue
+            has_begun = part.run.story_folder(story.story_id).exists()
             of_story = [
                 shot
                 for shot in planned
-                if not part.run.shot(shot.story_id, shot.shot_id).is_committed(shot.fingerprint)
+                if not has_begun
+                or not (
+                    lease_key(shot) in noted
+                    or part.run.shot(shot.story_id, shot.shot_id).is_committed(shot.fingerprint)
+                )
             ]
             if of_story:
                 left.append(of_story)

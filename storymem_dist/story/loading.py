@@ -133,11 +133,11 @@ def load_storyboards(spec: str | os.PathLike[str] | Iterable[str | os.PathLike[s
             unloaded.append(_Unloaded(file, story_id_from(file.stem), str(file), Unreadable(str(error))))
     namesakes: defaultdict[str, list[_Unloaded]] = defaultdict(list)
     for one in unloaded:
-        namesakes[_folded(one.story_id)].append(one)
+        namesakes[folded_id(one.story_id)].append(one)
     stories: list[Story] = []
     for one in unloaded:
         try:
-            others = [other.listed or other.where for other in namesakes[_folded(one.story_id)] if other is not one]
+            others = [other.listed or other.where for other in namesakes[folded_id(one.story_id)] if other is not one]
             if others:
                 more = f" and {len(others) - _MAX_NAMED} more" if len(others) > _MAX_NAMED else ""
                 raise StoryboardError(
@@ -271,8 +271,8 @@ def _listed_stories(file: Path, row: Row, listed: str) -> list[_Unloaded]:
     return unloaded
 
 
-def _folded(story_id: str) -> str:
-    """``story_id`` as file systems compare names that do not distinguish case."""
+def folded_id(story_id: str) -> str:
+    """``story_id`` as file systems compare names that do not distinguish case: stories of one run differ in it."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFD", story_id).casefold())
 
 

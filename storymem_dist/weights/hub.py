@@ -30,7 +30,7 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import build_hf_headers, disable_progress_bars  # type: ignore[attr-defined]
 
 from storymem_dist.errors import CheckpointError, ConfigError, StoryMemError, WeightsNotFound
-from storymem_dist.files import locked_folder, rename_durably, write_bytes
+from storymem_dist.files import fsync_file, locked_folder, write_bytes
 
 STATE_NAME = "storymem_download.json"
 _PARTIAL_FOLDER = ".storymem_partial"
@@ -371,7 +371,8 @@ def _fetch_and_check(hub: Source, plan: DownloadPlan, file: RemoteFile, on_bytes
                 "is not the published one) and was removed; download again, or use another mirror"
             )
         target.parent.mkdir(parents=True, exist_ok=True)
-        rename_durably(partial, target)
+        fsync_file(partial)
+        partial.replace(target)
     return target.stat().st_mtime_ns
 
 

@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import storymem_dist.events as ev
 from storymem_dist.artifacts.fingerprint import fingerprint
@@ -142,7 +143,7 @@ class FakeRun:
         """Render one shot; or let it fail while denoising, or break off after a step without another word."""
         story = self.stories[story_number]
         shot, notify = story.shots[shot_number], replica.observers.notify
-        names = {"story_id": story.story_id, "shot_id": shot.shot_id}
+        names: dict[str, Any] = {"story_id": story.story_id, "shot_id": shot.shot_id}
         bank = self.banks[story.story_id]
         recall = bank.recall(MemorySettings(max_keyframes=self.max_keyframes, num_fixed=1, similarity="hsv"))
         mode = "t2v" if shot_number == 0 else ("m2v" if shot.cut else "mi2v")
@@ -196,7 +197,10 @@ class FakeRun:
         self._stage(replica, "decode", 1.1, seconds, **names)
         keyframes, decisions = choose(shot.index, len(bank), story_number)
         self._stage(replica, "keyframes", 0.3, seconds, **names)
-        memory = {"recalled": [asdict(d) for d in recall.decisions], "decisions": [asdict(d) for d in decisions]}
+        memory: dict[str, object] = {
+            "recalled": [asdict(d) for d in recall.decisions],
+            "decisions": [asdict(d) for d in decisions],
+        }
         for event in ev.memory_events(story.story_id, shot.shot_id, shot.index, memory):
             notify(event)
         record = self._commit(story, shot, shot_fingerprint, attempt_id, mode, keyframes, memory, seconds, replica)

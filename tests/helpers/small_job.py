@@ -1,7 +1,11 @@
 """Small render jobs of the tiny model, in this process: the settings the command line would compose, and stories."""
 
+import copy
 import json
+import re
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +32,9 @@ SMALL = (
 )
 
 
+_PATH = re.compile(r"(stories\.path|output)='([^'\\$]+)'")
+
+
 def write_storyboard(path: Path, cuts: Sequence[Sequence[bool]], **extra: object) -> Path:
     """A storyboard with one scene per entry of ``cuts``."""
     scenes = [
@@ -45,7 +52,16 @@ def write_storyboard(path: Path, cuts: Sequence[Sequence[bool]], **extra: object
 
 
 def small_settings(*overrides: str) -> RenderConfig:
-    """What the command line makes of ``SMALL`` and ``overrides``."""
+    """What the command line makes of ``SMALL`` and ``overrides``. Paths of stories and outputs may differ for free."""
+    paths = {found[1]: found[2] for override in overrides if (found := _PATH.fullmatch(override))}
+    settings = copy.deepcopy(_composed(tuple(one for one in overrides if not _PATH.fullmatch(one))))
+    if "stories.path" in paths:
+        settings.stories.path = paths["stories.path"]
+    return replace(settings, output=paths.get("output", settings.output))
+
+
+@cache
+def _composed(overrides: tuple[str, ...]) -> RenderConfig:
     register_schema()
     with initialize_config_dir(version_base="1.3", config_dir=str(config_folder())):
         return to_settings(compose("render", overrides=[*SMALL, *overrides]))

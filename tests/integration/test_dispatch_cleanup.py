@@ -8,10 +8,11 @@ import pytest
 
 from storymem_dist.artifacts.run_folder import SMALL_FOLDERS, RunFolder
 from storymem_dist.dispatch import cleanup
-from storymem_dist.dispatch.leases import LeaseFolder, Owner
+from storymem_dist.dispatch.leases import LeaseFolder
+from storymem_dist.dispatch.owners import Owner
 from storymem_dist.dispatch.plan import plan_story
 from storymem_dist.dispatch.protocol import ShotJob
-from storymem_dist.dispatch.queue import lease_key
+from storymem_dist.dispatch.scanning import lease_key
 from storymem_dist.dispatch.stop import StopSwitch
 from storymem_dist.dispatch.summary import Replica
 from storymem_dist.events import Event, JobFinished

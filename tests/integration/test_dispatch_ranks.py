@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from storymem_dist.artifacts import run_folder, shot_folder
-from storymem_dist.dispatch.leases import WAITING, WORKING, LeaseFolder, Owner
+from storymem_dist.dispatch.leases import WAITING, WORKING, LeaseFolder
+from storymem_dist.dispatch.owners import Owner
 from storymem_dist.dispatch.protocol import ShotJob
 from storymem_dist.dispatch.settings import DispatchSettings
 from storymem_dist.dispatch.stop import StopSwitch

@@ -21,6 +21,7 @@ from storymem_dist.dispatch.queue import ShotQueue
 from storymem_dist.errors import CollectiveFailed
 from storymem_dist.models.wan.vae import WanVae
 from storymem_dist.render import shot as render_shot
+from tests.helpers.commands import run_in_fork
 from tests.helpers.ranks import RankFailed, run_ranks
 from tests.helpers.small_job import SMALL, media_bytes, render_small, write_storyboard
 from tests.helpers.workers import quick_folder
@@ -208,12 +209,10 @@ def test_torchrun_starts_the_ranks_again_after_a_hang(folder: Path, undisturbed:
     (folder / "hang").mkdir()
     (folder / "hang" / "sitecustomize.py").write_text(HANG_ONCE)
     given = (f"stories.path='{folder / 'in'}'", "stories.max_shots=1", f"output='{folder / 'run'}'", SPLIT, *LIMITS)
-    done = subprocess.run(
-        [sys.executable, "-m", "storymem_dist.cli", *SMALL, *given, "launch=torchrun", "launch.processes_per_node=2"],
+    done = run_in_fork(
+        [*SMALL, *given, "launch=torchrun", "launch.processes_per_node=2"],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{folder / 'hang'}{os.pathsep}{ROOT}"},
-        capture_output=True,
-        text=True,
-        timeout=150,
+        seconds=150,
     )
     assert done.returncode == 0, done.stderr
     assert re.search(r"rank 1 \(\S+\) has not left stage 'denoise' of moon:shot_01, step 2 of 3", done.stderr)

@@ -125,14 +125,14 @@ def test_ranks_end_when_their_launcher_is_killed_and_leave_nothing(tmp_path: Pat
     steps = ["sampler.num_inference_steps=900", "sampler.solver=euler"]
     given = [*SMALL, "parallel=replicas", f"stories.path='{tmp_path / 'stories'}'", f"output='{run}'", *steps]
     if launcher == "torchrun":
-        start = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "storymem_dist"]
+        start = ["torch.distributed.run", "--standalone", "--nproc-per-node=1", "-m", "storymem_dist"]
     else:
         start = ["storymem_dist", "launch=torchrun", "launch.processes_per_node=2"]
     started = _start([*start, *given], temporary)
     ranks: list[int] = []
     try:
         _when_rendering(run, lambda: ranks.extend(_children(started.pid)))
-        assert len(ranks) >= 2
+        assert len(ranks) >= (1 if launcher == "torchrun" else 2)
         started.kill()
         wait_until(lambda: not any(process_start(rank) for rank in ranks), seconds=60)
     finally:

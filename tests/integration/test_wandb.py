@@ -48,6 +48,9 @@ def two_replicas(root: Path) -> FakeRun:
     for number in range(2):
         with run.replica(number, num_replicas=2) as replica:
             run.load_weights(replica)
+            asked = ev.RequestApplied(number=1, action="stop", who="lea", asked_at=replica.clock.now, message="it ends")
+            replica.clock.pass_(2.0)
+            replica.observers.notify(asked)
             for shot in range(3):
                 run.shot(replica, number, shot)
             if number == 1:
@@ -140,6 +143,15 @@ def test_shots_stories_failures_and_systems_of_all_replicas_are_there(fed: tuple
     _, failures = segment.table("failures")
     assert failures[0][1:] == ["story_1", "shot_04", "denoise", "CUDA out of memory", False]
     assert segment.summary["total/num_clips"] == 7 and segment.summary["total/num_failures"] == 1
+
+
+def test_a_request_to_the_queue_is_one_row_with_its_time_to_effect(fed: tuple[FakeRun, WandbRun]) -> None:
+    _, segment = fed
+    assert segment.series("run/requests") == [1], "two replicas applied it"
+    assert segment.series("run/request_seconds") == pytest.approx([2.0])
+    columns, rows = segment.table("requests")
+    assert [dict(zip(columns, row, strict=True))["effect"] for row in rows] == ["it ends"]
+    assert rows[0][2:6] == ["stop", "", "", "lea"] and rows[0][6] == pytest.approx(2.0)
 
 
 def test_videos_are_uploaded_up_to_the_limit_and_are_the_clips_themselves(fed: tuple[FakeRun, WandbRun]) -> None:

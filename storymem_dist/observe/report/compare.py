@@ -8,10 +8,11 @@ from itertools import zip_longest
 from typing import Any
 
 from storymem_dist.observe.report.assets import Assets
+from storymem_dist.observe.report.cards import STATUS_KINDS, shot_card
 from storymem_dist.observe.report.html import anchor, chip, document, esc, table
-from storymem_dist.observe.report.model import RunView, ShotView, StoryView
-from storymem_dist.observe.report.page import STATUS_KINDS, footer, read_asset, shot_card, theme_button
+from storymem_dist.observe.report.page import footer, read_asset, theme_button
 from storymem_dist.observe.report.scores import compared_figures, compared_stories
+from storymem_dist.observe.report.views import RunView, ShotView, StoryView
 from storymem_dist.observe.run import format as fmt
 from storymem_dist.observe.run.files import parse_config
 from storymem_dist.observe.run.rates import rates
@@ -37,12 +38,12 @@ def comparison_page(left: RunView, right: RunView, left_assets: Assets, right_as
     return document(
         title=f"{left.name} and {right.name} · storymem report",
         style=read_asset("style.css"),
-        script=read_asset("script.js"),
+        scripts=[read_asset("script.js")],
         body=(
             f'<a class="skip" href="#stories">Skip to the shots</a><header><p class="brand">storymem report</p>'
             f'<h1>Two runs</h1><p class="sides">{runs}</p></header>'
             f'<nav aria-label="Parts of the report"><ul>{links}</ul>{theme_button()}</nav>'
-            f'<main>{body}</main>{footer(left.written_at)}<div id="tip" role="tooltip" hidden></div>'
+            f'<main>{body}</main><footer>{footer(left.written_at)}</footer><div id="tip" role="tooltip" hidden></div>'
         ),
     )
 

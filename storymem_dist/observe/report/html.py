@@ -2,7 +2,7 @@
 
 import html
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from storymem_dist.observe.run.format import DASH
 
@@ -16,6 +16,24 @@ def anchor(*names: str) -> str:
     """Return an id that no other names get and no fixed id of the page has; also the fragment of its address."""
     parts = [re.sub(r"[^A-Za-z0-9_.-]", lambda found: f"~{ord(found[0]):x}~", name) for name in names]
     return ":".join(parts)
+
+
+def hole(tag: str, name: str, attributes: str = "") -> str:
+    """Return an empty element that the part ``name`` fills; ``attributes`` are HTML."""
+    return f'<{tag}{" " * bool(attributes)}{attributes} data-part="{esc(name)}"></{tag}>'
+
+
+def filled(parts: Mapping[str, str], text: str) -> str:
+    """Return ``text`` with the holes of all ``parts`` filled, holes in holes too. No part may be in itself."""
+
+    def fill(found: re.Match[str]) -> str:
+        inside = parts.get(html.unescape(found["name"]))
+        return found[0] if inside is None else f"{found['start']}{_HOLE.sub(fill, inside)}</{found['tag']}>"
+
+    return _HOLE.sub(fill, text)
+
+
+_HOLE = re.compile(r'(?P<start><(?P<tag>[a-z]+)(?: [^<>]*)? data-part="(?P<name>[^"<>]*)">)</(?P=tag)>')
 
 
 def table(
@@ -66,17 +84,21 @@ def chip(text: str, kind: str) -> str:
     return f'<span class="chip {kind}">{esc(text)}</span>'
 
 
-def document(*, title: str, style: str, script: str, body: str) -> str:
-    """Return a whole page. Its policy allows only what is in the page and files next to it."""
+def document(*, title: str, style: str, scripts: Iterable[str], body: str, connect: bool = False) -> str:
+    """Return a whole page. Its policy allows only what is in the page and files next to it.
+
+    ``connect`` also allows its scripts to ask the server that the page came from.
+    """
     policy = (
         "default-src 'none'; img-src 'self' data: file:; media-src 'self' data: file:; "
         "style-src 'unsafe-inline'; script-src 'unsafe-inline'"
-    )
+    ) + "; connect-src 'self'" * connect
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">'
-        f"<title>{esc(title)}</title><style>{style}</style></head>\n<body>\n{body}\n<script>{script}</script>\n"
-        "</body></html>\n"
+        f"<title>{esc(title)}</title><style>{style}</style></head>\n<body>\n{body}\n"
+        + "".join(f"<script>{script}</script>\n" for script in scripts)
+        + "</body></html>\n"
     )

@@ -1,146 +1,42 @@
-"""The contents of a report, read from a run's event files and records alone.
+"""The contents of a report, read from a run's event files, records and requests alone, once or again and again.
 
-Works on a run that is still going and on a broken one: records take precedence, events add the rest. Every value has
-its type here, whatever the files hold. Knows nothing of HTML.
+Works on a run that is still going and on a broken one. Knows nothing of HTML.
 """
 
+import re
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import storymem_dist.events as ev
-from storymem_dist.artifacts.records import ShotRecord
-from storymem_dist.artifacts.scores import RunScores, read_scores
+from storymem_dist.artifacts.requests import QueueState, RequestLog
+from storymem_dist.artifacts.scores import SCORES_FILE, RunScores, read_scores
 from storymem_dist.observe.journal import JournalTail, read_journal
+from storymem_dist.observe.queue.order import queue_order
+from storymem_dist.observe.report.stories import story_view
+from storymem_dist.observe.report.views import QueuePlace, RequestView, RunView, StoryView
+from storymem_dist.observe.run import format as fmt
 from storymem_dist.observe.run.files import RunFiles, StoryFiles
 from storymem_dist.observe.run.state import RunState
-from storymem_dist.observe.run.values import ShotState
+from storymem_dist.story.schema import Story
 
 ALIVE_SECONDS = 120.0
 """A replica that sent an event within this time counts as running."""
 
+LOOKED_AT = 64
+"""Stories without news whose folders one call of ``refresh`` looks at."""
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class KeyframeView:
-    """A keyframe of the memory bank. ``image`` is a path relative to the run folder, None when it cannot be found.
+LISTED_EVERY = 16
+"""Calls of ``refresh`` after which it looks for stories that no event has named."""
 
-    ``shot_index`` is -1 for reference images. The scores are those with which it was kept.
-    """
+_STILL_NS = 2_000_000_000  # a folder that changed this shortly before it was read may change again at the same time
 
-    shot_index: int
-    slot: int
-    frame_index: int
-    image: str | None
-    similarity: float | None
-    bank_similarity: float | None
-    against: str | None
-    quality: float | None
-    why: str
+_DIGITS = frozenset("0123456789")
+_NUMBER = re.compile(r"([0-9]{1,18})")
 
-    @property
-    def key(self) -> tuple[int, int]:
-        """What identifies it in its story."""
-        return (self.shot_index, self.slot)
-
-    @property
-    def name(self) -> str:
-        """Its name for people."""
-        if self.shot_index < 0:
-            return f"reference image {self.slot + 1}"
-        if self.slot < 0:
-            return f"reference image of shot_{self.shot_index + 1:02d}"
-        return f"shot_{self.shot_index + 1:02d} keyframe {self.slot}"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ShotView:
-    """One shot. ``status``: ``finished``, ``running``, ``failed``, ``blocked`` or ``waiting``.
-
-    ``decisions`` are those of the current record, or of the newest attempt where there is no record. ``own``: what the
-    storyboard sets for this shot alone. ``scores``: what it was scored, by measure.
-    """
-
-    shot_id: str
-    shot_index: int
-    scene_num: int
-    prompt: str
-    cut: bool
-    status: str
-    reason: str
-    mode: str
-    seed: int | None
-    clip: str | None
-    fps: float
-    num_frames: int
-    height: int
-    width: int
-    seconds: float | None
-    stage_seconds: dict[str, float]
-    seconds_per_step: float | None
-    num_reused_steps: int
-    step: int
-    num_steps: int
-    num_attempts: int
-    why: str
-    decisions: tuple[ev.MemoryDecided, ...]
-    own: dict[str, Any] = field(default_factory=dict)
-    scores: Mapping[str, float] = field(default_factory=dict)
-
-    @property
-    def recalled(self) -> tuple[ev.MemoryDecided, ...]:
-        """Keyframes that the shot was shown, in their order."""
-        return tuple(decision for decision in self.decisions if decision.verdict == "recalled")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StoryView:
-    """One story: its shots in order and the keyframes of its memory bank, oldest first.
-
-    ``waits_for``: for each shot the positions of those that it waits for; empty where it is not known.
-    """
-
-    story_id: str
-    name: str
-    overview: str
-    video: str | None
-    message: str
-    shots: tuple[ShotView, ...]
-    keyframes: tuple[KeyframeView, ...]
-    waits_for: tuple[tuple[int, ...], ...] = ()
-
-    @property
-    def num_finished(self) -> int:
-        """Shots that are committed."""
-        return sum(shot.status == "finished" for shot in self.shots)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RunView:
-    """Everything a report shows. ``status``: ``finished``, ``running``, ``stopped``, ``incomplete`` or ``empty``.
-
-    ``left_out`` names files that could not be used, and why. ``scores`` are those of the clips as they are; None where
-    the run is not scored.
-    """
-
-    root: Path
-    name: str
-    run_id: str
-    created: str
-    status: str
-    written_at: float
-    stories: tuple[StoryView, ...]
-    state: RunState
-    config_hash: str
-    config: str
-    left_out: tuple[str, ...]
-    scores: RunScores | None = None
-
-    @property
-    def shots(self) -> tuple[ShotView, ...]:
-        """All shots of all stories."""
-        return tuple(shot for story in self.stories for shot in story.shots)
+_Result = TypeVar("_Result")
 
 
 def read_run(root: Path, *, now: float | None = None) -> RunView:
@@ -149,38 +45,214 @@ def read_run(root: Path, *, now: float | None = None) -> RunView:
     Raises:
         RunFolderError: ``root`` is not a run folder.
     """
-    files = RunFiles(root)
-    state = RunState()
-    tail = JournalTail(files.events_folder)
-    events = read_journal(tail)
-    for stamped in events:
-        state.apply(stamped)
-    folders = {story.story_id: story for story in files.stories()}
-    nothing = {name: StoryFiles(story_id=name, storyboard={}, records={}, video=None) for name in state.stories}
-    stories = tuple(_story(files, folder, state) for _, folder in sorted({**nothing, **folders}.items()))
-    moment = time.time() if now is None else now
-    config_hash, config = files.newest_config()
-    unreadable = [f"events: {tail.num_unreadable} lines are no events"] if tail.num_unreadable else []
-    try:
-        scores = _current(read_scores(root), folders)
-    except (OSError, ValueError) as error:
-        scores = None
-        unreadable.append(f"scores.json: {str(error)[:300]}")
-    stories = tuple(_with_scores(story, scores) for story in stories)
-    return RunView(
-        root=root,
-        name=root.resolve().name,
-        run_id=files.run_id,
-        created=files.created,
-        status=_status(state, stories, moment),
-        written_at=moment,
-        stories=stories,
-        state=state,
-        config_hash=config_hash,
-        config=config,
-        left_out=(*files.left_out, *unreadable),
-        scores=scores,
-    )
+    return RunReader(root).refresh(now)
+
+
+class RunReader:
+    """Reads the run folder at ``root`` again and again: only new events, and the stories that changed.
+
+    Stories that events name are looked at in every call, ``LOOKED_AT`` others in turn. Not thread-safe: ``RunView``
+    holds the same ``RunState`` each time; ``num_events`` counts what it was made of. Raises ``RunFolderError`` when
+    ``root`` is not a run folder.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._files = RunFiles(root)
+        self._tail = JournalTail(self._files.events_folder)
+        self._state = RunState()
+        self.num_events = 0
+        self._log = RequestLog(root)
+        self._queue = QueueState()
+        self._scores: RunScores | None = None
+        self._config = ("", "")
+        self._folders: dict[str, StoryFiles] = {}
+        self._seen_at: dict[str, int] = {}
+        self._notes: dict[str, Sequence[str]] = {}
+        self._bare: dict[str, StoryView] = {}
+        self._views: dict[str, tuple[StoryView, tuple[object, ...]]] = {}
+        self._turn = 0
+        self._num_calls = 0
+
+    @property
+    def num_event_files(self) -> int:
+        """Event files that every call opens: one for each start of a replica."""
+        return len(self._tail.offsets)
+
+    def refresh(self, now: float | None = None) -> RunView:
+        """Read what is new and return the run as it is; views of stories that did not change are the same objects."""
+        touched = self._read_events()
+        self._read_requests()
+        changed = self._read_folders(touched)
+        if self._is_new("config"):
+            self._config = self._noted("config", self._files.newest_config)
+        if self._is_new(SCORES_FILE) or (changed and self._scores is not None):
+            self._noted(SCORES_FILE, self._read_scores)
+        stories = self._story_views(touched | changed)
+        moment = time.time() if now is None else now
+        unreadable = self._tail.num_unreadable
+        requests = tuple(self._request_view(number) for number in range(len(self._queue.requests)))
+        paused = self._queue.paused.number if self._queue.paused is not None else None
+        return RunView(
+            root=self._files.root,
+            name=self._files.root.resolve().name,
+            run_id=self._files.run_id,
+            created=self._files.created,
+            status=_status(self._state, stories, moment),
+            written_at=moment,
+            stories=stories,
+            state=self._state,
+            config_hash=self._config[0],
+            config=self._config[1],
+            left_out=(
+                *(note for _, notes in sorted(self._notes.items()) for note in notes),
+                *([f"events: {unreadable} lines are no events"] if unreadable else ()),
+            ),
+            scores=self._scores,
+            requests=requests,
+            paused=next((request for request in requests if request.number == paused), None),
+        )
+
+    # -- reading -------------------------------------------------------------------------------------------------------
+
+    def _read_events(self) -> set[str]:
+        """Apply new events; return the ids of the stories that they may have changed."""
+        state = self._state
+        num_rows, touched = len(state.rows), self._open_stories()
+        for stamped in read_journal(self._tail):
+            state.apply(stamped)
+            self.num_events += 1
+            if story_id := getattr(stamped.event, "story_id", None):
+                touched.add(story_id)
+        if len(state.rows) != num_rows:  # a job turned out to be two, and attempts moved from one to the other
+            return set(state.stories)
+        return touched | self._open_stories()
+
+    def _open_stories(self) -> set[str]:
+        """The stories of the shots that are being rendered: an event of their replica alone may end them."""
+        rows = self._state.rows.values()
+        return {
+            attempt.started.story_id for row in rows for attempt in (row.attempt, row.saving) if attempt is not None
+        }
+
+    def _read_requests(self) -> None:
+        try:
+            for request in self._log.read_new():
+                self._queue.apply(request)
+            self._notes["requests"] = [one.problem for one in self._queue.requests if one.problem]
+        except OSError as error:
+            self._notes["requests"] = [f"requests: {str(error)[:300]}"]
+
+    def _read_folders(self, touched: set[str]) -> set[str]:
+        """Read the stories whose folders changed; return their ids."""
+        new: set[str] = set()
+        is_due = self._num_calls % LISTED_EVERY == 0 or not touched <= self._folders.keys()
+        self._num_calls += 1
+        if is_due and self._is_new("stories", self._files.stories_changed_at):
+            found = set(self._noted("stories", self._files.story_ids))
+            for gone in self._folders.keys() - found:
+                del self._folders[gone]
+                self._notes.pop(f"stories/{gone}", None)
+                self._seen_at.pop(self._files.story_path(gone), None)
+                touched.add(gone)
+            new = found - self._folders.keys()
+        names = sorted(self._folders)
+        first = self._turn % max(1, len(names))
+        self._turn = first + LOOKED_AT
+        looked_at = {*names[first : first + LOOKED_AT], *(touched & self._folders.keys()), *new}
+        changed = {name for name in looked_at if self._is_new(self._files.story_path(name))}
+        for name in changed:
+            self._folders[name] = self._noted(f"stories/{name}", partial(self._files.story, name))
+        return changed
+
+    def _is_new(self, path: str, look: Callable[[], int] | None = None) -> bool:
+        """Whether a file or folder may have changed since the last call; remembers when it did."""
+        changed_at, before = self._files.changed_at(path) if look is None else look(), self._seen_at.get(path)
+        still = time.time_ns() - changed_at > _STILL_NS
+        self._seen_at[path] = changed_at if still else -2
+        return before is None or before != changed_at
+
+    def _noted(self, path: str, read: Callable[[], _Result]) -> _Result:
+        """Return what ``read`` returns, and keep what it left out."""
+        self._files.left_out.clear()
+        result = read()
+        self._notes[path] = tuple(self._files.left_out)
+        return result
+
+    def _read_scores(self) -> None:
+        self._scores = None
+        try:
+            self._scores = _current(read_scores(self._files.root), self._folders)
+        except (OSError, ValueError) as error:
+            self._files.left_out.append(f"{SCORES_FILE}: {str(error)[:300]}")
+
+    # -- views ---------------------------------------------------------------------------------------------------------
+
+    def _story_views(self, changed: set[str]) -> tuple[StoryView, ...]:
+        """All stories by id: those with a folder, those that only events name, and those that were added."""
+        known = {*self._folders, *self._state.stories, *self._queue.added}
+        for name in changed & known | known - self._bare.keys():
+            folder = self._folders.get(name)
+            if folder is None:
+                board = _planned(self._queue.added[name]) if name in self._queue.added else {}
+                folder = StoryFiles(story_id=name, storyboard=board, records={}, video=None)
+            new = story_view(self._files, folder, self._state)
+            if self._bare.get(name) != new:
+                self._bare[name] = new
+        places, before, self._views = self._places(known), self._views, {}
+        for name in sorted(known, key=_natural):
+            bare, scores, place = made_of = (self._bare[name], self._scores, places[name])
+            view, of = before.get(name, (bare, (None, None, place)))
+            if of[0] is not bare or of[1] is not scores or of[2] != place:
+                view = replace(_with_scores(bare, scores), queue=place)
+            self._views[name] = (view, made_of)
+        return tuple(view for view, _ in self._views.values())
+
+    def _places(self, known: set[str]) -> dict[str, QueuePlace]:
+        """The place of each story in the queue; what is left of stories is rendered in this order."""
+        queue, status = self._queue, {name: self._bare[name].status for name in known}
+        left = [name for name in known if status[name] in ("running", "waiting") and name not in queue.skipped]
+        order = queue_order(self._state, queue)
+        left.sort(key=lambda name: order(name, status[name] == "running"))
+        places = {name: number for number, name in enumerate(left, start=1)}
+        return {
+            name: QueuePlace(
+                place=places.get(name),
+                is_first=name in queue.first and name in places,
+                skipped=f"skipped by {queue.skipped[name].who}" if name in queue.skipped else "",
+            )
+            for name in known
+        }
+
+    def _request_view(self, position: int) -> RequestView:
+        request = self._queue.requests[position]
+        applied = self._state.requests.get(request.number)
+        effect = request.problem
+        if applied is not None:
+            seconds = applied.seconds_to_effect
+            effect = "; ".join(applied.messages) or "applied"
+            effect += f" (after {fmt.duration(seconds)})" if seconds is not None else ""
+        return RequestView(
+            number=request.number,
+            who=request.who,
+            when=request.when,
+            via=request.via,
+            what=request.describe(),
+            effect=effect,
+        )
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """What a name is sorted by: ``story_2`` comes before ``story_10``."""
+    return [(int(part), "") if part[:1] in _DIGITS else (-1, part) for part in _NUMBER.split(name) if part]
+
+
+def _planned(story: Story) -> dict[str, Any]:
+    """The storyboard of an added story, as far as a report shows it."""
+    shots = [
+        {"index": shot.index, "prompt": shot.prompt, "cut": shot.cut, "scene_num": shot.scene_num}
+        for shot in story.shots
+    ]
+    return {"name": story.name, "overview": story.overview, "scenes": [{"shots": shots}]}
 
 
 def _current(scores: RunScores | None, folders: dict[str, StoryFiles]) -> RunScores | None:
@@ -214,151 +286,3 @@ def _status(state: RunState, stories: tuple[StoryView, ...], now: float) -> str:
         return "finished"
     outcomes = [row.starts[-1].outcome for row in state.rows.values() if row.starts]
     return "stopped" if outcomes and all(outcome == "stopped" for outcome in outcomes) else "incomplete"
-
-
-def _story(files: RunFiles, folder: StoryFiles, state: RunState) -> StoryView:
-    folded = state.stories.get(folder.story_id)
-    planned = _planned_shots(folder.storyboard)
-    folded_shots = folded.shots if folded is not None else {}
-    known = {**dict.fromkeys(planned), **dict.fromkeys(folder.records), **dict.fromkeys(folded_shots)}
-    shots = [
-        _shot(files, name, planned.get(name, {}), folder.records.get(name), folded_shots.get(name)) for name in known
-    ]
-    shots.sort(key=lambda shot: (shot.shot_index, shot.shot_id))
-    board = folder.storyboard
-    return StoryView(
-        story_id=folder.story_id,
-        name=_typed(board.get("name"), str, "") or (folded.name if folded else "") or folder.story_id,
-        overview=_typed(board.get("overview"), str, ""),
-        video=folder.video,
-        message=folded.message if folded else "",
-        shots=tuple(shots),
-        keyframes=_keyframes(files, folder, shots),
-        waits_for=_checked_waits(folded.waits_for if folded else ()),
-    )
-
-
-_Value = TypeVar("_Value")
-
-
-def _typed(value: Any, kind: type[_Value], default: _Value) -> _Value:
-    """``value`` if it is of type ``kind`` (and a number of at most 15 digits, if it is one), else ``default``."""
-    fits = isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
-    return value if fits and (not isinstance(value, int | float) or abs(value) < 10**15) else default
-
-
-def _checked_waits(waits_for: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...]:
-    """What each shot waits for, without what no render writes: only shots before it."""
-    return tuple(tuple(one for one in waits if 0 <= one < index) for index, waits in enumerate(waits_for))
-
-
-def _planned_shots(storyboard: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The shots by id of a storyboard that ``RunFolder.write_storyboard`` wrote."""
-    planned = {}
-    for scene in _typed(storyboard.get("scenes"), list, []):
-        for shot in _typed(_typed(scene, dict, {}).get("shots"), list, []):
-            index = _typed(_typed(shot, dict, {}).get("index"), int, -1)
-            if index >= 0:
-                planned[f"shot_{index + 1:02d}"] = shot
-    return planned
-
-
-def _decisions(record: ShotRecord) -> tuple[ev.MemoryDecided, ...]:
-    """The memory's decisions in a record; none where they are not what a render writes."""
-    try:
-        found = ev.memory_events(record.story_id, record.shot_id, record.shot_index, record.memory)
-        checked = [ev.event_from_dict(ev.event_to_dict(event)) for event in found]
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return ()
-    return tuple(event for event in checked if isinstance(event, ev.MemoryDecided))
-
-
-def _shot(
-    files: RunFiles, shot_id: str, planned: dict[str, Any], record: ShotRecord | None, folded: ShotState | None
-) -> ShotView:
-    attempt = folded.last if folded is not None else None
-    started = attempt.started if attempt is not None else None
-    status = folded.status if folded is not None else "waiting"
-    # The record decides, unless a newer attempt without a record is running or has failed.
-    if record is not None and status == "waiting":
-        status = "finished"
-    if record is None and status == "finished":
-        status = "waiting"
-    number = shot_id.removeprefix("shot_")
-    shot_index = int(number) - 1 if number.isdecimal() and len(number) < 10 else 0
-    decisions: tuple[ev.MemoryDecided, ...] = tuple(attempt.decisions) if attempt is not None else ()
-    stage_seconds = dict(attempt.stage_seconds) if attempt is not None else {}
-    if record is not None:
-        shot_index = record.shot_index
-        decisions = _decisions(record)
-        recorded = _typed(record.timing.get("stage_seconds"), dict, {})
-        stage_seconds = {name: _typed(seconds, float, 0.0) for name, seconds in recorded.items()} or stage_seconds
-    duration = attempt.end - attempt.start if attempt is not None and attempt.end is not None else None
-    return ShotView(
-        shot_id=shot_id,
-        shot_index=shot_index,
-        scene_num=record.scene_num if record else _typed(planned.get("scene_num"), int, 0),
-        prompt=record.prompt if record else _typed(planned.get("prompt"), str, started.prompt if started else ""),
-        cut=record.cut if record else _typed(planned.get("cut"), bool, True),
-        status=status,
-        reason=folded.reason if folded is not None else "",
-        mode=record.mode if record else (started.mode if started else ""),
-        seed=record.seed if record else (started.seed if started else None),
-        clip=files.clip_path(record) if record else None,
-        fps=float(record.fps) if record and record.fps > 0 else 16.0,
-        num_frames=record.num_frames if record else 0,
-        height=record.height if record else (started.height if started else 0),
-        width=record.width if record else (started.width if started else 0),
-        seconds=sum(stage_seconds.values()) if record and stage_seconds else duration,
-        stage_seconds=stage_seconds,
-        seconds_per_step=attempt.seconds_per_step if attempt is not None else None,
-        num_reused_steps=attempt.num_reused_steps if attempt is not None else 0,
-        step=attempt.step if attempt is not None else 0,
-        num_steps=attempt.num_steps if attempt is not None else 0,
-        num_attempts=len(folded.attempts) if folded is not None else 0,
-        why=started.why if started is not None else "",
-        decisions=decisions,
-        own=dict(record.own) if record else {},
-    )
-
-
-def _given_images(files: RunFiles, folder: StoryFiles) -> dict[tuple[int, int], str]:
-    """The copies of pictures that the storyboard gives, by the shot index and slot that keyframes of them have."""
-    board = folder.storyboard
-    entities = [_typed(entity, dict, {}) for entity in _typed(board.get("entities"), list, [])]
-    of_story = [*_typed(board.get("reference_images"), list, [])]
-    of_story += [image for entity in entities for image in _typed(entity.get("references"), list, [])]
-    places = [(-1, position) for position in range(len(of_story))]
-    for shot in _planned_shots(board).values():
-        count = len(_typed(shot.get("references"), list, []))
-        places += [(_typed(shot.get("index"), int, 0), position - count) for position in range(count)]
-    return {(index, slot): files.reference_path(folder.story_id, index, slot) for index, slot in places}
-
-
-def _keyframes(files: RunFiles, folder: StoryFiles, shots: list[ShotView]) -> tuple[KeyframeView, ...]:
-    """Every keyframe that a shot kept or was shown."""
-    images: dict[tuple[int, int], str] = {}
-    for record in folder.records.values():
-        for slot, path in files.keyframe_paths(record).items():
-            images[(record.shot_index, slot)] = path
-    images |= _given_images(files, folder)
-    views: dict[tuple[int, int], KeyframeView] = {}
-    for shot in shots:
-        for decision in shot.decisions:
-            if decision.slot is None or decision.verdict in ("duplicate", "low_quality"):
-                continue
-            key = (decision.source_shot_index, decision.slot)
-            view = KeyframeView(
-                shot_index=key[0],
-                slot=key[1],
-                frame_index=decision.source_frame_index,
-                image=images.get(key),
-                similarity=decision.similarity,
-                bank_similarity=decision.bank_similarity,
-                against=decision.against,
-                quality=decision.quality,
-                why=decision.why,
-            )
-            if key not in views:
-                views[key] = view if decision.verdict.startswith("kept") else replace(view, why="")
-    return tuple(views[key] for key in sorted(views))

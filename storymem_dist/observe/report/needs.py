@@ -5,15 +5,35 @@ shot that a shot waits for directly. A table below says the same. Knows views, n
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from storymem_dist.observe.report.html import anchor, details, esc, table
-from storymem_dist.observe.report.model import ShotView, StoryView
+from storymem_dist.observe.report.views import ShotView, StoryView
 from storymem_dist.observe.run import format as fmt
 from storymem_dist.observe.run.values import levels
 
-BOX_WIDTH, BOX_HEIGHT = 96, 34
-COLUMN, ROW, MARGIN = 156, 46, 12
+LONG_STORY = 16
+"""Shots from which on a story is drawn small: with numbers instead of names."""
+
+MARGIN = 12
 _KINDS = {"finished": "good", "running": "busy", "failed": "bad", "blocked": "bad"}
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Sizes of a drawing in pixels: of a box, and from one box to the next."""
+
+    width: int
+    height: int
+    column: int
+    row: int
+
+    def corner(self, place: tuple[int, int]) -> tuple[int, int]:
+        """Upper left corner of the box in a column and row."""
+        return MARGIN + self.column * place[0], MARGIN + self.row * place[1]
+
+
+_LARGE, _SMALL = Sizes(96, 34, 156, 46), Sizes(34, 22, 64, 30)
 
 
 def needs_picture(story: StoryView) -> str:
@@ -26,10 +46,11 @@ def needs_picture(story: StoryView) -> str:
         return '<p class="quiet">Each shot waits for the one before it.</p>'
     columns = levels(waits)
     places = _places(columns)
-    width = MARGIN * 2 + COLUMN * max(columns) + BOX_WIDTH
-    height = MARGIN * 3 + ROW * max(row for _, row in places) + BOX_HEIGHT
-    lines = [_line(places[need], places[index]) for index, wait in enumerate(waits) for need in wait]
-    boxes = [_box(story, shots[index], waits[index], places[index]) for index in sorted(shots)]
+    sizes = _LARGE if len(waits) < LONG_STORY else _SMALL
+    width = MARGIN * 2 + sizes.column * max(columns) + sizes.width
+    height = MARGIN * 3 + sizes.row * max(row for _, row in places) + sizes.height
+    lines = [_line(sizes, places[need], places[index]) for index, wait in enumerate(waits) for need in wait]
+    boxes = [_box(sizes, story, shots[index], waits[index], places[index]) for index in sorted(shots)]
     name = f"Which shot waits for which in {story.name}"
     at_once = max(columns.count(column) for column in set(columns))
     words = f"{fmt.count(max(columns) + 1, 'step')} one after the other; at most {fmt.count(at_once, 'shot')} at once."
@@ -39,7 +60,7 @@ def needs_picture(story: StoryView) -> str:
     )
     return (
         f"<p>{esc(words)}</p>"
-        f'<div class="scroll" role="region" aria-label="{esc(name)}" tabindex="0">{picture}</div>'
+        f'<div class="scroll tall" role="region" aria-label="{esc(name)}" tabindex="0">{picture}</div>'
         + details(f"The graph as a table ({len(waits)} shots)", _table(story, shots, waits))
     )
 
@@ -54,28 +75,27 @@ def _places(columns: Sequence[int]) -> list[tuple[int, int]]:
     return places
 
 
-def _corner(place: tuple[int, int]) -> tuple[int, int]:
-    return MARGIN + COLUMN * place[0], MARGIN + ROW * place[1]
-
-
-def _line(start: tuple[int, int], end: tuple[int, int]) -> str:
-    (x1, y1), (x2, y2) = _corner(start), _corner(end)
-    x1, y1, y2 = x1 + BOX_WIDTH, y1 + BOX_HEIGHT // 2, y2 + BOX_HEIGHT // 2
-    bend = (COLUMN - BOX_WIDTH) // 2
-    dip = ROW * 2 // 3 if start[1] == end[1] and end[0] - start[0] > 1 else 0  # below the boxes between them
+def _line(sizes: Sizes, start: tuple[int, int], end: tuple[int, int]) -> str:
+    (x1, y1), (x2, y2) = sizes.corner(start), sizes.corner(end)
+    x1, y1, y2 = x1 + sizes.width, y1 + sizes.height // 2, y2 + sizes.height // 2
+    bend = (sizes.column - sizes.width) // 2
+    dip = sizes.row * 2 // 3 if start[1] == end[1] and end[0] - start[0] > 1 else 0  # below the boxes between them
     return f'<path d="M{x1} {y1} C{x1 + bend} {y1 + dip} {x2 - bend} {y2 + dip} {x2} {y2}"/>'
 
 
-def _box(story: StoryView, shot: ShotView, wait: Sequence[int], place: tuple[int, int]) -> str:
-    x, y = _corner(place)
+def _box(sizes: Sizes, story: StoryView, shot: ShotView, wait: Sequence[int], place: tuple[int, int]) -> str:
+    x, y = sizes.corner(place)
     needs = ", ".join(f"shot_{need + 1:02d}" for need in wait) or "no shot"
     tip = f"{shot.shot_id}: {shot.status}; waits for {needs}"
     target = anchor("shot", story.story_id, shot.shot_id)
+    middle = x + sizes.width // 2
+    words = f'<text x="{middle}" y="{y + 15}">{esc(shot.shot_id)}</text>'
+    words += f'<text class="sub" x="{middle}" y="{y + 28}">{esc(shot.mode or shot.status)}</text>'
+    if sizes is _SMALL:
+        words = f'<text x="{middle}" y="{y + 15}">{esc(shot.shot_id.removeprefix("shot_"))}</text>'
     return (
         f'<a href="#{target}" class="{_KINDS.get(shot.status, "calm")}" aria-label="{esc(tip)}" data-tip="{esc(tip)}">'
-        f'<rect x="{x}" y="{y}" width="{BOX_WIDTH}" height="{BOX_HEIGHT}" rx="6"/>'
-        f'<text x="{x + BOX_WIDTH // 2}" y="{y + 15}">{esc(shot.shot_id)}</text>'
-        f'<text class="sub" x="{x + BOX_WIDTH // 2}" y="{y + 28}">{esc(shot.mode or shot.status)}</text></a>'
+        f'<rect x="{x}" y="{y}" width="{sizes.width}" height="{sizes.height}" rx="6"/>{words}</a>'
     )
 
 

@@ -1,65 +1,109 @@
-"""The report of one run as a page: contact sheets, memory lineage, timeline, throughput, failures, settings.
+"""The report of one run as pages: what stands on which page, and the frame around it.
 
-Knows the report's values and HTML; nothing of event files or records.
+A run of few shots is one page with everything. A large one is an index, which has a line for each story, and a page for
+each story. A page is made of parts (name -> HTML), so that a server can send those that changed. Knows the report's
+values and HTML; nothing of event files or records.
 """
 
-import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from importlib import resources
-from typing import Any
 
-from storymem_dist.observe.report.assets import Assets
-from storymem_dist.observe.report.chosen import chosen
-from storymem_dist.observe.report.html import anchor, chip, details, document, esc, table, tile
+from storymem_dist.observe.report.assets import Assets, story_address
+from storymem_dist.observe.report.cards import STATUS_KINDS, article, story_parts
+from storymem_dist.observe.report.html import anchor, chip, document, esc, filled, hole, tile
+from storymem_dist.observe.report.index import search, story_list, story_rows
 from storymem_dist.observe.report.lineage import lineage
-from storymem_dist.observe.report.model import RunView, ShotView, StoryView
 from storymem_dist.observe.report.needs import needs_picture
-from storymem_dist.observe.report.scores import scores_section, shot_scores
+from storymem_dist.observe.report.scores import scores_section, story_scores
+from storymem_dist.observe.report.sections import clock, failures, requests, settings, throughput
 from storymem_dist.observe.report.timeline import timeline
+from storymem_dist.observe.report.views import RunView, StoryView
 from storymem_dist.observe.run import format as fmt
 from storymem_dist.observe.run.rates import rates, seconds_left
-from storymem_dist.observe.run.values import RowKey
 
-STATUS_KINDS = {
-    "finished": "good",
-    "running": "busy",
-    "failed": "bad",
-    "incomplete": "bad",
-    "blocked": "bad",
-    "stopped": "calm",
-    "waiting": "calm",
-    "empty": "calm",
-}
+INDEX = ""
+"""The name of the page that a run is opened at; other pages have the ids of their stories."""
+
+MAX_SHOTS = 100
+"""Most shots of a run that are all on one page."""
 
 FILTER_FROM = 6
 """Smallest number of stories for which the page has a search field."""
 
 
-def run_page(run: RunView, assets: Assets) -> str:
-    """Return the whole page."""
-    sections = [
-        ("stories", "Stories", _stories(run, assets)),
-        ("scores", "Scores", scores_section(run)),
-        ("memory", "Memory", _memory(run, assets)),
-        ("timeline", "Timeline", timeline(run.state)),
-        ("throughput", "Throughput", _throughput(run)),
-        ("failures", "Failures", _failures(run)),
-        ("settings", "Settings", _settings(run)),
-    ]
-    links = "".join(f'<li><a href="#{name}">{title}</a></li>' for name, title, _ in sections)
-    body = "".join(
-        f'<section id="{name}" aria-labelledby="{name}-title"><h2 id="{name}-title">{title}</h2>{content}</section>'
-        for name, title, content in sections
-    )
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Places:
+    """Where the pages of a run lie: the name of the index, and of the folder next to it with the stories' pages."""
+
+    index: str = "report.html"
+    folder: str = "report"
+
+
+def is_large(run: RunView) -> bool:
+    """Whether each story of the run has a page of its own."""
+    return sum(len(story.shots) for story in run.stories) > MAX_SHOTS
+
+
+def run_page(
+    run: RunView,
+    assets: Assets,
+    page: str = INDEX,
+    *,
+    places: Places | None = None,
+    whole: bool | None = None,
+    parts: Mapping[str, str] | None = None,
+    script: str = "",
+    connect: bool = False,
+) -> str:
+    """Return the page ``page``, the index or that of a story. Raises ``KeyError`` for a story that is not there.
+
+    ``whole`` puts all stories on the index: as ``is_large`` says, if None. ``parts``: those of ``page_parts``, or other
+    ones. ``script`` runs after the page's own; ``connect`` allows it to ask the server that the page came from.
+    """
+    places = places or Places()
+    title = run.name if page == INDEX else f"{_story(run, page).name} · {run.name}"
+    if parts is None:
+        parts = page_parts(run, assets, page, places=places, whole=whole)
     return document(
-        title=f"{run.name} · storymem report",
+        title=f"{title} · storymem report",
         style=read_asset("style.css"),
-        script=read_asset("script.js"),
-        body=(
-            f'<a class="skip" href="#stories">Skip to the stories</a>{_header(run)}'
-            f'<nav aria-label="Parts of the report"><ul>{links}</ul>{theme_button()}</nav>'
-            f'<main>{body}</main>{footer(run.written_at)}<div id="tip" role="tooltip" hidden></div>'
-        ),
+        scripts=[text for text in (read_asset("script.js"), script) if text],
+        body=filled(parts, _frame(run, page, places, whole)),
+        connect=connect,
     )
+
+
+def page_parts(
+    run: RunView, assets: Assets, page: str = INDEX, *, places: Places | None = None, whole: bool | None = None
+) -> Mapping[str, str]:
+    """Return the parts of a page, name -> HTML. A part inside another one is an empty element in it (``html.hole``).
+
+    Raises ``KeyError`` for a story that is not there.
+    """
+    places = places or Places()
+    if page != INDEX:
+        return _story_page_parts(_story(run, page), run, assets)
+    whole = not is_large(run) if whole is None else whole
+    parts = {
+        "head": _head(run),
+        "stories": _stories(run, whole=whole),
+        "queue": requests(run),
+        "scores": scores_section(run, shots=whole),
+        "timeline": timeline(run.state),
+        "throughput": throughput(run),
+        "failures": failures(run),
+        "settings": settings(run),
+        "foot": footer(run.written_at),
+    }
+    if not whole:
+        addresses = {story.story_id: story_address(story.story_id, places.folder) for story in run.stories}
+        return parts | dict(story_rows(run, addresses))
+    parts["memory"] = _memory(run)
+    for story in run.stories:
+        parts |= story_parts(story, assets)
+        parts[anchor("memory", story.story_id)] = _story_memory(story, assets)
+    return parts
 
 
 def read_asset(name: str) -> str:
@@ -74,21 +118,82 @@ def theme_button() -> str:
 
 def footer(written_at: float) -> str:
     """Return the end of a page."""
-    when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(written_at))
-    return f"<footer>Written {when} by storymem-report from event files and records.</footer>"
+    return f"Written {clock(written_at)} by storymem-report from event files and records."
 
 
-def _header(run: RunView) -> str:
+def _story(run: RunView, story_id: str) -> StoryView:
+    for story in run.stories:
+        if story.story_id == story_id:
+            return story
+    raise KeyError(story_id)
+
+
+# -- frames ------------------------------------------------------------------------------------------------------------
+
+
+def _frame(run: RunView, page: str, places: Places, whole: bool | None) -> str:
+    if page != INDEX:
+        sections = [("stories", "Shots"), ("scores", "Scores"), ("memory", "Memory")]
+        back = f'<li><a href="../{esc(places.index)}">All stories</a></li>'
+        return _body(sections, back, _neighbours(run, page), "Skip to the shots")
+    whole = not is_large(run) if whole is None else whole
+    sections = [
+        ("stories", "Stories"),
+        ("queue", "Queue"),
+        ("scores", "Scores"),
+        *([("memory", "Memory")] if whole else []),
+        ("timeline", "Timeline"),
+        ("throughput", "Throughput"),
+        ("failures", "Failures"),
+        ("settings", "Settings"),
+    ]
+    find = search(run) if len(run.stories) >= FILTER_FROM else ""
+    return _body(sections, "", '<div data-actions="" hidden></div>', "Skip to the stories", find)
+
+
+def _body(sections: Iterable[tuple[str, str]], back: str, below_head: str, skip: str, find: str = "") -> str:
+    links = back + "".join(f'<li><a href="#{name}">{title}</a></li>' for name, title in sections)
+    body = "".join(
+        f'<section id="{name}" aria-labelledby="{name}-title"><h2 id="{name}-title">{title}</h2>'
+        f"{find if name == 'stories' else ''}{hole('div', name)}</section>"
+        for name, title in sections
+    )
+    return (
+        f'<a class="skip" href="#stories">{skip}</a><header>{hole("div", "head")}{below_head}</header>'
+        f'<nav aria-label="Parts of the report"><ul>{links}</ul>{theme_button()}</nav>'
+        f'<main>{body}</main>{hole("footer", "foot")}<div id="tip" role="tooltip" hidden></div>'
+    )
+
+
+def _neighbours(run: RunView, story_id: str) -> str:
+    """Links to the stories before and after this one."""
+    ids = [story.story_id for story in run.stories]
+    here = ids.index(story_id)
+    links = []
+    for words, number in (("Story before", here - 1), ("Next story", here + 1)):
+        if 0 <= number < len(ids):
+            file = story_address(ids[number]).rpartition("/")[2]
+            links.append(f'<a href="{esc(file)}">{words}: {esc(run.stories[number].name)}</a>')
+    return f'<p class="neighbours">{" ".join(links)}</p>' if links else ""
+
+
+# -- parts -------------------------------------------------------------------------------------------------------------
+
+
+def _head(run: RunView) -> str:
     state, speed = run.state, rates(run.state)
-    finished = sum(shot.status == "finished" for shot in run.shots)
-    failed = sum(shot.status in ("failed", "blocked") for shot in run.shots)
-    num_shots = max(len(run.shots), state.num_shots)
+    shots = [shot.status for story in run.stories for shot in story.shots]
+    failed = shots.count("failed") + shots.count("blocked")
     done = sum(story.num_finished == len(story.shots) > 0 for story in run.stories)
     left = seconds_left(state) if run.status == "running" else None
     wasted = fmt.percent(speed.wait_ratio) + " of the time" if speed.wait_ratio is not None else ""
     tiles = [
         tile("Stories", f"{done} of {max(len(run.stories), state.announced_stories)}"),
-        tile("Shots", f"{finished} of {num_shots}", f"{failed} failed" if failed else ""),
+        tile(
+            "Shots",
+            f"{shots.count('finished')} of {max(len(shots), state.num_shots)}",
+            f"{failed} failed" if failed else "",
+        ),
         tile("Time", fmt.duration(state.up_seconds), f"about {fmt.duration(left)} left" if left else ""),
         tile("Clips per device-hour", fmt.number(speed.clips_per_gpu_hour)),
         tile("Per step", fmt.step_time(speed.seconds_per_step)),
@@ -96,252 +201,60 @@ def _header(run: RunView) -> str:
     ]
     if speed.flop_utilisation is not None:
         tiles.append(tile("FLOP utilisation", fmt.percent(speed.flop_utilisation)))
+    created = " · created " + esc(run.created.replace("T", " ").replace("Z", " UTC")) if run.created else ""
+    held = " " + chip("paused", "calm") if run.paused is not None else ""
     return (
-        f'<header><p class="brand">storymem report</p><h1>{esc(run.name)} '
-        f"{chip(run.status, STATUS_KINDS[run.status])}</h1>"
-        f'<p class="quiet">run {esc(run.run_id)}{" · created " + _readable(run.created) if run.created else ""}</p>'
-        f'<dl class="tiles">{"".join(tiles)}</dl></header>'
+        f'<p class="brand">storymem report</p><h1 data-state="{run.status}"{" data-paused" * bool(held)}>'
+        f"{esc(run.name)} {chip(run.status, STATUS_KINDS[run.status])}{held}</h1>"
+        f'<p class="quiet">run {esc(run.run_id)}{created}</p><dl class="tiles">{"".join(tiles)}</dl>'
     )
 
 
-# -- stories -----------------------------------------------------------------------------------------------------------
-
-
-def _stories(run: RunView, assets: Assets) -> str:
+def _stories(run: RunView, *, whole: bool) -> str:
     if not run.stories:
         return '<p class="quiet">No story has begun yet.</p>'
-    search = ""
-    if len(run.stories) >= FILTER_FROM:
-        search = (
-            '<p class="search"><label for="filter">Find stories</label>'
-            '<input type="search" id="filter" autocomplete="off"> <output id="filter-count" for="filter"></output></p>'
-        )
-    return search + "".join(_story(story, assets) for story in run.stories)
+    return "".join(map(article, run.stories)) if whole else story_list(run)
 
 
-def _story(story: StoryView, assets: Assets) -> str:
-    words = " ".join((story.story_id, story.name, *(shot.prompt for shot in story.shots))).lower()
-    whole = ""
-    if story.video and (address := assets.media(story.video)):
-        whole = details(
-            "Watch the whole story",
-            f'<video class="whole" controls muted playsinline preload="none" src="{address}" '
-            f'aria-label="{esc(story.name)}, the whole story"></video>',
-        )
-    overview = f'<p class="overview">{esc(story.overview)}</p>' if story.overview else ""
-    message = f'<p class="trouble">{esc(story.message)}</p>' if story.message else ""
-    cards = "".join(shot_card(story, shot, assets) for shot in story.shots)
-    return (
-        f'<article class="story" id="{anchor("story", story.story_id)}" data-words="{esc(words)}">'
-        f'<h3>{esc(story.name)} <span class="quiet">{esc(story.story_id)} · '
-        f"{story.num_finished} of {fmt.count(len(story.shots), 'shot')}"
-        f'</span></h3>{overview}{message}{whole}<ol class="sheet">{cards}</ol></article>'
-    )
-
-
-def shot_card(story: StoryView, shot: ShotView, assets: Assets, *, run: str = "") -> str:
-    """Return one shot of a contact sheet: clip, prompt and facts. ``run`` distinguishes the cards of two runs."""
-    facts = [shot.mode.upper()] if shot.mode else []
-    facts += [f"seed {shot.seed}"] if shot.seed is not None else []
-    facts += [fmt.duration(shot.seconds)] if shot.seconds is not None else []
-    facts += [fmt.step_time(shot.seconds_per_step)] if shot.seconds_per_step is not None else []
-    facts += [f"{shot.num_reused_steps} of {shot.num_steps} steps reused"] if shot.num_reused_steps else []
-    facts += [f"{shot.num_attempts} attempts"] if shot.num_attempts > 1 else []
-    marks = "" if shot.status == "finished" else chip(shot.status, STATUS_KINDS[shot.status])
-    if not shot.cut and shot.shot_index > 0:
-        marks += '<span class="chip calm" title="continues the shot before it">continues</span>'
-    identity = anchor("shot", *filter(None, (run,)), story.story_id, shot.shot_id)
-    name = f"{run} · " * bool(run) + shot.shot_id.replace("_", " ")
-    reason = f'<p class="trouble">{esc(shot.reason)}</p>' if shot.reason else ""
-    why = f'<p class="quiet">rendered again: {esc(shot.why)}</p>' if shot.why else ""
-    own = f'<p class="quiet">{esc(_own_words(shot.own))}</p>' if shot.own else ""
-    own += f'<p class="quiet">{esc(shot_scores(shot))}</p>' if shot.scores else ""
-    return (
-        f'<li class="card" id="{identity}">{_screen(story, shot, assets, name)}'
-        f'<h4>{esc(name)} {marks}</h4><p class="facts">{esc(" · ".join(facts))}</p>'
-        f'{reason}{why}{own}<p class="prompt">{esc(shot.prompt)}</p></li>'
-    )
-
-
-def _own_words(own: dict[str, Any]) -> str:
-    """What the storyboard sets for a shot, in a line: ``own settings: num_frames 33, remember no``."""
-    given = own.get("given")
-    words = [f"{key} {_value_words(value)}" for key, value in sorted(own.items()) if key != "given"]
-    if isinstance(given, dict):
-        facts = [f"{given.get('width')}x{given.get('height')}", f"{given.get('rate')} frames per second"]
-        notes = given.get("notes")
-        words += [*facts, *map(str, notes if isinstance(notes, list) else [])]
-    return f"{'given clip' if 'video' in own else 'own settings'}: {', '.join(words)}"
-
-
-def _value_words(value: Any) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, list):
-        return " ".join(map(_value_words, value))
-    if isinstance(value, dict):
-        return " ".join(f"{key} {_value_words(one)}".removeprefix("path ") for key, one in sorted(value.items()))
-    return str(value)
-
-
-def _screen(story: StoryView, shot: ShotView, assets: Assets, name: str) -> str:
-    width, height = next(((s.width, s.height) for s in (shot, *story.shots) if s.width and s.height), (26, 15))
-    ratio = f"aspect-ratio:{width}/{height}"
-    address = assets.media(shot.clip) if shot.clip is not None else None
-    if shot.clip is not None and address is None:
-        return f'<div class="screen" style="{ratio}">its clip is missing or cannot be used</div>'
-    if shot.clip is not None:
-        poster = assets.poster(shot.clip)
-        picture = f' poster="{poster}"' if poster else ""
-        return (
-            f'<div class="film"><video controls muted loop playsinline preload="none" style="{ratio}" '
-            f'src="{address}"{picture} aria-label="{esc(story.name)}, {esc(name)}"></video></div>'
-        )
-    bar = ""
-    if shot.status == "running" and shot.num_steps:
-        bar = (
-            f'<progress max="{shot.num_steps}" value="{shot.step}" aria-label="{esc(shot.shot_id)}: steps done">'
-            f"</progress><span>step {shot.step} of {shot.num_steps}</span>"
-        )
-    return f'<div class="screen" style="{ratio}">{bar or esc(shot.status)}</div>'
-
-
-# -- the other parts ---------------------------------------------------------------------------------------------------
-
-
-def _memory(run: RunView, assets: Assets) -> str:
-    intro = (
-        "<p>Which keyframe of which shot was shown to which later shot. Point at a dot for its scores, at a shot for "
-        "all that it was shown.</p>"
-    )
+def _memory(run: RunView) -> str:
     parts = [
         f"<details{' open' * (len(run.stories) <= FILTER_FROM)}><summary>{esc(story.name)}</summary>"
-        f"{needs_picture(story)}{lineage(story, assets)}</details>"
+        f"{hole('div', anchor('memory', story.story_id))}</details>"
         for story in run.stories
     ]
-    return intro + "".join(parts) if parts else '<p class="quiet">Nothing is remembered yet.</p>'
+    return _MEMORY_INTRO + "".join(parts) if parts else '<p class="quiet">Nothing is remembered yet.</p>'
 
 
-def _throughput(run: RunView) -> str:
-    state = run.state
-    if not state.rows:
-        return '<p class="quiet">No replica has started yet.</p>'
-    keys: list[RowKey | None] = [*sorted(state.rows), None]
-    rows = []
-    for key in keys:
-        pace = rates(state, key)
-        of = [state.rows[key]] if key is not None else list(state.rows.values())
-        collective = [row.collective_seconds for row in of if row.collective_seconds is not None]
-        num_bytes = [row.bytes_read for row in of if row.bytes_read is not None]
-        memory = [row.gpu_memory_gib for row in of if row.gpu_memory_gib is not None]
-        depths = [depth for row in of for depth in row.queue_depths]
-        rows.append(
-            (
-                esc(state.row_label(key)) if key is not None else "all",
-                str(pace.num_clips),
-                fmt.duration(pace.seconds_per_clip),
-                fmt.step_time(pace.seconds_per_step),
-                fmt.number(pace.clips_per_gpu_hour),
-                fmt.number(pace.tokens_per_second, 0),
-                fmt.percent(pace.flop_utilisation),
-                fmt.percent(pace.reuse_ratio),
-                fmt.duration(sum(collective) if collective else None),
-                fmt.byte_count(sum(num_bytes) if num_bytes else None),
-                fmt.gib(max(memory, default=None)),
-                fmt.number(sum(depths) / len(depths) if depths else None),
-                fmt.percent(pace.wait_ratio),
-            )
-        )
-    heads = (
-        "replica",
-        "shots",
-        "per shot",
-        "per step",
-        "clips per device-hour",
-        "tokens/s",
-        "FLOP utilisation",
-        "steps reused",
-    )
-    speed = table(
-        "Throughput by replica",
-        (*heads, "in collectives", "bytes read", "device memory", "shots ready", "waited"),
-        rows,
-        numeric=range(1, 13),
-    )
-    speed += (
-        '<p class="quiet">In collectives: time that its leader spent in collectives, where that can be measured. '
-        "Shots ready: mean number of shots that could be started when the replica took one.</p>"
-    )
-    loads = [
-        (
-            esc(state.row_label(key)),
-            esc(f"{done.action} {done.what}"),
-            fmt.byte_count(done.bytes_total),
-            fmt.duration(done.elapsed_seconds),
-            fmt.byte_rate(done.bytes_total, done.elapsed_seconds),
-        )
-        for key, row in sorted(state.rows.items())
-        for done in row.weights_done
+_MEMORY_INTRO = (
+    "<p>Which keyframe of which shot was shown to which later shot. Point at a dot for its scores, at a shot for all "
+    "that it was shown.</p>"
+)
+
+
+def _story_memory(story: StoryView, assets: Assets) -> str:
+    return needs_picture(story) + lineage(story, assets)
+
+
+def _story_page_parts(story: StoryView, run: RunView, assets: Assets) -> dict[str, str]:
+    shots = [shot.status for shot in story.shots]
+    failed = shots.count("failed") + shots.count("blocked")
+    tiles = [
+        tile("Shots", f"{story.num_finished} of {len(shots)}", f"{failed} failed" if failed else ""),
+        tile("Time of its shots", fmt.duration(story.seconds)),
+        tile("Keyframes", str(len(story.keyframes))),
     ]
-    if not loads:
-        return speed
-    weights = table("Weights", ("replica", "what", "size", "time", "rate"), loads, numeric=(2, 3, 4))
-    return speed + details(f"Weights ({len(loads)} loads)", weights)
-
-
-def _failures(run: RunView) -> str:
-    state = run.state
-    parts = []
-    if state.failures:
-        rows = [
-            (
-                esc(f"{failure.story_id}/{failure.shot_id}" if failure.shot_id else failure.story_id),
-                _clock(failure.wall_time),
-                esc(failure.stage),
-                esc(failure.reason),
-                "yes" if failure.will_retry else "no",
-            )
-            for failure in state.failures
-        ]
-        parts.append(table("What failed", ("shot", "when", "stage", "reason", "tried again"), rows))
-    else:
-        parts.append('<p class="quiet">Nothing failed.</p>')
-    resumed = sum(row.num_resumed for row in state.rows.values())
-    starts = sum(len(row.starts) for row in state.rows.values())
-    lost = sum(attempt.outcome == "interrupted" for attempt in state.attempts())
-    facts = [fmt.count(starts, "replica start")]
-    facts += [f"{fmt.count(resumed, 'shot')} resumed from a checkpoint"] if resumed else []
-    facts += [f"{fmt.count(lost, 'attempt')} interrupted"] if lost else []
-    parts.append(f"<p>{esc(', '.join(facts))}.</p>")
-    if state.stops:
-        stops = [(_clock(when), esc(reason)) for when, reason in state.stops]
-        parts.append(details(f"Stop requests ({len(stops)})", table("Stop requests", ("when", "reason"), stops)))
-    if state.warnings:
-        warnings = [(_clock(when), esc(message)) for when, message in state.warnings]
-        parts.append(details(f"Warnings ({len(warnings)})", table("Warnings", ("when", "message"), warnings)))
-    if run.left_out:
-        files = [(esc(message),) for message in run.left_out]
-        parts.append(details(f"Files that were left out ({len(files)})", table("Files left out", ("file",), files)))
-    return "".join(parts)
-
-
-def _settings(run: RunView) -> str:
-    rows = [(esc(name), esc(version)) for name, version in sorted(run.state.versions.items())]
-    parts = [chosen(run.state.choices)] if run.state.choices else []
-    if rows:
-        parts.append(table("Versions", ("package", "version"), rows, compact=True))
-    if run.config:
-        scroll = 'role="region" aria-label="Configuration" tabindex="0"'
-        parts.append(
-            f"<details><summary>Configuration {esc(run.config_hash)}</summary>"
-            f'<pre class="scroll" {scroll}>{esc(run.config)}</pre></details>'
-        )
-    return "".join(parts) or '<p class="quiet">Not known yet.</p>'
-
-
-def _readable(created: str) -> str:
-    return esc(created.replace("T", " ").replace("Z", " UTC"))
-
-
-def _clock(wall_time: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(wall_time))
+    if story.queue.place is not None:
+        tiles.append(tile("Place in the queue", str(story.queue.place)))
+    return {
+        "head": (
+            f'<p class="brand">storymem report · {esc(run.name)}</p><h1 data-state="{story.status}">'
+            f"{esc(story.name)} {chip(story.status, STATUS_KINDS[story.status])}</h1>"
+            f'<p class="quiet">{esc(story.story_id)}</p><dl class="tiles">{"".join(tiles)}</dl>'
+        ),
+        "stories": article(story),
+        **dict(story_parts(story, assets, is_page=True)),
+        "scores": story_scores(run, story),
+        "memory": _MEMORY_INTRO + hole("div", anchor("memory", story.story_id)),
+        anchor("memory", story.story_id): _story_memory(story, assets),
+        "foot": footer(run.written_at),
+    }

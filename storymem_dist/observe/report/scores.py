@@ -3,11 +3,11 @@
 Knows the report's values and HTML; nothing of how scores are computed.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 
-from storymem_dist.artifacts.scores import MEASURES, Measure, RunScores
+from storymem_dist.artifacts.scores import MEASURES, Measure, StoryScores
 from storymem_dist.observe.report.html import details, esc, table
-from storymem_dist.observe.report.model import RunView, ShotView
+from storymem_dist.observe.report.views import RunView, ShotView, StoryView
 from storymem_dist.observe.run import format as fmt
 
 _INTRO = (
@@ -16,26 +16,40 @@ _INTRO = (
 )
 
 
-def scores_section(run: RunView) -> str:
-    """Return a table with a column for each measure, and the notes."""
+_NOT_SCORED = '<p class="quiet">Not scored yet. storymem-score scores the run folder.</p>'
+
+
+def scores_section(run: RunView, *, shots: bool = True) -> str:
+    """Return a table with a column for each measure, and the notes. ``shots``: with a row for each shot."""
     scores = run.scores
     if scores is None:
-        return '<p class="quiet">Not scored yet. storymem-score scores the run folder.</p>'
-    measures = [measure for measure in MEASURES if any(measure.key in values for _, values in _rows(scores))]
-    rows = [(name, *(_number(values, measure) for measure in measures)) for name, values in _rows(scores)]
-    heads = ("", *(esc(measure.name) for measure in measures))
-    notes = scores.all_notes()
-    listed = details(f"Notes ({len(notes)})", "".join(f"<p>{esc(note)}</p>" for note in notes)) if notes else ""
-    return _INTRO + table("Scores", heads, rows, numeric=range(1, len(heads))) + listed
-
-
-def _rows(scores: RunScores) -> Iterator[tuple[str, Mapping[str, float]]]:
-    """Names (as HTML) and values of the run, then of each story and its shots."""
-    yield "<strong>run</strong>", scores.values
+        return _NOT_SCORED
+    rows = [("<strong>run</strong>", scores.values)]
     for story_id, story in scores.stories.items():
-        yield f"<strong>{esc(story_id)}</strong>", story.values
-        for shot_id, shot in story.shots.items():
-            yield esc(shot_id.replace("_", " ")), shot.values
+        rows += _story_rows(story_id, story, shots=shots)
+    return _table(rows, scores.all_notes())
+
+
+def story_scores(run: RunView, story: StoryView) -> str:
+    """Return the table of one story and its shots."""
+    scores = run.scores.stories.get(story.story_id) if run.scores is not None else None
+    return _table(_story_rows(story.story_id, scores, shots=True), scores.notes) if scores is not None else _NOT_SCORED
+
+
+def _table(rows: Sequence[tuple[str, Mapping[str, float]]], notes: Sequence[str]) -> str:
+    measures = [measure for measure in MEASURES if any(measure.key in values for _, values in rows)]
+    cells = [(name, *(_number(values, measure) for measure in measures)) for name, values in rows]
+    heads = ("", *(esc(measure.name) for measure in measures))
+    listed = details(f"Notes ({len(notes)})", "".join(f"<p>{esc(note)}</p>" for note in notes)) if notes else ""
+    return _INTRO + table("Scores", heads, cells, numeric=range(1, len(heads))) + listed
+
+
+def _story_rows(story_id: str, story: StoryScores, *, shots: bool) -> list[tuple[str, Mapping[str, float]]]:
+    """Names (as HTML) and values of a story, and of its shots."""
+    rows: list[tuple[str, Mapping[str, float]]] = [(f"<strong>{esc(story_id)}</strong>", story.values)]
+    if shots:
+        rows += [(esc(shot_id.replace("_", " ")), shot.values) for shot_id, shot in story.shots.items()]
+    return rows
 
 
 def _number(values: Mapping[str, float], measure: Measure) -> str:

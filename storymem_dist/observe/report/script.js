@@ -27,20 +27,19 @@
   document.addEventListener("keydown", (event) => { if (event.key === "Escape") tip.hidden = true; });
 
   // Lineage: pointing at a shot, or reaching it with the keyboard, highlights only what it was shown.
-  for (const picture of document.querySelectorAll("svg.lineage")) {
-    const light = (shot) => {
-      picture.classList.toggle("chosen", Boolean(shot));
-      for (const edge of picture.querySelectorAll(".edge")) edge.classList.toggle("lit", edge.dataset.to === shot);
-    };
-    for (const column of picture.querySelectorAll("a.column")) {
-      for (const name of ["pointerenter", "focus"]) column.addEventListener(name, () => light(column.dataset.shot));
-      for (const name of ["pointerleave", "blur"]) column.addEventListener(name, () => light(null));
-    }
-  }
+  const light = (event) => {
+    const column = event.target.closest ? event.target.closest(".lineage a.column") : null;
+    if (!column) return;
+    const picture = column.closest(".lineage");
+    const shot = ["pointerover", "focusin"].includes(event.type) ? column.dataset.shot : null;
+    picture.classList.toggle("chosen", Boolean(shot));
+    for (const edge of picture.querySelectorAll(".edge")) edge.classList.toggle("lit", edge.dataset.to === shot);
+  };
+  for (const name of ["pointerover", "pointerout", "focusin", "focusout"]) document.addEventListener(name, light);
 
-  // A link to a frame goes to the clip and shows that frame.
-  for (const link of document.querySelectorAll("a[data-seek]")) {
-    link.addEventListener("click", () => {
+  document.addEventListener("click", (event) => {
+    const link = event.target.closest("a[data-seek]");
+    if (link) {  // a link to a frame goes to the clip and shows that frame
       const card = document.getElementById(link.getAttribute("href").slice(1));
       const video = card && card.querySelector("video");
       if (!video) return;
@@ -48,45 +47,59 @@
       video.pause();
       if (video.readyState > 0) seek();
       else { video.addEventListener("loadedmetadata", seek, { once: true }); video.preload = "auto"; video.load(); }
-    });
-  }
+    }
+    const together = event.target.closest("button.together");
+    if (together) {  // two runs: both clips of a shot from the start, together
+      for (const video of together.closest(".pair").querySelectorAll("video")) { video.currentTime = 0; video.play(); }
+    }
+  });
 
   // Clips start as pictures; controls appear with the first play.
-  for (const film of document.querySelectorAll(".film")) {
-    const video = film.querySelector("video");
-    const play = document.createElement("button");
-    play.type = "button";
-    play.className = "play";
-    play.textContent = "▶\uFE0E";
-    play.setAttribute("aria-label", `Play ${video.getAttribute("aria-label")}`);
-    const begin = () => { play.remove(); video.controls = true; };
-    play.addEventListener("click", () => { begin(); video.play(); video.focus(); });
-    video.addEventListener("play", begin, { once: true });
-    video.addEventListener("seeking", begin, { once: true });
-    video.controls = false;
-    film.append(play);
+  const prepareFilms = () => {
+    for (const film of document.querySelectorAll(".film:not([data-ready])")) {
+      film.dataset.ready = "";
+      const video = film.querySelector("video");
+      const play = document.createElement("button");
+      play.type = "button";
+      play.className = "play";
+      play.textContent = "▶\uFE0E";
+      play.setAttribute("aria-label", `Play ${video.getAttribute("aria-label")}`);
+      const begin = () => { play.remove(); video.controls = true; };
+      play.addEventListener("click", () => { begin(); video.play(); video.focus(); });
+      video.addEventListener("play", begin, { once: true });
+      video.addEventListener("seeking", begin, { once: true });
+      video.controls = false;
+      film.append(play);
+    }
+  };
+
+  // Many stories: find those with these words (id, name, on a whole page also prompts) and in this state.
+  const search = document.querySelector(".search");
+  const findStories = () => {
+    if (!search) return;
+    const words = document.getElementById("filter").value.toLowerCase().split(/\s+/).filter(Boolean);
+    const state = search.querySelector("input[name=state]:checked").value;
+    const counts = { "": 0 };
+    let shown = 0;
+    const stories = document.querySelectorAll("#stories .story, #stories .row");
+    for (const story of stories) {
+      const is = story.querySelector("[data-state]").dataset.state;
+      const text = words.length ? story.textContent.toLowerCase() : "";
+      counts[is] = (counts[is] || 0) + 1;
+      counts[""] += 1;
+      story.hidden = Boolean(state && is !== state) || !words.every((word) => text.includes(word));
+      shown += story.hidden ? 0 : 1;
+    }
+    for (const count of search.querySelectorAll("[data-count]")) count.textContent = counts[count.dataset.count] || 0;
+    document.getElementById("filter-count").textContent = words.length || state ? `${shown} of ${stories.length}` : "";
+  };
+  if (search) {
+    search.hidden = false;
+    search.addEventListener("input", findStories);
   }
 
-  // Two runs: both clips of a shot from the start, together.
-  for (const together of document.querySelectorAll("button.together")) {
-    together.addEventListener("click", () => {
-      for (const video of together.closest(".pair").querySelectorAll("video")) { video.currentTime = 0; video.play(); }
-    });
-  }
-
-  // Many stories: find those whose name or prompts contain the words.
-  const filter = document.getElementById("filter");
-  if (filter) {
-    const stories = [...document.querySelectorAll("#stories .story")];
-    const count = document.getElementById("filter-count");
-    filter.addEventListener("input", () => {
-      const words = filter.value.toLowerCase().split(/\s+/).filter(Boolean);
-      let shown = 0;
-      for (const story of stories) {
-        story.hidden = !words.every((word) => story.dataset.words.includes(word));
-        shown += story.hidden ? 0 : 1;
-      }
-      count.textContent = words.length ? `${shown} of ${stories.length}` : "";
-    });
-  }
+  // A live page says when it has exchanged parts.
+  const prepare = () => { prepareFilms(); findStories(); };
+  document.addEventListener("storymem:parts", prepare);
+  prepare();
 })();

@@ -4,7 +4,9 @@ Times at which no replica was up (as between a stop and a restart) are cut out a
 merged. Knows folded events; nothing of event files.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 from storymem_dist.events import STAGES
 from storymem_dist.observe.report.html import details, esc, table
@@ -22,6 +24,9 @@ SPAN_KINDS = (*STAGES, "helping", "wait")
 """``helping``: the replica renders a shot together with others, one of which reports it."""
 
 MAX_ROWS = 64
+
+MAX_PIECES = 1200
+"""Pieces of all rows together. Where there are more, a piece stands for what happened within its time."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,7 +72,8 @@ def timeline(state: RunState) -> str:
     attempts: dict[RowKey, list[Attempt]] = {}
     for attempt in state.attempts():
         attempts.setdefault(attempt.row, []).append(attempt)
-    tracks = "".join(_track(state, key, row, attempts.get(key, []), axis) for key, row in rows[:MAX_ROWS])
+    pieces = max(24, MAX_PIECES // len(rows))
+    tracks = "".join(_track(state, key, row, attempts.get(key, []), axis, pieces) for key, row in rows[:MAX_ROWS])
     more = f'<p class="quiet">and {len(rows) - MAX_ROWS} more replicas</p>' if len(rows) > MAX_ROWS else ""
     breaks = "".join(
         f'<span class="break" style="left:{100 * axis.share(start):.2f}%" title="{esc(_pause(state, axis, n))}"></span>'
@@ -79,7 +85,7 @@ def timeline(state: RunState) -> str:
         '<div class="scroll" role="region" aria-label="Timeline of replicas" tabindex="0"><div class="timeline">'
         f'{tracks}<div class="track-row">{scale}</div></div></div>{more}'
         + _legend(state)
-        + details("Timeline as a table", _stage_table(state))
+        + details("Timeline as a table", _stage_table(state, rows[:MAX_ROWS]) + more)
     )
 
 
@@ -92,18 +98,24 @@ def stage_totals(row: Row) -> dict[str, float]:
     return totals
 
 
-def _track(state: RunState, key: RowKey, row: Row, attempts: list[Attempt], axis: TimeAxis) -> str:
+def _track(state: RunState, key: RowKey, row: Row, attempts: list[Attempt], axis: TimeAxis, pieces: int) -> str:
     label = state.row_label(key)
     totals = stage_totals(row)
     times = ", ".join(f"{kind} {fmt.duration(totals[kind])}" for kind in SPAN_KINDS if kind in totals)
     name = f"{label}: {fmt.count(row.num_finished, 'shot')} finished, {row.num_failed} failed. {times}"
-    shots = "".join(_shot_block(attempt, axis, state.last_time) for attempt in attempts)
+    if len(attempts) > pieces:
+        shots = "".join(_shots_block(group, axis, state.last_time) for group in _groups(attempts, axis, pieces))
+    else:
+        shots = "".join(_shot_block(attempt, axis, state.last_time) for attempt in attempts)
     merged = _merged(row, axis, state.last_time)
-    later = [span.start for span in merged[1:]]
-    stages = "".join(
-        _stage_block(span, axis, overlaps=span.end is not None and start < span.end)
-        for span, start in zip(merged, [*later, float("inf")], strict=False)  # no span at all: a replica just started
-    )
+    if len(merged) > pieces:
+        stages = "".join(_mixed_blocks(row, axis, state.last_time, pieces))
+    else:
+        later = [span.start for span in merged[1:]]
+        stages = "".join(
+            _stage_block(span, axis, overlaps=span.end is not None and start < span.end)
+            for span, start in zip(merged, [*later, float("inf")], strict=False)  # no span: a replica just started
+        )
     return (
         f'<div class="track-row"><span class="track-label">{esc(label)}</span>'
         f'<div class="track" role="img" aria-label="{esc(name)}"><div class="shots">{shots}</div>'
@@ -128,6 +140,55 @@ def _shot_block(attempt: Attempt, axis: TimeAxis, now: float) -> str:
         f'<span class="shot {esc(attempt.outcome)}" style="{_place(attempt.start, end, axis)}" data-tip="{esc(tip)}">'
         f"{esc(label)}</span>"
     )
+
+
+def _groups(attempts: list[Attempt], axis: TimeAxis, pieces: int) -> list[list[Attempt]]:
+    """Attempts in order of time; those that began in the same one of ``pieces`` parts of the axis are one group."""
+    groups: dict[int, list[Attempt]] = {}
+    for attempt in sorted(attempts, key=lambda attempt: attempt.start):
+        groups.setdefault(min(pieces - 1, int(pieces * axis.share(attempt.start))), []).append(attempt)
+    return list(groups.values())
+
+
+def _shots_block(attempts: list[Attempt], axis: TimeAxis, now: float) -> str:
+    """One block for attempts that followed one another; its colour is that of the worst outcome."""
+    if len(attempts) == 1:
+        return _shot_block(attempts[0], axis, now)
+    outcomes = [attempt.outcome for attempt in attempts]
+    worst = next((kind for kind in ("failed", "interrupted", "stopped", "running") if kind in outcomes), "finished")
+    counts = ", ".join(f"{outcomes.count(kind)} {kind}" for kind in dict.fromkeys(outcomes))
+    end = max(attempt.end if attempt.end is not None else now for attempt in attempts)
+    tip = f"{len(attempts)} shots: {counts}"
+    return f'<span class="shot {worst}" style="{_place(attempts[0].start, end, axis)}" data-tip="{esc(tip)}"></span>'
+
+
+def _mixed_blocks(row: Row, axis: TimeAxis, now: float, pieces: int) -> Iterator[str]:
+    """Blocks for ``pieces`` equal parts of the axis, each with what took the most time; equal neighbours are one."""
+    seconds: dict[int, dict[str, float]] = {}
+    for span in (*row.spans, *row.open_spans):
+        end = span.end if span.end is not None else now
+        first, last = (pieces * axis.share(when) for when in (span.start, end))
+        for part in range(int(first), min(pieces - 1, int(last)) + 1):
+            share = (min(part + 1, last) - max(part, first)) * axis.seconds / pieces
+            kinds = seconds.setdefault(part, {})
+            kinds[span.kind] = kinds.get(span.kind, 0.0) + share
+
+    def most(part: int) -> str | None:
+        kinds = seconds.get(part)
+        return max(kinds, key=kinds.__getitem__) if kinds else None
+
+    for kind, group in groupby(range(pieces), key=most):
+        parts = list(group)
+        if kind is None:
+            continue
+        total: dict[str, float] = {}
+        for part in parts:
+            for name, share in seconds[part].items():
+                total[name] = total.get(name, 0.0) + share
+        tip = ", ".join(f"{name} {fmt.duration(took)}" for name, took in sorted(total.items(), key=lambda one: -one[1]))
+        place = f"left:{100 * parts[0] / pieces:.3f}%;width:{100 * len(parts) / pieces:.3f}%"
+        name = kind if kind in SPAN_KINDS else "other"
+        yield f'<span class="k-{name}" style="{place}" data-tip="{esc(tip)}"></span>'
 
 
 def _stage_block(span: Span, axis: TimeAxis, *, overlaps: bool) -> str:
@@ -190,11 +251,11 @@ def _legend(state: RunState) -> str:
     return f'<ul class="legend" aria-label="Stages">{items}</ul>'
 
 
-def _stage_table(state: RunState) -> str:
+def _stage_table(state: RunState, shown: Sequence[tuple[RowKey, Row]]) -> str:
     seen = {span.kind for row in state.rows.values() for span in row.spans}
     kinds = [kind for kind in SPAN_KINDS if kind in seen]
     rows = []
-    for key, row in sorted(state.rows.items()):
+    for key, row in shown:
         totals = stage_totals(row)
         cells = [fmt.duration(totals[kind]) if kind in totals else "" for kind in kinds]
         rows.append((esc(state.row_label(key)), fmt.duration(row.alive_seconds), *cells))

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from storymem_dist.artifacts.records import DamagedRecord, ShotRecord
+from storymem_dist.artifacts.sharding import SHARDED_RUN_FORMAT, shard_of
 from storymem_dist.errors import RunFolderError
 from storymem_dist.files import names_in, parse_json, read_json, read_limited, resolve_inside
 
+MARKER = "storymem_run.json"
 MAX_CONFIG_BYTES = 2**20
 _LONGEST_ID = 200
 
@@ -38,10 +40,11 @@ class RunFiles:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.left_out: list[str] = []
-        marker = root / "storymem_run.json"
+        marker = root / MARKER
         try:
             values = read_json(resolve_inside(root, marker.name))
             self.run_id, self.created = values["run_id"], str(values.get("created", ""))[:_LONGEST_ID]
+            self.format: Any = values.get("format")
             if not isinstance(self.run_id, str) or not 0 < len(self.run_id) <= _LONGEST_ID:
                 raise ValueError("its run_id is not a name")
         except FileNotFoundError:
@@ -52,13 +55,76 @@ class RunFiles:
             raise RunFolderError(f"{marker} cannot be read as the marker of a run folder: {error}") from None
 
     @property
+    def is_sharded(self) -> bool:
+        """Whether each story lies in ``sharding.shard_of`` its id."""
+        return bool(self.format == SHARDED_RUN_FORMAT)
+
+    @property
     def events_folder(self) -> Path:
         """Folder of the event files."""
         return self.root / "events"
 
     def stories(self) -> list[StoryFiles]:
         """All stories that have a folder, by id."""
-        return [self._story(name) for name in self._names("stories") if self._is_folder(f"stories/{name}")]
+        return [self.story(name) for name in self.story_ids()]
+
+    def story_ids(self) -> list[str]:
+        """Ids of all stories that have a folder, sorted."""
+        return sorted(
+            name
+            for folder in self._story_folders()
+            for name in self._names(folder)
+            if self._is_folder(f"{folder}/{name}")
+        )
+
+    def stories_changed_at(self) -> int:
+        """When a story came or went, as ``changed_at``."""
+        return max(self.changed_at(folder) for folder in ("stories", *self._story_folders()))
+
+    def story_path(self, story_id: str) -> str:
+        """Path of the folder of a story, relative to the run folder."""
+        return _story_path(story_id, self.is_sharded)
+
+    def _story_folders(self) -> list[str]:
+        """The folders that hold those of stories."""
+        return [f"stories/{name}" for name in self._names("stories")] if self.is_sharded else ["stories"]
+
+    def storyboard(self, name: str) -> dict[str, Any]:
+        """The storyboard of one story as it was read; {} where it is not written yet or cannot be read."""
+        storyboard = self._json(f"{self.story_path(name)}/storyboard.json")
+        return storyboard if isinstance(storyboard, dict) else {}
+
+    def changed_at(self, path: str) -> int:
+        """When the file changed, or a name in the folder, in nanoseconds; -1 where it is not there.
+
+        One operation: of what a link leads to, nothing but its time is seen.
+        """
+        try:
+            return (self.root / path).stat().st_mtime_ns
+        except OSError:
+            return -1
+
+    def story(self, name: str) -> StoryFiles:
+        """What the folder of one story holds."""
+        storyboard = self._json(f"{self.story_path(name)}/storyboard.json")
+        records = {}
+        for file in self._names(self.story_path(name)):
+            if not re.fullmatch(r"shot_.+\.json", file):
+                continue
+            shot_id = file.removesuffix(".json")
+            try:
+                record = ShotRecord.from_json(read_json(resolve_inside(self.root, f"{self.story_path(name)}/{file}")))
+                if (record.story_id, record.shot_id) != (name, shot_id):
+                    raise DamagedRecord("it is the record of another shot")
+                records[shot_id] = record
+            except (OSError, ValueError, DamagedRecord) as error:
+                self._leave_out(f"{self.story_path(name)}/{file}", error)
+        video = None
+        with contextlib.suppress(OSError):
+            if resolve_inside(self.root, f"{self.story_path(name)}/story.mp4").is_file():
+                video = f"{self.story_path(name)}/story.mp4"
+        board = storyboard if isinstance(storyboard, dict) else {}
+        return StoryFiles(story_id=name, storyboard=board, records=records, video=video)
 
     def newest_config(self) -> tuple[str, str]:
         """Hash and JSON text of the newest resolved configuration; empty strings when there is none."""
@@ -74,13 +140,13 @@ class RunFiles:
         return "", ""
 
     @staticmethod
-    def reference_path(story_id: str, shot_index: int, slot: int) -> str:
+    def reference_path(story_id: str, shot_index: int, slot: int, *, is_sharded: bool = False) -> str:
         """Path of the copy of a picture that a storyboard gives, relative to the run folder.
 
         ``shot_index`` and ``slot`` are those of its keyframe; see ``artifacts.storyboard_copy``.
         """
         name = f"reference_{slot}" if shot_index < 0 else f"shot_{shot_index + 1:02d}_reference_{-slot}"
-        return f"stories/{story_id}/references/{name}.jpg"
+        return f"{_story_path(story_id, is_sharded)}/references/{name}.jpg"
 
     def clip_path(self, record: ShotRecord) -> str:
         """Path of the record's clip, relative to the run folder."""
@@ -90,30 +156,8 @@ class RunFiles:
         """Paths of the record's keyframes by slot."""
         return {keyframe.slot: self._attempt(record) + keyframe.file for keyframe in record.keyframes}
 
-    @staticmethod
-    def _attempt(record: ShotRecord) -> str:
-        return f"stories/{record.story_id}/{record.shot_id}/attempts/{record.attempt_id}/"
-
-    def _story(self, name: str) -> StoryFiles:
-        storyboard = self._json(f"stories/{name}/storyboard.json")
-        records = {}
-        for file in self._names(f"stories/{name}"):
-            if not re.fullmatch(r"shot_.+\.json", file):
-                continue
-            shot_id = file.removesuffix(".json")
-            try:
-                record = ShotRecord.from_json(read_json(resolve_inside(self.root, f"stories/{name}/{file}")))
-                if (record.story_id, record.shot_id) != (name, shot_id):
-                    raise DamagedRecord("it is the record of another shot")
-                records[shot_id] = record
-            except (OSError, ValueError, DamagedRecord) as error:
-                self._leave_out(f"stories/{name}/{file}", error)
-        video = None
-        with contextlib.suppress(OSError):
-            if resolve_inside(self.root, f"stories/{name}/story.mp4").is_file():
-                video = f"stories/{name}/story.mp4"
-        board = storyboard if isinstance(storyboard, dict) else {}
-        return StoryFiles(story_id=name, storyboard=board, records=records, video=video)
+    def _attempt(self, record: ShotRecord) -> str:
+        return f"{self.story_path(record.story_id)}/{record.shot_id}/attempts/{record.attempt_id}/"
 
     def _json(self, path: str) -> Any:
         """The contents of a JSON file inside; None if it is missing or left out."""
@@ -143,6 +187,10 @@ class RunFiles:
 
     def _leave_out(self, path: str, error: Exception) -> None:
         self.left_out.append(f"{path}: {str(error)[:300]}")
+
+
+def _story_path(story_id: str, is_sharded: bool) -> str:
+    return f"stories/{shard_of(story_id)}/{story_id}" if is_sharded else f"stories/{story_id}"
 
 
 def parse_config(text: str) -> dict[str, Any]:

@@ -7,8 +7,20 @@ from storymem_dist.story.modes import GIVEN
 
 def rates(state: RunState, key: RowKey | None = None) -> Rates:
     """Return the rates of one row, or of the whole run. Clips that a storyboard gives are no work and do not count."""
+    return _rates(state, key, [a for a in state.attempts() if key is None or a.row == key])
+
+
+def rates_of_all(state: RunState) -> dict[RowKey | None, Rates]:
+    """Return the rates of every row, and of the whole run under None; see ``rates``."""
+    attempts = state.attempts()
+    by_row: dict[RowKey | None, list[Attempt]] = {key: [] for key in state.rows}
+    for attempt in attempts:
+        by_row[attempt.row].append(attempt)
+    return {key: _rates(state, key, of) for key, of in {**by_row, None: attempts}.items()}
+
+
+def _rates(state: RunState, key: RowKey | None, attempts: list[Attempt]) -> Rates:
     rows = [state.rows[key]] if key is not None else list(state.rows.values())
-    attempts = [a for a in state.attempts() if key is None or a.row == key]
     finished = [a for a in attempts if a.outcome == "finished" and a.started.mode != GIVEN]
     timed = [a for a in attempts if a.num_timed_steps]
     steps = sum(a.num_timed_steps for a in timed)
@@ -35,14 +47,17 @@ def seconds_left(state: RunState) -> float | None:
     """Estimate the seconds until the batch is done; None where nothing is known.
 
     The larger of: all remaining shots spread over the live replicas, and the longest path of shots that wait for each
-    other, both at the mean time of the clips so far. Before the first clip: what the newest plan predicts.
+    other, both at the mean time of the clips so far. Skipped stories do not count. Before the first clip:
+    what the newest plan predicts.
     """
     seconds_per_clip = rates(state).seconds_per_clip
     if seconds_per_clip is None:
         return _planned_seconds_left(state)
     over = state.count("finished") + state.count("failed") + state.count("blocked")
-    remaining = max(0, state.num_shots - over)
-    paths = [story.longest_left for story in state.stories.values()]
+    skipped = state.skipped
+    left_out = sum(story.num_left for story in state.stories.values() if story.story_id in skipped)
+    remaining = max(0, state.num_shots - over - left_out)
+    paths = [story.longest_left for story in state.stories.values() if story.story_id not in skipped]
     live = sum(not row.is_over for row in state.rows.values()) or 1
     running = sum(
         min(1.0, row.attempt.step / row.attempt.num_steps)

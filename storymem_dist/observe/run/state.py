@@ -1,14 +1,25 @@
 """The state of a run, folded from its events, as console, W&B, summary and report all use it.
 
 ``RunState.apply`` takes stamped events of any number of writers, roughly in order of time. It is one class because
-nearly every event changes rows, attempts and shots at once. Their types are in ``values``, speeds in ``rates``. Knows
-events; nothing of files, terminals or services.
+nearly every event changes rows, attempts and shots at once; what changes one row alone is in ``row_changes``. The types
+are in ``values``, speeds in ``rates``. Knows events; nothing of files, terminals or services.
 """
 
 from dataclasses import replace
 
 import storymem_dist.events as ev
-from storymem_dist.observe.run.values import Attempt, Failure, Row, RowKey, ShotState, Span, Start, StoryState
+from storymem_dist.observe.run import row_changes
+from storymem_dist.observe.run.values import (
+    AppliedRequest,
+    Attempt,
+    Failure,
+    Row,
+    RowKey,
+    ShotState,
+    Span,
+    Start,
+    StoryState,
+)
 
 SILENCE_SECONDS = 60.0
 """The next job continues the row of a replica that sent nothing for this long (system samples come more often)."""
@@ -25,6 +36,7 @@ class RunState:
         self.failures: list[Failure] = []
         self.warnings: list[tuple[float, str]] = []
         self.stops: list[tuple[float, str]] = []
+        self.requests: dict[int, AppliedRequest] = {}
         self.choices: list[tuple[float, ev.LayoutChosen]] = []
         self.versions: dict[str, str] = {}
         self.config_hashes: list[str] = []
@@ -52,6 +64,17 @@ class RunState:
             seconds += max(0.0, end - max(start, reached))
             reached = max(reached, end)
         return seconds
+
+    @property
+    def skipped(self) -> set[str]:
+        """Ids of the stories that people asked to skip, as far as replicas have applied it."""
+        skipped: set[str] = set()
+        for _, one in sorted(self.requests.items()):
+            if one.request.action == "skip":
+                skipped.add(one.request.story_id)
+            elif one.request.action in ("unskip", "first"):
+                skipped.discard(one.request.story_id)
+        return skipped
 
     def count(self, status: str) -> int:
         """Number of shots in ``status`` (``waiting`` counts only shots that an event has named)."""
@@ -118,7 +141,7 @@ class RunState:
             case ev.StoryStarted():
                 story = self._story(event.story_id)
                 story.name, story.num_shots = event.name or story.name, max(story.num_shots, event.num_shots)
-                story.waits_for = event.waits_for or story.waits_for
+                story.waits_for, story.priority = event.waits_for or story.waits_for, event.priority
             case ev.StoryFinished():
                 story = self._story(event.story_id)
                 story.outcome, story.video, story.message = event.outcome, event.video, event.message
@@ -128,13 +151,13 @@ class RunState:
                 self._shot_changed(row, now, event)
             case ev.StageStarted():
                 row.open_spans.append(Span(kind=event.stage, start=now, story_id=event.story_id, shot_id=event.shot_id))
-                attempt = self._attempt(row, event.story_id or "", event.shot_id or "")
+                attempt = row.open_attempt(event.story_id or "", event.shot_id or "")
                 if attempt is not None and event.stage == "save":
                     attempt.is_rendered = True
             case ev.StageFinished():
-                self._stage_finished(row, now, event)
+                row_changes.stage_finished(row, now, event)
             case ev.StepFinished():
-                self._step_finished(row, event)
+                row_changes.step_finished(row, event)
             case ev.MemoryDecided():
                 self._memory_decided(row, event)
             case ev.WeightsProgress():
@@ -142,7 +165,7 @@ class RunState:
                 if event.bytes_done >= event.bytes_total:
                     row.weights_done.append(row.weights.pop(event.what))
             case ev.ThroughputSampled():
-                self._throughput(row, event)
+                row_changes.throughput(row, event)
             case ev.ReplicaWaited():
                 row.waited_seconds += event.elapsed_seconds
                 row.spans.append(Span(kind="wait", start=now - event.elapsed_seconds, end=now))
@@ -153,6 +176,14 @@ class RunState:
                 self.failures.append(Failure(wall_time=now, story_id=event.source, shot_id="", reason=event.message))
             case ev.StopRequested():
                 self.stops.append((now, event.reason))
+            case ev.RequestApplied(at_start=True) if event.number in self.requests:
+                pass
+            case ev.RequestApplied():
+                if event.number not in self.requests:
+                    self.requests[event.number] = AppliedRequest(request=event)
+                    if event.action == "rerender" and event.story_id in self.stories:
+                        self.stories[event.story_id].render_again(event.shots)
+                self.requests[event.number].applied.append((now, row.key, event.message))
             case ev.LayoutChosen():
                 self.choices.append((now, event))
 
@@ -239,45 +270,22 @@ class RunState:
         for attempt in (row.saving, row.attempt):
             if attempt is not None:
                 self._interrupt(row, attempt, outcome, when)
-        self._close_spans(row, list(row.open_spans), when)
+        row_changes.close_spans(row, list(row.open_spans), when)
         row.weights.clear()
 
     def _interrupt(self, row: Row, attempt: Attempt, outcome: str, when: float) -> None:
         """End an attempt that neither finished nor failed."""
-        self._end_attempt(row, attempt, outcome, when)
+        row_changes.end_attempt(row, attempt, outcome, when)
         shot = self._shot(attempt.started.story_id, attempt.started.shot_id)
         if shot.last is attempt:
             shot.status = "waiting"
 
-    def _end_attempt(self, row: Row, attempt: Attempt, outcome: str, when: float) -> None:
-        attempt.outcome, attempt.end = outcome, max(attempt.start, when)
-        self._close_spans(row, [span for span in row.open_spans if attempt.owns(span)], when)
-        if attempt is row.saving:
-            row.saving = None
-        else:
-            row.attempt = None
-            row.recent_steps.clear()
-
-    @staticmethod
-    def _close_spans(row: Row, spans: list[Span], when: float) -> None:
-        for span in spans:
-            row.open_spans.remove(span)
-            span.end = max(span.start, when)
-            row.spans.append(span)
-
     def _story(self, story_id: str) -> StoryState:
-        return self.stories.setdefault(story_id, StoryState(story_id=story_id))
+        return self.stories.setdefault(story_id, StoryState(story_id=story_id, number=len(self.stories)))
 
     def _shot(self, story_id: str, shot_id: str) -> ShotState:
         shots = self._story(story_id).shots
         return shots.setdefault(shot_id, ShotState(story_id=story_id, shot_id=shot_id))
-
-    def _attempt(self, row: Row, story_id: str, shot_id: str) -> Attempt | None:
-        """The row's open attempt at this shot: being rendered, or being saved while another is rendered."""
-        for attempt in (row.attempt, row.saving):
-            if attempt is not None and (attempt.started.story_id, attempt.started.shot_id) == (story_id, shot_id):
-                return attempt
-        return None
 
     def _shot_started(self, row: Row, stamped: ev.StampedEvent, event: ev.ShotStarted) -> None:
         being_saved = row.attempt if row.attempt is not None and row.attempt.is_rendered else None
@@ -299,7 +307,7 @@ class RunState:
         self, row: Row, now: float, event: ev.ShotFinished | ev.ShotFailed | ev.ShotResumed | ev.ShotSkipped
     ) -> None:
         shot = self._shot(event.story_id, event.shot_id)
-        attempt = self._attempt(row, event.story_id, event.shot_id)
+        attempt = row.open_attempt(event.story_id, event.shot_id)
         match event:
             case ev.ShotResumed():
                 row.num_resumed += 1
@@ -334,56 +342,14 @@ class RunState:
         if isinstance(event, ev.ShotFinished):
             attempt.finished = event
             attempt.stage_seconds.update(event.stage_seconds)
-            self._end_attempt(row, attempt, "finished", now)
+            row_changes.end_attempt(row, attempt, "finished", now)
         else:
             attempt.reason = event.reason
-            self._end_attempt(row, attempt, "failed", now)
-
-    def _stage_finished(self, row: Row, now: float, event: ev.StageFinished) -> None:
-        for span in reversed(row.open_spans):
-            if (span.kind, span.story_id, span.shot_id) == (event.stage, event.story_id, event.shot_id):
-                row.open_spans.remove(span)
-                break
-        row.spans.append(
-            Span(
-                kind=event.stage,
-                start=now - event.elapsed_seconds,
-                end=now,
-                story_id=event.story_id,
-                shot_id=event.shot_id,
-            )
-        )
-        attempt = self._attempt(row, event.story_id or "", event.shot_id or "")
-        if attempt is not None:
-            attempt.stage_seconds[event.stage] = attempt.stage_seconds.get(event.stage, 0.0) + event.elapsed_seconds
-
-    def _step_finished(self, row: Row, event: ev.StepFinished) -> None:
-        row.recent_steps.append(event.elapsed_seconds)
-        if event.gpu_memory_gib is not None:
-            row.gpu_memory_gib = event.gpu_memory_gib
-        attempt = self._attempt(row, event.story_id, event.shot_id)
-        if attempt is None:
-            return
-        attempt.step, attempt.num_steps = event.step, event.num_steps
-        attempt.num_timed_steps += 1
-        attempt.num_reused_steps += event.reused
-        attempt.step_seconds += event.elapsed_seconds
-        steps, seconds = attempt.expert_steps.get(event.expert, (0, 0.0))
-        attempt.expert_steps[event.expert] = (steps + 1, seconds + event.elapsed_seconds)
+            row_changes.end_attempt(row, attempt, "failed", now)
 
     def _memory_decided(self, row: Row, event: ev.MemoryDecided) -> None:
-        attempt = self._attempt(row, event.story_id, event.shot_id)
+        attempt = row.open_attempt(event.story_id, event.shot_id)
         if attempt is not None:
             attempt.decisions.append(event)
         if event.verdict.startswith("kept") and event.slot is not None:
             self.keyframe_scores[(event.story_id, event.source_shot_index, event.slot)] = event
-
-    def _throughput(self, row: Row, event: ev.ThroughputSampled) -> None:
-        if event.gpu_memory_gib is not None:
-            row.gpu_memory_gib = event.gpu_memory_gib
-        if event.queue_depth is not None:
-            row.queue_depths.append(event.queue_depth)
-        if event.collective_seconds is not None:
-            row.collective_seconds = (row.collective_seconds or 0.0) + event.collective_seconds
-        if event.bytes_read is not None:
-            row.bytes_read = (row.bytes_read or 0) + event.bytes_read

@@ -31,6 +31,8 @@ def load_run_state(run_folder: Path) -> RunState:
 def summary(state: RunState) -> RenderableType:
     """Return the summary of a run, to be printed by a rich console."""
     parts: list[RenderableType] = [_headline(state), _stage_table(state), _replica_table(state)]
+    if state.requests:
+        parts.append(_request_table(state))
     if state.failures:
         parts.append(_failure_table(state))
     return Group(*parts)
@@ -97,6 +99,21 @@ def _replica_table(state: RunState) -> Table:
             fmt.duration(row.alive_seconds),
             fmt.duration(row.waited_seconds),
         )
+    return table
+
+
+def _request_table(state: RunState) -> Table:
+    table = Table(title="Requests", title_justify="left", box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    table.add_column("", justify="right")
+    for name in ("request", "by", "applied after", "effect"):
+        table.add_column(name, overflow="fold")
+    for number, one in sorted(state.requests.items())[-MAX_ROWS:]:
+        asked = f"{one.request.action} {one.request.story_id}".strip()
+        after = fmt.duration(one.seconds_to_effect)
+        if len(one.applied) > 1:
+            after = f"{after} (all: {fmt.duration(one.seconds_to_all)})"
+        texts = (asked, one.request.who, after, "; ".join(one.messages))
+        table.add_row(str(number), *(Text(printable(text)) for text in texts))
     return table
 
 

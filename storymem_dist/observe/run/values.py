@@ -5,7 +5,7 @@ one try at a shot by one writer.
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import storymem_dist.events as ev
@@ -89,12 +89,17 @@ class ShotState:
 
 @dataclass(kw_only=True, slots=True)
 class StoryState:
-    """A story of the batch and its shots by id. ``waits_for``: as in ``StoryStarted``; empty where it is not known."""
+    """A story of the batch and its shots by id. ``waits_for`` and ``priority``: as in ``StoryStarted``.
+
+    ``number`` counts the stories of the run from 0, as events named them.
+    """
 
     story_id: str
+    number: int = 0
     name: str = ""
     num_shots: int = 0
     waits_for: tuple[tuple[int, ...], ...] = ()
+    priority: int = 0
     shots: dict[str, ShotState] = field(default_factory=dict)
     outcome: str = ""
     video: str | None = None
@@ -104,6 +109,18 @@ class StoryState:
     def num_finished(self) -> int:
         """Shots that are committed."""
         return sum(shot.status == "finished" for shot in self.shots.values())
+
+    @property
+    def num_left(self) -> int:
+        """Shots that may still be rendered."""
+        over = sum(shot.status in ("finished", "failed", "blocked") for shot in self.shots.values())
+        return max(self.num_shots, len(self.shots)) - over
+
+    def render_again(self, shot_ids: Sequence[str]) -> None:
+        """These committed shots wait to be rendered again."""
+        for shot in self.shots.values():
+            if shot.shot_id in shot_ids and shot.status == "finished":
+                shot.status, shot.committed_before, self.outcome = "waiting", False, ""
 
     def waits_of(self, shot: ShotState) -> str:
         """The names of the shots that ``shot`` waits for directly, as far as known."""
@@ -165,6 +182,13 @@ class Row:
         """Mean over the last few steps."""
         return sum(self.recent_steps) / len(self.recent_steps) if self.recent_steps else None
 
+    def open_attempt(self, story_id: str, shot_id: str) -> Attempt | None:
+        """The open attempt at this shot: being rendered, or being saved while another is rendered."""
+        for attempt in (self.attempt, self.saving):
+            if attempt is not None and (attempt.started.story_id, attempt.started.shot_id) == (story_id, shot_id):
+                return attempt
+        return None
+
     @property
     def stage(self) -> str:
         """The innermost stage under way, or an empty string; stages of a shot in the background do not count."""
@@ -203,6 +227,37 @@ class Failure:
     reason: str
     stage: str = ""
     will_retry: bool = False
+
+
+@dataclass(kw_only=True, slots=True)
+class AppliedRequest:
+    """A person's request to the queue and its effects: wall time, row and message of each replica that applied it.
+
+    ``request`` is the event of the replica that was seen first; the other events say the same but for the message.
+    """
+
+    request: ev.RequestApplied
+    applied: list[tuple[float, RowKey, str]] = field(default_factory=list)
+
+    @property
+    def seconds_to_effect(self) -> float | None:
+        """From the request until the first replica had applied it; None where the time of the request is not known."""
+        return self._seconds(min)
+
+    @property
+    def seconds_to_all(self) -> float | None:
+        """The same, until the last replica that reports it had."""
+        return self._seconds(max)
+
+    @property
+    def messages(self) -> list[str]:
+        """What the replicas report, in order of time and without repetitions."""
+        return list(dict.fromkeys(message for _, _, message in sorted(self.applied) if message))
+
+    def _seconds(self, which: Callable[[Iterable[float]], float]) -> float | None:
+        if not self.applied or not self.request.asked_at > 0.0:  # NaN is not, either
+            return None
+        return max(0.0, which(when for when, _, _ in self.applied) - self.request.asked_at)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

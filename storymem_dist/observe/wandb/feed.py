@@ -9,7 +9,7 @@ earlier feeds are moved to ``wandb/superseded``.
 
 Series and their axes: ``step/*`` over ``step/done`` (finished denoising steps of the run), ``shot/*`` over
 ``shot/done``, ``replica_N/*`` over ``replica_N/steps_done``, and ``run/*``, ``system/*``, ``weights/*`` and
-``throughput/*`` over ``run/elapsed_seconds``. Tables: ``memory_frames``, ``failures``, ``story/ID``.
+``throughput/*`` over ``run/elapsed_seconds``. Tables: ``memory_frames``, ``failures``, ``requests``, ``story/ID``.
 
 Knows W&B and the events; ``process`` decides when and where it runs, ``media`` makes tables and pictures.
 """
@@ -40,6 +40,8 @@ TABLE_GROWTH = 1.5
 """The memory table is logged again when it has grown by this factor: the total work stays linear in its size."""
 
 FIRST_TABLE_ROWS = 20
+
+_LONGEST_ALERT = 1000
 
 
 class WandbFeed:
@@ -226,6 +228,8 @@ class WandbFeed:
                 self._log_story(event)
             case ev.ShotFailed() | ev.StoryboardRejected():
                 self._log({"run/elapsed_seconds": elapsed, "run/failures": len(self._state.failures)})
+            case ev.RequestApplied():
+                self._request_applied(event, elapsed)
             case ev.WeightsProgress():
                 key = key_part(re.sub(r"[^A-Za-z0-9_]+", "_", event.what))
                 rate = event.bytes_done / event.elapsed_seconds / 1e9 if event.elapsed_seconds > 0 else None
@@ -238,6 +242,15 @@ class WandbFeed:
                 )
             case ev.ThroughputSampled() | ev.SystemSampled() | ev.ReplicaWaited():
                 self._log({"run/elapsed_seconds": elapsed, **self._sample_values(event, replica)})
+
+    def _request_applied(self, event: ev.RequestApplied, elapsed: float) -> None:
+        request = self._state.requests[event.number]
+        if event.at_start or len(request.applied) > 1:  # each replica reports it
+            return
+        values = {"run/requests": len(self._state.requests), "run/request_seconds": request.seconds_to_effect}
+        self._log({"run/elapsed_seconds": elapsed, **values})
+        if event.action == "stop" and self.mode == "online":
+            self._run.alert("A stop was requested", f"by {event.who}: {event.message}"[:_LONGEST_ALERT])
 
     def _job_started(self, event: ev.JobStarted) -> None:
         values: dict[str, Any] = {"versions": dict(event.versions), "device": event.device, "layout": event.layout}
@@ -364,6 +377,8 @@ class WandbFeed:
                 self._log({"story/done": self._stories_done, f"story/{key_part(story.story_id)}": table})
         if self._state.failures:
             self._log({"failures": self._media.failure_table(self._state.failures)})
+        if self._state.requests:
+            self._log({"requests": self._media.request_table(self._state.requests)})
         speed = asdict(rates(self._state))
         self._run.summary.update({f"total/{key}": value for key, value in speed.items() if value is not None})
         self._run.summary["total/num_failures"] = len(self._state.failures)

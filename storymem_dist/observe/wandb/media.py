@@ -1,10 +1,12 @@
-"""A run's pictures and tables as Weights & Biases media: ``memory_frames``, ``story/ID``, ``failures``, videos.
+"""A run's pictures and tables as Weights & Biases media: ``memory_frames``, ``story/ID``, ``failures``,
+``requests``, videos.
 
 Knows W&B's media types and the folded events; ``feed`` decides when something is logged.
 """
 
+import contextlib
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,12 @@ import wandb
 
 import storymem_dist.events as ev
 from storymem_dist.artifacts.mp4 import is_mp4
+from storymem_dist.errors import RunFolderError
 from storymem_dist.files import resolve_inside, write_bytes
 from storymem_dist.observe.run.files import RunFiles
 from storymem_dist.observe.run.state import RunState
 from storymem_dist.observe.run.thumbnails import Thumbnails
-from storymem_dist.observe.run.values import Failure, StoryState
+from storymem_dist.observe.run.values import AppliedRequest, Failure, StoryState
 from storymem_dist.observe.settings import WandbSettings
 
 MEMORY_COLUMNS = (
@@ -42,6 +45,7 @@ STORY_COLUMNS = (
     "waits_for",
 )
 FAILURE_COLUMNS = ("wall_time", "story", "shot", "stage", "reason", "tried_again")
+REQUEST_COLUMNS = ("number", "asked_at", "action", "story", "shots", "who", "seconds_to_effect", "effect")
 
 
 class Media:
@@ -131,6 +135,16 @@ class Media:
             )
         return table
 
+    @staticmethod
+    def request_table(requests: Mapping[int, AppliedRequest]) -> wandb.Table:
+        """One row for each request to the queue."""
+        table = wandb.Table(columns=list(REQUEST_COLUMNS))
+        for number, one in sorted(requests.items()):
+            asked = one.request
+            texts = (asked.action, asked.story_id, ", ".join(asked.shots), asked.who)
+            table.add_data(number, asked.asked_at, *texts, one.seconds_to_effect, "; ".join(one.messages))
+        return table
+
     def _image(self, jpeg: bytes | None) -> Any:
         """The thumbnail as W&B media. Its file lies in the run folder, which offline runs are uploaded from."""
         if jpeg is None:
@@ -180,7 +194,10 @@ class Media:
         """Thumbnail of a picture that the storyboard gives, from its copy in the run folder."""
         if event.slot is None or not _is_given(event):
             return None
-        path = RunFiles.reference_path(event.story_id, event.source_shot_index, event.slot)
+        is_sharded = False
+        with contextlib.suppress(RunFolderError):
+            is_sharded = RunFiles(self._run_folder).is_sharded
+        path = RunFiles.reference_path(event.story_id, event.source_shot_index, event.slot, is_sharded=is_sharded)
         return self._thumbnails.image(path)
 
 

@@ -1,6 +1,7 @@
 """``storymem-plan``: tables, JSON and page without weights or a GPU, and one sentence for what cannot be planned."""
 
 import json
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -8,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks.shot_workloads import make_chains
-from storymem_dist.cli.plan import main
+from storymem_dist.cli.plan import _write, main
 from storymem_dist.diffusion.settings import SamplerSettings
+from storymem_dist.errors import ConfigError
 from storymem_dist.models.wan.presets import WAN22_A14B
 from storymem_dist.parallel.settings import ParallelSettings
 from storymem_dist.planner.hardware import known_hardware
@@ -142,6 +144,13 @@ def test_a_scorer_of_keyframes_is_a_reason_and_on_the_page() -> None:
 def test_an_empty_name_of_a_file_is_refused(option: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert _exit_code(*JOB, *CARDS, option, "") == 2
     assert "the path is empty" in capsys.readouterr().err
+
+
+def test_a_device_is_not_replaced_by_a_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path):
+        with pytest.raises(ConfigError, match="it is a folder, a device or a pipe"):
+            _write(path, "")
 
 
 def test_figures_of_this_machine_can_be_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,6 +26,8 @@ COMMANDS: dict[str, tuple[Callable[[], Any], list[str], int]] = {
     "weights": (commands.weights, ["inspect", HOSTILE], 4),
     "weights, an argument": (commands.weights, ["inspect", "a", HOSTILE], 2),
     "report": (commands.report, [HOSTILE], 5),
+    "queue": (commands.queue, [HOSTILE, "pause"], 5),
+    "queue, an argument": (commands.queue, ["a", HOSTILE], 2),
     "doctor": (commands.doctor, ["no" + HOSTILE + "=1"], 2),
     "selftest": (selftest, [HOSTILE], 2),
 }
@@ -105,6 +107,7 @@ def test_exit_codes_do_not_depend_on_the_streams(arguments: list[str], redirecti
         (commands.render, ["model=tiny", "stories=examples", "output={}"]),
         (commands.render, ["model=tiny", "stories={}"]),
         (commands.report, ["{}"]),
+        (commands.queue, ["{}"]),
     ],
 )
 def test_a_name_that_is_not_utf_8_is_one_sentence(

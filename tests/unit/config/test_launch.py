@@ -7,7 +7,7 @@ from storymem_dist.errors import ConfigError
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"mode": "ssh"}, "launch.mode='ssh' is not allowed; use one of: inline, torchrun, slurm"),
+        ({"mode": "ssh"}, "launch.mode='ssh' is not allowed; use one of: inline, torchrun, slurm, kubernetes"),
         ({"processes_per_node": 0}, "launch.processes_per_node=0 is not allowed; it must be between 1 and 1024"),
         ({"max_restarts": -1}, "launch.max_restarts=-1 is not allowed"),
         ({"port": 70000}, "launch.port=70000 is not allowed; it must be between 1 and 65535"),

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
+from operator import attrgetter
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
@@ -111,9 +112,30 @@ def texts(value: Any, prefix: str = "") -> Iterator[str]:
             yield f"{prefix}{one.name}"
 
 
-@pytest.mark.parametrize("name", list(texts(RenderConfig())))
-@pytest.mark.parametrize("text", ["a" * 200_000, "a\0b", "a\udcffb"], ids=["long", "null", "not UTF-8"])
-def test_texts_are_limited(name: str, text: str) -> None:
+TEXTS = list(texts(RenderConfig()))
+BAD_TEXTS = {"long": "a" * 200_000, "null": "a\0b", "not UTF-8": "a\udcffb"}
+
+
+@pytest.mark.parametrize("text", BAD_TEXTS.values(), ids=BAD_TEXTS)
+def test_texts_are_limited(text: str) -> None:
+    """Whatever sets them. A setting that allows few values refuses these in its own words."""
+    for name in TEXTS:
+        owner, _, key = name.rpartition(".")
+        settings = RenderConfig()
+        group = attrgetter(owner)(settings) if owner else settings
+        with pytest.raises(ConfigError) as caught:
+            setattr(group, key, text)
+            group.__post_init__()
+            settings.__post_init__()
+        assert name in str(caught.value) and len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    "name", ["output", "sampler.negative_prompt", "launch.slurm.account", "tracking.wandb.project"]
+)
+@pytest.mark.parametrize("text", BAD_TEXTS.values(), ids=BAD_TEXTS)
+def test_texts_on_the_command_line_are_limited(name: str, text: str) -> None:
+    assert name in TEXTS
     with pytest.raises(ConfigError) as caught:
         compose_settings([f"{name}={text}"])
     assert len(str(caught.value)) < 1000

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from storymem_dist.dispatch.helping import Help
-from storymem_dist.dispatch.leases import WAITING, WORKING, LeaseFolder, Owner
+from storymem_dist.dispatch.leases import WAITING, WORKING, LeaseFolder
+from storymem_dist.dispatch.owners import Owner
 
 
 class Clock:

@@ -5,9 +5,11 @@ import pytest
 
 from storymem_dist.artifacts.run_folder import FailureRecord, RunFolder
 from storymem_dist.dispatch.graph import ShotGraph
-from storymem_dist.dispatch.leases import WORKING, LeaseFolder, Owner
+from storymem_dist.dispatch.leases import WORKING, LeaseFolder
+from storymem_dist.dispatch.owners import Owner
 from storymem_dist.dispatch.plan import PlannedShot, plan_story
-from storymem_dist.dispatch.queue import Claim, ShotQueue, lease_key, parse_lease_key
+from storymem_dist.dispatch.queue import Claim, ShotQueue
+from storymem_dist.dispatch.scanning import lease_key, parse_lease_key
 from storymem_dist.dispatch.settings import DispatchSettings
 from storymem_dist.dispatch.story_graph import ShotStatus
 from tests.helpers.fake_renderer import make_part, make_story

@@ -11,8 +11,9 @@ import torch.distributed as dist
 
 from storymem_dist.dispatch.gathering import Gathering, Merge
 from storymem_dist.dispatch.graph import ShotGraph
-from storymem_dist.dispatch.leases import LeaseFolder, Owner
+from storymem_dist.dispatch.leases import LeaseFolder
 from storymem_dist.dispatch.merging import Team
+from storymem_dist.dispatch.owners import Owner
 from storymem_dist.dispatch.plan import plan_part
 from storymem_dist.dispatch.protocol import ShotJob
 from storymem_dist.dispatch.queue import ShotQueue

@@ -59,7 +59,8 @@ def rendered(story: Story, rule: str) -> list[tuple[str, bytes]]:
         seen = [one.image.tolist() for one in recall(memory_bank(job, history), job, memory).keyframes]
         tail = shots[-1][1] if needs.continues else None
         own = (None, 0) if planned.kind == GIVEN else (shot.prompt, planned.seed)
-        files = [path and path.read_bytes() for path in (shot.video, shot.start_image)]
+        given = shot.start_image if shot.video is None else shot.video  # no storyboard has both in one shot
+        files = given and given.read_bytes()
         pixels = digest(planned.mode, own, files, seen, tail)
         slots = range(2 if shot.remember else 0)
         kept.append(

@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import importlib
 import io
+import json
 import re
 import runpy
 import subprocess
@@ -36,6 +37,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 RENDER_MODULES = ("storymem_dist", "storymem_dist.cli", "storymem_dist.cli.render")
 FOREIGN_PACKAGES = ("hpsv3==1.0.0",)
 IMAGE = "storymem_dist"
+KUBERNETES = ROOT / "storymem_dist" / "launch" / "kubernetes.py"
 
 
 class Refused(Exception):
@@ -293,10 +295,40 @@ def docker(arguments: Sequence[str]) -> None:
     return check(arguments[list(arguments).index(IMAGE) + 1 :])
 
 
+def kubectl(arguments: Sequence[str]) -> None:
+    """The commands that look at, change and end a job of ``launch=kubernetes``, or apply one of the templates."""
+    parser = argparse.ArgumentParser("kubectl", exit_on_error=False)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    verbs.add_parser("apply").add_argument("-f", dest="file", required=True)
+    for verb in ("get", "logs", "patch", "delete"):
+        of_verb = verbs.add_parser(verb)
+        for option in ("--namespace", "--selector", "--patch"):
+            of_verb.add_argument(option)
+        for flag in ("--follow", "--prefix"):
+            of_verb.add_argument(flag, action="store_true")
+        of_verb.add_argument("what", nargs="*", choices=["pods", "job", "jobset", []] if verb == "get" else None)
+    with _complaints():
+        given = parser.parse_args(list(arguments))
+    if given.verb == "apply":
+        return _require((ROOT / given.file).is_file(), f"{given.file}: no such file")
+    if given.selector:
+        key = given.selector.partition("=")[0]
+        _require(
+            f'"{key}"' in KUBERNETES.read_text(), f"kubectl {given.selector}: launch=kubernetes prints another label"
+        )
+    if given.verb == "patch":
+        wrong = set(json.loads(given.patch)["spec"]) - {"parallelism", "completions", "suspend"}
+        _require(not wrong, f"kubectl patch {wrong}: these fields of a job cannot be changed")
+    if given.verb in ("patch", "delete"):
+        _require(given.what[0] in ("job", "jobset") and len(given.what) == 2, f"kubectl {arguments}: which job?")
+    return None
+
+
 CHECKERS: Mapping[str, Callable[[Sequence[str]], None]] = {
     "storymem-render": render,
     "storymem-doctor": doctor,
     "storymem-report": console_script("storymem-report"),
+    "storymem-queue": console_script("storymem-queue"),
     "storymem-weights": console_script("storymem-weights"),
     "storymem-plan": plan,
     "storymem-score": score,
@@ -311,5 +343,6 @@ CHECKERS: Mapping[str, Callable[[Sequence[str]], None]] = {
     "touch": touch,
     "wandb": wandb,
     "docker": docker,
+    "kubectl": kubectl,
 }
 """How to check each program that the pages may name."""

@@ -52,6 +52,10 @@ def test_a_command_of_the_documentation_is_accepted(command: Command) -> None:
     "pip install '.[no]'",
     "touch runs/a/stop.json",
     "docker run storymem_dist storymem-render sampler.steps=3",
+    "kubectl apply -f launch/kubernetes/no.yaml",
+    "kubectl get pods --selector app=storymem",
+    "kubectl patch job a --patch '{\"spec\": {\"template\": 1}}'",
+    "kubectl delete storymem",
     "rm -rf runs",
 ])  # fmt: skip
 def test_a_wrong_command_is_refused(command: str) -> None:

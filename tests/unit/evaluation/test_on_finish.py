@@ -9,7 +9,8 @@ import pytest
 
 from storymem_dist.artifacts.run_folder import RunFolder
 from storymem_dist.artifacts.scores import read_scores
-from storymem_dist.dispatch.leases import LeaseFolder, Owner
+from storymem_dist.dispatch.leases import LeaseFolder
+from storymem_dist.dispatch.owners import Owner
 from storymem_dist.evaluation import on_finish
 from storymem_dist.evaluation.cache import CACHE_FOLDER
 from storymem_dist.evaluation.on_finish import is_last, score_finished_run

@@ -8,8 +8,9 @@ import pytest
 
 import storymem_dist.events as ev
 from storymem_dist.observe.report import write_report
-from storymem_dist.observe.report.model import StoryView, read_run
+from storymem_dist.observe.report.model import read_run
 from storymem_dist.observe.report.needs import needs_picture
+from storymem_dist.observe.report.views import StoryView
 from storymem_dist.observe.run.rates import seconds_left
 from storymem_dist.observe.run.state import RunState
 from storymem_dist.observe.run.values import levels
