@@ -112,7 +112,7 @@ class RequestLog:
     def publish(self, request: Request) -> Request:
         """Write ``request`` under the next free number; return it with number, author and time. Raises ``OSError``.
 
-        Whoever may read or write the run folder may do so with the request: jobs of others must read it.
+        It gets the permissions of the run folder, since jobs of others must read it.
         """
         request = replace(request, who=request.who or who_asks(), when=request.when or time.time())
         number, mode = self._first_free(max(1, self.number + 1)), self.folder.parent.stat().st_mode & 0o7777

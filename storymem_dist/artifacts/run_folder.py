@@ -25,7 +25,7 @@ import contextlib
 import re
 import secrets
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from storymem_dist.artifacts.requests import RequestLog
 from storymem_dist.artifacts.sharding import RUN_FORMATS, SHARDED_RUN_FORMAT, format_for, shard_of
 from storymem_dist.artifacts.shot_folder import ShotFolder
 from storymem_dist.artifacts.storyboard_copy import write_storyboard
-from storymem_dist.errors import RunFolderError, shortened, shown
+from storymem_dist.errors import RunFolderError, shown
 from storymem_dist.files import (
     TEMPORARY_PREFIX,
     UnsafePath,
@@ -296,6 +296,7 @@ class RunFolder:
     def write_failure(self, failure: FailureRecord) -> None:
         """Mark a shot as failed; replaces the mark of the same fingerprint. Raises ``OSError``."""
         path = self._failure_path(failure.story_id, failure.shot_id, failure.fingerprint)
+        path.parent.mkdir(exist_ok=True)
         write_bytes(path, canonical_json(asdict(failure)))
 
     def read_failure(self, story_id: str, shot_id: str, fingerprint: str) -> FailureRecord | None:
@@ -322,11 +323,20 @@ class RunFolder:
 
     @staticmethod
     def failure_name(story_id: str, shot_id: str, fingerprint: str) -> str:
-        """Name of a shot's failure mark in ``failures_folder``."""
+        """Name of a shot's failure mark, in one of ``failure_folders``."""
         return f"{story_id}.{shot_id}.{fingerprint[:16]}.json"
 
+    def failure_folders(self) -> list[Path]:
+        """Return the folders that hold failure marks, some of them perhaps empty."""
+        folder = self.failures_folder
+        return [folder / shard for shard in names_in(folder)] if self.is_sharded else [folder]
+
+    def failure_names(self) -> set[str]:
+        """Return the names of all failure marks."""
+        return {name for folder in self.failure_folders() for name in names_in(folder)}
+
     def _failure_path(self, story_id: str, shot_id: str, fingerprint: str) -> Path:
-        return self.failures_folder / self.failure_name(story_id, shot_id, fingerprint)
+        return self._place(self.failures_folder, self.failure_name(story_id, shot_id, fingerprint))
 
     # -- the end -------------------------------------------------------------------------------------------------------
 
@@ -368,32 +378,6 @@ def _holds_files(path: Path, max_depth: int = 8) -> bool:
     if path.is_symlink() or not path.is_dir() or not max_depth:
         return True
     return any(_holds_files(inside, max_depth - 1) for inside in path.iterdir())
-
-
-def shot_ids(names: Sequence[str], known: Iterable[tuple[str, Mapping[str, str]]]) -> list[tuple[str, str]]:
-    """Resolve ``STORY:SHOT`` names (``ocean:shot_03``, ``ocean:3``, ``ocean:the reef``) against the known stories.
-
-    ``known``: each story with the ids of its shots and their own names, "" for none. Raises ``RunFolderError`` with the
-    first unknown name and the known ones.
-    """
-    stories = dict(known)
-    resolved = []
-    for name in names:
-        story_id, _, shot = name.rpartition(":")
-        if story_id not in stories:
-            raise RunFolderError(
-                f"dispatch.rerender={shortened(name)}: no story {shown(story_id)}; "
-                f"there are: {', '.join(sorted(stories)[:20])}"
-            )
-        named = [shot_id for shot_id, own in stories[story_id].items() if own == shot]
-        shot_id = named[0] if named else f"shot_{int(shot):02d}" if shot.isdecimal() and len(shot) < 9 else shot
-        if shot_id not in stories[story_id]:
-            raise RunFolderError(
-                f"dispatch.rerender={shortened(name)}: {story_id} has no shot {shown(shot)}; it has "
-                f"{', '.join(stories[story_id])}"
-            )
-        resolved.append((story_id, shot_id))
-    return resolved
 
 
 def _utc_now() -> str:

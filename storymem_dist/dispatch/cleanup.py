@@ -55,7 +55,7 @@ def clean_up(
 
 
 def _half_made_files(run: RunFolder, stories: Sequence[StoryGraph]) -> list[Path]:
-    folders = [run.leases_folder, run.failures_folder, *(run.root / name for name in SMALL_FOLDERS)]
+    folders = [run.leases_folder, *run.failure_folders(), *(run.root / name for name in SMALL_FOLDERS)]
     for story in stories:
         folders += [run.story_folder(story.story_id), run.story_folder(story.story_id) / "keyframes"]
     found = temporaries_in(run.root, "stop.json")  # not the marker's: it is made before the first heartbeat

@@ -7,8 +7,8 @@
 Only a replica itself leaves ``busy`` and ``soon``; only a compare-and-set leaves ``idle``, either by the replica, which
 goes on to look for work, or by one that calls it. So a replica cannot begin a shot of its own while it is called. A
 call counts once its caller has reached all replicas of the team and has set it to ``on``; it sets it to ``off`` if one
-of them went away, and so does a called replica that has waited too long for the word. Whoever comes first decides, so
-all agree.
+of them went away, and so does a called replica that has waited too long for the word. The first of the two decides,
+so all agree.
 
 The replica that holds the lease of the shot calls, and leads the team. Knows a store; nothing of ranks, shots or files.
 If the store is gone (the process that held it has ended, its work done), no replica is idle for others.

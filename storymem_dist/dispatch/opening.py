@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from storymem_dist.artifacts.fingerprint import differences
 from storymem_dist.artifacts.records import DamagedRecord
-from storymem_dist.artifacts.run_folder import FailureRecord, RunFolder, shot_ids
+from storymem_dist.artifacts.run_folder import FailureRecord, RunFolder
+from storymem_dist.artifacts.shot_names import shot_ids
 from storymem_dist.dispatch.announcing import shots_blocked, story_failed
 from storymem_dist.dispatch.cleanup import clean_up
 from storymem_dist.dispatch.graph import ShotGraph

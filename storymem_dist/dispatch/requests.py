@@ -32,8 +32,8 @@ class QueueRequests:
     ``read`` comes first, before shots are planned: ``states`` then says what earlier requests ask for. ``follow``
     applies what is new to the queue's graph. ``stop``: the request that ends this job. ``not_added``: part and id of
     the stories that were to be added and that this job cannot render. ``has_planned_again``: shots of the plan with
-    which the batch opened have been replaced. ``look_seconds``: shortest time between two looks while a
-    shot is rendered. ``clock`` is monotonic, in seconds.
+    which the batch opened have been replaced. ``look_seconds``: shortest time between two looks while a shot is
+    rendered. ``clock`` is monotonic, in seconds.
     """
 
     def __init__(
@@ -110,8 +110,10 @@ class QueueRequests:
                     self._parts[part_index].observers.notify(event)
 
     def note_committed(self, shot: PlannedShot, queue: ShotQueue) -> None:
-        """Warn if committed shots were made from an earlier render of ``shot``, which was rendered again alone and has
-        just been committed, and what they see of it has changed. Never raises.
+        """Follow up on ``shot``, which this replica has just committed. Never raises.
+
+        If it was planned anew meanwhile, people see its newest render again. If it was rendered again alone, and its
+        keyframes or last frames have changed, a warning names the committed shots that were made from the earlier ones.
         """
         part, entry = self._parts[shot.part], queue.graph.find(shot_key(shot))
         if entry is None and (story := queue.graph.story(shot.part, shot.story_id)) is not None:

@@ -24,7 +24,6 @@ from storymem_dist.dispatch.plan import PlannedShot
 from storymem_dist.dispatch.protocol import ShotJob
 from storymem_dist.dispatch.settings import DispatchSettings
 from storymem_dist.dispatch.story_graph import ShotStatus, StoryGraph
-from storymem_dist.files import names_in
 
 NAMES_PER_LISTING = 1000  # that one operation returns, roughly
 
@@ -90,7 +89,7 @@ class FolderView:
         them for the others; what it knows of the rest is what was noted.
         """
         if self._settings.retry_failed:
-            self._to_try_again = [set(names_in(run.failures_folder)) for run in self._runs]
+            self._to_try_again = [run.failure_names() for run in self._runs]
         noted = self._read_logs()
         num_looks = self._num_replicas * sum(len(story.shots) for story in self.graph.stories)
         if own is None or num_looks <= _LOOKS_AT_START:
@@ -255,7 +254,7 @@ class FolderView:
 
     def _follow_failures(self, part_index: int) -> int:
         """Update the shots whose failure marks came or went since the last scan; return how many marks there are."""
-        names = set(names_in(self._runs[part_index].failures_folder))
+        names = self._runs[part_index].failure_names()
         for name in names ^ self._failure_names[part_index]:
             key = parse_lease_key(name.removesuffix(".json"))
             entry = self.graph.find((part_index, *key)) if key else None

@@ -192,14 +192,14 @@ class PlainConsole:
     def tick(self) -> None:
         """Read the new events of the other replicas; the first call also reads those of earlier starts."""
         self._knows_history = True
-        if self._tail is not None:
-            for stamped in self._tail.poll():
-                self._state.apply(stamped)
+        for stamped in self._tail.follow() if self._tail is not None else ():
+            self._state.apply(stamped)
 
     def close(self) -> None:
         """Write the summary (if the whole batch is known)."""
         if self._summarize:
-            self.tick()
+            for stamped in self._tail.poll() if self._tail is not None else ():
+                self._state.apply(stamped)
             SafeConsole(self._stream, width=120, no_color=True, highlight=False).print(summary(self._state))
 
     def _progress(self, stamped: ev.StampedEvent) -> None:
@@ -285,14 +285,18 @@ class LiveConsole:
 
     def close(self) -> None:
         """Remove the view and print the summary."""
-        self.tick()
+        self._take(self._tail.poll() if self._tail is not None else [])
+        self._live.update(self._view(), refresh=True)
         self._live.stop()
         if self._state.rows:
             self._console.print(summary(self._state), highlight=False)
 
     def _follow(self) -> None:
         self._next_follow = time.monotonic() + FOLLOW_SECONDS
-        for stamped in self._tail.poll() if self._tail is not None else ():
+        self._take(self._tail.follow() if self._tail is not None else [])
+
+    def _take(self, events: list[ev.StampedEvent]) -> None:
+        for stamped in events:
             if stamped.wall_time < self._started:  # from an earlier start: apply it without a line
                 self._state.apply(stamped)
             else:

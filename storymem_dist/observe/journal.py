@@ -2,7 +2,8 @@
 
 ``JournalWriter`` appends one line per event, with one ``write`` call, to a file that has no other writer: a killed
 process loses no event that was notified, and shared file systems mix no lines. ``read_journal`` reads all files at
-once; ``JournalTail`` returns what is new since its last call.
+once; ``JournalTail`` returns what is new since its last call. A job of very many replicas divides its files among
+folders.
 
 Knows files and the JSON lines of ``events``; nothing of threads, terminals or services.
 """
@@ -13,17 +14,26 @@ import re
 import secrets
 import socket
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
+from storymem_dist.artifacts.sharding import shard_of
 from storymem_dist.events import Event, StampedEvent, stamped_from_json, stamped_to_json
-from storymem_dist.files import open_regular, resolve_inside
+from storymem_dist.files import names_in, open_regular, resolve_inside
 
 MAX_PENDING_BYTES = 64 * 2**20
 """Bytes kept in memory while the disk refuses writes (about 300,000 events)."""
 
+MOST_REPLICAS = 512
+"""Replicas of a job, with a file for each of their ranks, whose event files lie in one folder."""
+
+FOLLOWED_FILES, FILES_PER_SECOND = 128, 50
+"""Files that a follower looks at in one call at least, and in a second where there are more."""
+
 MAX_READ_BYTES = 2 * 2**30
 """Bytes that a reader takes from all event files of a folder together (about ten million events)."""
+
+_SHARD = re.compile(r"[0-9a-f]{2}")
 
 
 def new_writer_id(replica: int, *, rank: int | None = None, suffix: str = "") -> str:
@@ -36,6 +46,11 @@ def new_writer_id(replica: int, *, rank: int | None = None, suffix: str = "") ->
     started = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
     what = (f"-rank{rank}" if rank is not None else "") + (f"-{suffix}" if suffix else "")
     return f"{started}-{host}-r{replica}{what}-{os.getpid()}-{secrets.token_hex(2)}"
+
+
+def journal_folder(folder: Path, writer: str, num_replicas: int) -> Path:
+    """Return where a writer of a job of ``num_replicas`` puts its file: in ``folder``, or in one of 256 inside."""
+    return folder / shard_of(writer) if num_replicas > MOST_REPLICAS else folder
 
 
 class JournalWriter:
@@ -105,6 +120,8 @@ class JournalTail:
         self.offsets: dict[str, int] = dict(offsets or {})
         self.num_unreadable = 0
         self._skip = {f"{writer}.jsonl" for writer in skip}
+        self._left: list[Path] = []  # files that a follower has not looked at in this round
+        self._last_look = -float("inf")
         self._only = tuple(only)
         names = "|".join(kind.__name__ for kind in only)
         self._wanted = re.compile(rf'"event":\s*"(?:{names})"'.encode()) if names else None
@@ -119,23 +136,51 @@ class JournalTail:
         num_read = -1
         while not events and num_read != sum(self.offsets.values()):  # a part without a single event is passed over
             num_read = sum(self.offsets.values())
-            for path in self._files():
-                events.extend(self._read_new(path, max_bytes))
+            events = self._new_in(self._files(), max_bytes)
+        return events
+
+    def follow(self) -> list[StampedEvent]:
+        """Return what ``poll`` does; where there are many files, of a part of them, in turn. The first call reads all.
+
+        So the rate of looks is bounded for any number of writers.
+        """
+        now = time.monotonic()
+        count = max(FOLLOWED_FILES, int(FILES_PER_SECOND * min(now - self._last_look, 3600.0)))
+        if self._last_look < 0:
+            self._last_look = now
+            return self.poll()
+        self._last_look = now
+        if not self._left:
+            self._left = self._files()[::-1]
+        looked = [self._left.pop() for _ in range(min(count, len(self._left)))]
+        return self._new_in(looked, 16 * 2**20)
+
+    def _new_in(self, files: Iterable[Path], max_bytes: int) -> list[StampedEvent]:
+        events = [event for path in files for event in self._read_new(path, max_bytes)]
         events.sort(key=lambda stamped: (stamped.wall_time, stamped.writer, stamped.sequence))
         return events
 
     def _files(self) -> list[Path]:
-        try:
-            return sorted(path for path in self.folder.glob("*.jsonl") if path.name not in self._skip)
-        except OSError:
-            return []
+        """All files, those of jobs of very many replicas in folders."""
+        found: list[Path] = []
+        folders = [self.folder]
+        while folders:
+            folder, names = folders.pop(), list[str]()
+            with contextlib.suppress(OSError):  # a link that leads nowhere, or a folder of somebody else
+                names = names_in(folder)
+            for name in names:
+                if name.endswith(".jsonl") and name not in self._skip:
+                    found.append(folder / name)
+                elif folder == self.folder and _SHARD.fullmatch(name):
+                    folders.append(folder / name)
+        return sorted(found, key=lambda path: path.name)
 
     def _read_new(self, path: Path, max_bytes: int) -> Iterator[StampedEvent]:
         offset = self.offsets.get(path.name, 0)
         if sum(self.offsets.values()) > MAX_READ_BYTES:
             return
         try:
-            with open_regular(resolve_inside(self.folder.parent, f"{self.folder.name}/{path.name}")) as file:
+            with open_regular(resolve_inside(self.folder.parent, path.relative_to(self.folder.parent))) as file:
                 file.seek(offset)
                 data = file.read(max_bytes)
         except OSError:

@@ -99,14 +99,16 @@ class PrometheusFile:
 
     def tick(self) -> None:
         """Read the events of the other replicas, and write the file."""
-        for stamped in self._tail.poll() if self._tail is not None else ():
+        for stamped in self._tail.follow() if self._tail is not None else ():
             self._figures.state.apply(stamped)
         self._write()
 
     def close(self) -> None:
         """Write the last state, as that of a replica that is down."""
         self._figures.is_up = False
-        self.tick()
+        for stamped in self._tail.poll() if self._tail is not None else ():
+            self._figures.state.apply(stamped)
+        self._write()
 
     def _write(self) -> None:
         try:

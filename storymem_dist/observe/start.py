@@ -16,7 +16,7 @@ from typing import TextIO
 from storymem_dist.errors import ConfigError
 from storymem_dist.events import Event, JobStarted, NullObserver, Observer, WarningIssued
 from storymem_dist.observe.console import LiveConsole, PlainConsole
-from storymem_dist.observe.journal import JournalTail, JournalWriter, new_writer_id
+from storymem_dist.observe.journal import JournalTail, JournalWriter, journal_folder, new_writer_id
 from storymem_dist.observe.observers import BackEnd, Observers
 from storymem_dist.observe.run.state import RunState
 from storymem_dist.observe.settings import ConsoleSettings, TrackingSettings
@@ -58,7 +58,7 @@ class RenderObservers:
         self._place = place
         events = run_folder / "events"
         self._writer = new_writer_id(place.replica, rank=None if place.is_leader else place.rank)
-        journal = JournalWriter(events, self._writer)
+        journal = JournalWriter(journal_folder(events, self._writer, place.num_replicas), self._writer)
         self._warnings: list[str] = []
         self._observers = Observers(
             self._back_ends(stream), journal=journal, writer=self._writer, replica=place.replica

@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from storymem_dist.artifacts.run_folder import RunFolder, shot_ids
+from storymem_dist.artifacts.run_folder import RunFolder
+from storymem_dist.artifacts.shot_names import shot_ids
 from storymem_dist.artifacts.video import read_clip, read_png, write_png
 from storymem_dist.config.points import Point
 from storymem_dist.diffusion.settings import SamplerSettings

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from storymem_dist.artifacts.run_folder import RunFolder, shot_ids
+from storymem_dist.artifacts.run_folder import RunFolder
+from storymem_dist.artifacts.shot_names import shot_ids
 from storymem_dist.artifacts.video import VideoSettings
 from storymem_dist.config.points import Point
 from storymem_dist.dispatch.plan import BatchPart, PlannedShot

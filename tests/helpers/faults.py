@@ -32,8 +32,8 @@ def die_at(number: int, root: Path, *, torn: bool, armed: Callable[[], bool]) ->
             return
         if not str(arguments[0]).startswith(str(root)) or not armed():
             return
-        if torn and str(arguments[0]).endswith(".alive"):
-            return
+        if torn and (str(arguments[0]).endswith(".alive") or not Path(arguments[0]).parent.is_dir()):
+            return  # where the folder is missing, the operation fails and leaves no file
         count += 1
         if count == number:
             dying = True

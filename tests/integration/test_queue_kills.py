@@ -61,7 +61,7 @@ def disturb(root: Path, draw: random.Random) -> None:
     """Requests from processes of their own, some of which are killed, while one or two workers come and go."""
     to_add = list(LATER.values())
     workers: list[int] = []
-    for _ in range(draw.randint(3, 6)):
+    for _ in range(draw.randint(2, 5)):
         workers = [pid for pid in workers if not has_ended(pid) or exit_code(pid) is None]
         if len(workers) < 2 and draw.random() < 0.6:
             workers.append(start_worker(root, FIRST, step_seconds=0.002, settings=SETTINGS))

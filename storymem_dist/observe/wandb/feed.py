@@ -171,10 +171,12 @@ class WandbFeed:
 
     # -- events --------------------------------------------------------------------------------------------------------
 
-    def poll(self) -> int:
-        """Log all new events of the event files; returns their number."""
+    def poll(self, *, to_the_end: bool = False) -> int:
+        """Log new events of the event files, with ``to_the_end`` all of them; returns their number."""
         num_new = 0
-        while events := self._tail.poll():
+        for stamped in self._tail.follow():
+            num_new += self._take(stamped)
+        while events := self._tail.poll() if to_the_end else ():
             for stamped in events:
                 num_new += self._take(stamped)
         if num_new:
@@ -368,7 +370,7 @@ class WandbFeed:
 
     def finish(self) -> None:
         """Log what is only known at the end, and end the W&B run (uploads may take the configured time)."""
-        self.poll()
+        self.poll(to_the_end=True)
         if len(self._decisions) > self._rows_in_last_table:
             self._log_memory_table()
         for story in self._state.stories.values():

@@ -89,7 +89,7 @@ def test_folders_hold_some_thousand_names_and_a_hole_is_filled(tmp_path: Path) -
     assert len(RequestLog(tmp_path).read_new()) == PER_FOLDER
 
 
-def test_whoever_may_use_the_run_folder_may_use_its_requests(tmp_path: Path) -> None:
+def test_a_request_has_the_permissions_of_the_run_folder(tmp_path: Path) -> None:
     root, before = tmp_path / "run", os.umask(0o077)
     try:
         root.mkdir()

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from storymem_dist.artifacts.run_folder import MARKER, FailureRecord, RunFolder, shot_ids
+from storymem_dist.artifacts.run_folder import MARKER, FailureRecord, RunFolder
+from storymem_dist.artifacts.shot_names import shot_ids
 from storymem_dist.errors import RunFolderError
 from tests.helpers.fake_renderer import make_story
 

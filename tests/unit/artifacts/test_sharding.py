@@ -5,9 +5,10 @@ import pytest
 
 from storymem_dist.artifacts import sharding
 from storymem_dist.artifacts.run_folder import MARKER, RunFolder
+from storymem_dist.errors import StoryboardError
 from storymem_dist.observe.report.model import RunReader
 from storymem_dist.observe.run.files import RunFiles
-from tests.helpers.batches import STORIES, render
+from tests.helpers.batches import STORIES, fail_at, render
 from tests.helpers.fake_renderer import FakeRenderer
 
 
@@ -62,3 +63,15 @@ def test_a_run_of_many_stories_is_rendered_resumed_and_read_like_any_other(tmp_p
     assert found.stories_changed_at() > 0
     view = RunReader(tmp_path / "many").refresh()
     assert {story.story_id: len(story.shots) for story in view.stories} == {"ocean": 4, "city": 2}
+
+
+@pytest.mark.usefixtures("few")
+def test_failures_of_a_run_of_many_stories_are_found_and_retried(tmp_path: Path) -> None:
+    failing = FakeRenderer(before_step=fail_at("ocean:shot_02", lambda: StoryboardError("unlucky")))
+    assert render(tmp_path, renderer=failing).num_failed == 1
+    (mark,) = (tmp_path / "failures").glob("*/*.json")
+    assert RunFolder(tmp_path).failure_names() == {mark.name}
+    again = FakeRenderer()
+    assert render(tmp_path, renderer=again).num_failed == 1 and not again.rendered
+    assert render(tmp_path, retry_failed=True).state == "done"
+    assert not RunFolder(tmp_path).failure_names()

@@ -55,7 +55,7 @@ def test_every_console_script_names_a_function(installed: Path) -> None:
     [entry_points] = installed.glob("*.dist-info/entry_points.txt")
     scripts = ConfigParser()
     scripts.read_string(entry_points.read_text())
-    assert len(scripts["console_scripts"]) == 6
+    assert len(scripts["console_scripts"]) == 7
     for target in scripts["console_scripts"].values():
         module, _, function = target.partition(":")
         assert callable(getattr(importlib.import_module(module), function))

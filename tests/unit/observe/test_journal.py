@@ -8,7 +8,15 @@ from pathlib import Path
 import pytest
 
 from storymem_dist.events import StampedEvent, StopRequested
-from storymem_dist.observe.journal import JournalTail, JournalWriter, new_writer_id, read_journal
+from storymem_dist.observe.journal import (
+    FOLLOWED_FILES,
+    MOST_REPLICAS,
+    JournalTail,
+    JournalWriter,
+    journal_folder,
+    new_writer_id,
+    read_journal,
+)
 
 
 def stamped(number: int, writer: str = "w", reason: str = "x", wall_time: float | None = None) -> StampedEvent:
@@ -34,6 +42,32 @@ def test_a_tail_returns_each_event_once_and_continues_after_a_restart(tmp_path: 
     journal.write(stamped(1))
     assert [event.sequence for event in JournalTail(tmp_path, offsets=tail.offsets).poll()] == [1]
     assert [event.sequence for event in tail.poll()] == [1]
+
+
+def test_a_follower_of_many_files_looks_at_a_part_of_them_in_turn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writers = [f"w{number:03d}" for number in range(2 * FOLLOWED_FILES + 10)]
+    journals = {}
+    for writer in writers:  # those of a job of many replicas, which divides them, and of an earlier one
+        many = MOST_REPLICAS + 1 if writer > "w100" else 1
+        journals[writer] = JournalWriter(journal_folder(tmp_path, writer, many), writer)
+        journals[writer].write(stamped(0, writer))
+    assert len(list(tmp_path.glob("*.jsonl"))) == 101
+    tail, looked = JournalTail(tmp_path), []
+    assert {event.writer for event in tail.follow()} == set(writers)
+    for writer in writers:
+        journals[writer].write(stamped(1, writer))
+    read = JournalTail._read_new
+    monkeypatch.setattr(JournalTail, "_read_new", lambda *given: looked.append(given[1]) or read(*given))
+    seen = []
+    for number in range(1, 4):
+        seen += [event.writer for event in tail.follow()]
+        assert len(looked) <= number * FOLLOWED_FILES
+    assert sorted(seen) == writers
+    assert len(read_journal(tmp_path)) == 2 * len(writers)
+    for journal in journals.values():
+        journal.close()
 
 
 def test_a_line_that_is_still_being_written_waits_and_a_broken_one_is_counted(tmp_path: Path) -> None:
