@@ -30,10 +30,11 @@ pytestmark = pytest.mark.skipif(
 
 @dataclass(frozen=True, kw_only=True)
 class Seen:
-    """The pages that were looked at, by name, and the whole run that ``complete`` is about."""
+    """The pages that were looked at, by name, the whole run that ``complete`` is about, and the size of ``index``."""
 
     run: FakeRun
     pages: dict[str, dict[str, Any]]
+    index_bytes: int
 
 
 def look(*pages: Path) -> list[dict[str, Any]]:
@@ -88,7 +89,8 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Seen:
         "story": large.root / "report" / "story_0.html",
     }
     shutil.rmtree(gone.root)
-    return Seen(run=run, pages=dict(zip(pages, look(*pages.values()), strict=True)))
+    seen = dict(zip(pages, look(*pages.values()), strict=True))
+    return Seen(run=run, pages=seen, index_bytes=pages["index"].stat().st_size)
 
 
 def test_every_video_plays(seen: Seen) -> None:
@@ -139,7 +141,7 @@ def test_the_list_of_a_large_run_is_searched_and_leads_to_the_stories_and_back(s
     assert found["counts"] == {"": 62, "running": 0, "waiting": 0, "finished": 62, "failed": 0, "skipped": 0}
     assert found["found"] == 11 and found["output"] == "11 of 62", "story_1 and story_10 to story_19"
     assert found["opened"].startswith(found["first"]) and found["first"]
-    assert max(view["seconds"] for view in seen.pages["index"]["views"]) < 2.0
+    assert seen.index_bytes < 200_000, "it holds no story; benchmarks/report_page.py measures how soon it is open"
 
 
 def test_the_page_of_a_long_story_plays_and_draws_what_was_recalled(seen: Seen) -> None:
