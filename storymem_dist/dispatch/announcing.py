@@ -101,23 +101,21 @@ def shot_failed(failure: FailureRecord, attempt_id: str) -> ShotFailed:
 
 def shot_lost(shot: PlannedShot, attempt_id: str) -> ShotFailed:
     """An attempt ended because another replica has taken the shot over."""
-    return ShotFailed(
-        story_id=shot.story_id,
-        shot_id=shot.shot_id,
-        reason="taken over by another replica, because this one showed no sign of life for too long",
-        error_type="LeaseLost",
-        attempt_id=attempt_id,
-        will_retry=True,
-    )
+    reason = "taken over by another replica, because this one showed no sign of life for too long"
+    return _given_up(shot, attempt_id, reason, "LeaseLost")
 
 
 def shot_replaced(shot: PlannedShot, attempt_id: str) -> ShotFailed:
     """An attempt ended because the shot was planned anew on request."""
+    return _given_up(shot, attempt_id, "a request asks to render it again from its first step", "RenderedAgain")
+
+
+def _given_up(shot: PlannedShot, attempt_id: str, reason: str, error_type: str) -> ShotFailed:
     return ShotFailed(
         story_id=shot.story_id,
         shot_id=shot.shot_id,
-        reason="a request asks to render it again from its first step",
-        error_type="RenderedAgain",
+        reason=reason,
+        error_type=error_type,
         attempt_id=attempt_id,
         will_retry=True,
     )

@@ -33,6 +33,7 @@ FOLLOWED_FILES, FILES_PER_SECOND = 128, 50
 MAX_READ_BYTES = 2 * 2**30
 """Bytes that a reader takes from all event files of a folder together (about ten million events)."""
 
+_READ_AT_ONCE = 16 * 2**20  # bytes of one file
 _SHARD = re.compile(r"[0-9a-f]{2}")
 
 
@@ -121,12 +122,12 @@ class JournalTail:
         self.num_unreadable = 0
         self._skip = {f"{writer}.jsonl" for writer in skip}
         self._left: list[Path] = []  # files that a follower has not looked at in this round
-        self._last_look = -float("inf")
+        self._last_look: float | None = None
         self._only = tuple(only)
         names = "|".join(kind.__name__ for kind in only)
         self._wanted = re.compile(rf'"event":\s*"(?:{names})"'.encode()) if names else None
 
-    def poll(self, max_bytes: int = 16 * 2**20) -> list[StampedEvent]:
+    def poll(self, max_bytes: int = _READ_AT_ONCE) -> list[StampedEvent]:
         """Return events that are new since the last call, ordered by wall time within the call.
 
         At most about ``max_bytes`` are read at once per file, so that catching up with a long run stays responsive;
@@ -144,16 +145,14 @@ class JournalTail:
 
         So the rate of looks is bounded for any number of writers.
         """
-        now = time.monotonic()
-        count = max(FOLLOWED_FILES, int(FILES_PER_SECOND * min(now - self._last_look, 3600.0)))
-        if self._last_look < 0:
-            self._last_look = now
+        last_look, self._last_look = self._last_look, time.monotonic()
+        if last_look is None:
             return self.poll()
-        self._last_look = now
         if not self._left:
             self._left = self._files()[::-1]
+        count = max(FOLLOWED_FILES, int(FILES_PER_SECOND * (self._last_look - last_look)))
         looked = [self._left.pop() for _ in range(min(count, len(self._left)))]
-        return self._new_in(looked, 16 * 2**20)
+        return self._new_in(looked, _READ_AT_ONCE)
 
     def _new_in(self, files: Iterable[Path], max_bytes: int) -> list[StampedEvent]:
         events = [event for path in files for event in self._read_new(path, max_bytes)]
